@@ -1,0 +1,1 @@
+"""The Triton twins of the stages in `reference`, under the same names and signatures."""
