@@ -8,7 +8,6 @@ Both backends read their sizes from it, so they cannot disagree.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any, Literal, get_args, get_type_hints
 
 # Winners a tile holds at each level in the published code. With this many or fewer there is one tile.
@@ -159,7 +158,6 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return (numerator + denominator - 1) // denominator
 
 
-@lru_cache(maxsize=256)
 def _pyramid(num_levels: int, pooling_factor: int, top_k: int, num_tokens: int) -> PyramidShape:
     if num_tokens < 1:
         raise ValueError(f"the sequence must have at least 1 token, got {num_tokens}")
