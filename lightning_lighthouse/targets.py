@@ -1,0 +1,153 @@
+"""Find the attention modules of a model, and decide which of them stay dense.
+
+A module is a target if one of its own methods reaches `scaled_dot_product_attention`: by name, as the bare builtin
+under any name, through a function it calls, or through the attention table of transformers. Names are read from the
+compiled code of the methods; nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from lightning_lighthouse.sdpa import stock_sdpa
+
+# Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.
+SDPA_NAMES = frozenset({"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"})
+# A method, a function that it calls, and one that this one calls.
+CALL_DEPTH = 2
+# From this many attention layers on, two at each end stay dense, as published; below, one.
+DEEP_MODEL = 16
+
+
+def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Module]:
+    """The attention modules of `model` by name, in the order of `named_modules`.
+
+    Args:
+        model: Searched through, wrappers included.
+        select: Glob over module names, for example "*.attn". It narrows the modules found; where none of those
+            matches, it names the targets itself, for models whose call to SDPA cannot be seen from outside.
+
+    Raises:
+        ValueError: Nothing found; the message lists modules that look like attention.
+    """
+    named = dict(model.named_modules())
+    found = _innermost({name: module for name, module in named.items() if _is_attention(module)})
+    if select is not None:
+        matching = {name: module for name, module in found.items() if fnmatchcase(name, select)}
+        found = matching or {name: module for name, module in named.items() if fnmatchcase(name, select)}
+    if not found:
+        looked_for = f"no module name matches select={select!r}" if select else "no module calls SDPA"
+        raise ValueError(
+            f"{looked_for} in {type(model).__name__}: Lighthouse replaces calls of "
+            f"torch.nn.functional.scaled_dot_product_attention; modules that look like attention: {_lookalikes(named)}"
+        )
+    return found
+
+
+def choose_routed(targets: dict[str, nn.Module], dense_layers: list[int] | None) -> dict[str, nn.Module]:
+    """The targets that are routed: all but the dense layers.
+
+    Args:
+        targets: Attention modules by name, in order.
+        dense_layers: Positions among the targets that stay dense, negative from the end; [] for none. None: the first
+            and last two of 16 or more, else the first and last (paper, section 4.1).
+
+    Raises:
+        TypeError: `dense_layers` is not a list of integers.
+        ValueError: A position is out of range, or no layer is left to route.
+    """
+    names = list(targets)
+    count = len(names)
+    if dense_layers is None:
+        ends = 2 if count >= DEEP_MODEL else 1
+        dense = {*range(ends), *range(count - ends, count)}
+    else:
+        if not isinstance(dense_layers, list | tuple) or any(type(layer) is not int for layer in dense_layers):
+            raise TypeError(f"dense_layers must be None or a list of integers, got {dense_layers!r}")
+        for layer in dense_layers:
+            if not -count <= layer < count:
+                raise ValueError(f"dense_layers must be from {-count} to {count - 1} for {count} layers, got {layer}")
+        dense = {layer % count for layer in dense_layers}
+    routed = {name: targets[name] for position, name in enumerate(names) if position not in dense}
+    if not routed:
+        raise ValueError(
+            f"all {count} attention layers stay dense (dense_layers={dense_layers}), nothing is left to route; "
+            "pass dense_layers=[] to route every layer"
+        )
+    return routed
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    methods = [method for kind in type(module).__mro__ if _is_foreign(kind) for method in vars(kind).values()]
+    methods.append(vars(module).get("forward"))
+    return any(_reaches_sdpa(method, CALL_DEPTH) for method in map(_plain_function, methods) if method)
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether a class is the user's: torch's own layers reach SDPA only through nn.MultiheadAttention."""
+    return kind is not object and not kind.__module__.startswith(("torch.nn.", "lightning.pytorch."))
+
+
+def _plain_function(method: Any) -> FunctionType | None:
+    method = getattr(method, "__func__", method)
+    method = getattr(method, "__wrapped__", method)
+    return method if isinstance(method, FunctionType) else None
+
+
+@lru_cache(maxsize=4096)
+def _reaches_sdpa(function: FunctionType, depth: int) -> bool:
+    names = set(_names(function.__code__))
+    if names & SDPA_NAMES:
+        return True
+    used = [function.__globals__[name] for name in names if name in function.__globals__]
+    used += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    if any(value is stock_sdpa for value in used):
+        return True
+    if depth == 0:
+        return False
+    called = (_plain_function(value) for value in used)
+    return any(_reaches_sdpa(value, depth - 1) for value in called if value and not _is_torch(value))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _is_torch(function: FunctionType) -> bool:
+    return (function.__module__ or "").split(".")[0] in ("torch", "lightning")
+
+
+def _innermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Drop modules that contain another: a model whose helper mentions SDPA is not an attention layer."""
+    ancestors = {name[:end] for name in modules for end in range(len(name)) if name[end] == "."}
+    if any(modules):
+        ancestors.add("")
+    return {name: module for name, module in modules.items() if name not in ancestors}
+
+
+def _lookalikes(named: dict[str, nn.Module]) -> str:
+    classes: dict[str, str] = {}
+    for name, module in named.items():
+        if "attn" in name.lower() or "attention" in type(module).__name__.lower():
+            classes.setdefault(type(module).__name__, name)
+    if not classes:
+        return "none"
+    return ", ".join(f"{name} ({kind})" for kind, name in list(classes.items())[:8])

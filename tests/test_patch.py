@@ -1,0 +1,430 @@
+"""Patching a model: which modules are found, what is routed, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import types
+
+import foreign
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign import GPT, SelfAttention
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import lightning_lighthouse.patch as patch_module
+from lightning_lighthouse import LighthouseConfig, lighthouse_attention, patch_attention
+from lightning_lighthouse.audit import Audit, explain
+from lightning_lighthouse.sdpa import stock_sdpa
+
+CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+
+
+def tokens(batch=2, length=96, seed=0):
+    return torch.randint(foreign.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def run(model, x):
+    model.zero_grad()
+    out = model(x)
+    out.square().mean().backward()
+    return out.detach(), gradients(model)
+
+
+def same(first, second, exact=True):
+    pairs = zip([first[0], *first[1]], [second[0], *second[1]], strict=True)
+    return all(torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+
+
+class ByHand(SelfAttention):
+    """SelfAttention with Lighthouse written into it."""
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return self.out(lighthouse_attention(q, k, v, CONFIG).transpose(1, 2).flatten(2))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    yield
+    leaked = bool(patch_module._patches) or F.scaled_dot_product_attention is not stock_sdpa
+    for patch in list(patch_module._patches):
+        patch.restore()
+    torch._dynamo.reset()
+    assert not leaked
+
+
+def test_a_routed_model_equals_one_written_by_hand():
+    torch.manual_seed(0)
+    model = GPT()
+    by_hand = copy.deepcopy(model)
+    for block in by_hand.blocks[1:-1]:
+        block.attn.__class__ = ByHand
+    dense, x = run(model, tokens()), tokens()
+    with patch_attention(model, CONFIG):
+        routed = run(model, x)
+    assert same(routed, run(by_hand, x))
+    assert not same(routed, dense)
+    assert same(run(model, x), dense)
+
+
+def test_on_off_restore_and_the_state_dict():
+    model = GPT()
+    keys, x = list(model.state_dict()), tokens()
+    before = set(vars(model.blocks[1].attn))
+    dense = model(x)
+    patch = patch_attention(model, CONFIG)
+    assert torch.equal(model(x), dense)
+    patch.on()
+    assert not torch.equal(model(x), dense)
+    assert list(model.state_dict()) == keys
+    patch.off()
+    assert torch.equal(model(x), dense)
+    patch.restore()
+    patch.restore()
+    assert set(vars(model.blocks[1].attn)) == before
+    assert list(model.state_dict()) == keys
+    with pytest.raises(RuntimeError, match="was restored"):
+        patch.on()
+
+
+@pytest.mark.parametrize(
+    ("layers", "dense_layers", "routed"),
+    [
+        (4, None, [1, 2]),
+        (16, None, list(range(2, 14))),
+        (4, [], [0, 1, 2, 3]),
+        (4, [0, -2], [1, 3]),
+        (3, [1, 1], [0, 2]),
+    ],
+)
+def test_dense_layers(layers, dense_layers, routed):
+    patch = patch_attention(GPT(layers), CONFIG, dense_layers=dense_layers)
+    assert list(patch.targets) == [f"blocks.{layer}.attn" for layer in routed]
+    patch.restore()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"dense_layers": [4]}, ValueError, "from -4 to 3 for 4 layers, got 4"),
+        ({"dense_layers": [0, 1, 2, 3]}, ValueError, "nothing is left to route"),
+        ({"dense_layers": [0.5]}, TypeError, "list of integers"),
+        ({"select": "nothing.*"}, ValueError, "no module name matches select='nothing.*'"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_leave_nothing(arguments, error, words):
+    with pytest.raises(error) as caught:
+        patch_attention(GPT(), CONFIG, **arguments)
+    assert words in str(caught.value)
+
+
+def test_a_model_without_attention_is_refused_with_candidates():
+    class FakeAttention(nn.Module):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match=r"no module calls SDPA .* 0 \(FakeAttention\)"):
+        patch_attention(nn.Sequential(FakeAttention()), CONFIG)
+
+
+def test_select_narrows_the_modules():
+    patch = patch_attention(GPT(6), CONFIG, select="blocks.[1-3].*", dense_layers=[])
+    assert list(patch.targets) == ["blocks.1.attn", "blocks.2.attn", "blocks.3.attn"]
+    patch.restore()
+
+
+def test_the_same_model_twice_raises_two_models_do_not():
+    first, second = GPT(), GPT()
+    x = tokens()
+    patch = patch_attention(first, CONFIG)
+    with pytest.raises(ValueError, match="patched already"):
+        patch_attention(first, CONFIG)
+    dense = second(x)
+    other = patch_attention(second, LighthouseConfig(num_levels=2, pooling_factor=4, top_k=4))
+    patch.on()
+    assert torch.equal(second(x), dense)
+    patch.restore()
+    other.on()
+    assert not torch.equal(second(x), dense)
+    other.restore()
+
+
+def free_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Indirect(SelfAttention):
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return self.out(free_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Positional(SelfAttention):
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, None, 0.0, True).transpose(1, 2).flatten(2))
+
+
+def bare_import():
+    """A module of a user's, with `from torch.nn.functional import scaled_dot_product_attention as attend`."""
+    source = """
+from foreign import SelfAttention
+from torch.nn.functional import scaled_dot_product_attention as attend
+class Bare(SelfAttention):
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return self.out(attend(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+"""
+    module = types.ModuleType("users_bare_module")
+    sys.modules[module.__name__] = module
+    exec(source, module.__dict__)
+    return module.Bare
+
+
+@pytest.mark.parametrize("style", ["indirect", "positional", "bare"])
+def test_styles_of_calling_sdpa(style):
+    kind = {"indirect": Indirect, "positional": Positional}.get(style) or bare_import()
+    torch.manual_seed(0)
+    model = GPT()
+    with patch_attention(model, CONFIG, dense_layers=[]):
+        expected = run(model, tokens())
+    for block in model.blocks:
+        block.attn.__class__ = kind
+    with patch_attention(model, CONFIG, dense_layers=[]):
+        assert same(run(model, tokens()), expected)
+    assert all(value is not patch_module.routed_sdpa for value in vars(sys.modules[kind.__module__]).values())
+
+
+class Call(nn.Module):
+    """One SDPA call with whatever arguments a test wants."""
+
+    def forward(self, q, k, v, **arguments):
+        return F.scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def heads(count, length=64, dim=8, seed=0):
+    return torch.randn(2, count, length, dim, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"attn_mask": torch.ones(64, 64, dtype=torch.bool).tril()}, "attn_mask was given"),
+        ({}, "is_causal is False"),
+        ({"is_causal": True, "dropout_p": 0.1}, "dropout_p is not 0"),
+    ],
+)
+def test_calls_that_are_not_plain_causal_stay_dense_and_say_why(arguments, reason):
+    model = Call()
+    q, k, v = (heads(2, seed=i) for i in range(3))
+    torch.manual_seed(1)
+    expected = model(q, k, v, **arguments)
+    with patch_attention(model, CONFIG, dense_layers=[]) as patch:
+        patch.audit = Audit(patch.targets)
+        torch.manual_seed(1)
+        assert torch.equal(model(q, k, v, **arguments), expected)
+        assert patch.audit.unrouted() == {"": reason}
+        assert reason in explain(patch.audit.unrouted(), 1)
+
+
+def test_cross_attention_stays_dense():
+    model = Call()
+    q, k, v = heads(2), heads(2, 80, seed=1), heads(2, 80, seed=2)
+    expected = model(q, k, v, is_causal=True)
+    with patch_attention(model, CONFIG, dense_layers=[]):
+        assert torch.equal(model(q, k, v, is_causal=True), expected)
+
+
+def test_scale_grouped_heads_and_autocast_are_honoured():
+    model = Call()
+    q, k, v = heads(4), heads(2, seed=1), heads(2, seed=2)
+    with patch_attention(model, CONFIG, dense_layers=[]):
+        out = model(q, k, v, is_causal=True, enable_gqa=True, scale=0.7)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(q, k, v.bfloat16(), is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, lighthouse_attention(q, k, v, CONFIG, scale=0.7))
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(low, lighthouse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), CONFIG))
+
+
+class CheckpointInside(SelfAttention):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_checkpoint_inside_attention_stays_dense_with_right_gradients():
+    model = GPT()
+    expected = run(model, tokens())
+    for block in model.blocks:
+        block.attn.__class__ = CheckpointInside
+    with patch_attention(model, CONFIG) as patch:
+        patch.audit = Audit(patch.targets)
+        assert same(run(model, tokens()), expected, exact=False)
+        assert set(patch.audit.unrouted().values()) == {"checkpoint() inside the attention module"}
+
+
+class CheckpointedBlocks(GPT):
+    use_reentrant = False
+
+    def forward(self, x):
+        x = self.embed(x) + self.position(torch.arange(x.shape[1]))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_blocks_have_the_gradients_of_plain_ones(use_reentrant):
+    model = GPT()
+    with patch_attention(model, CONFIG):
+        expected = run(model, tokens())
+    model.__class__ = CheckpointedBlocks
+    model.use_reentrant = use_reentrant
+    with patch_attention(model, CONFIG):
+        assert same(run(model, tokens()), expected, exact=False)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("what", "frames"),
+    # first dense, routed, restored: each new phase costs one compile a frame, whatever the depth
+    [("model", [1, 2, 2, 3]), ("block", [2, 3, 3, 4]), ("attention", [2, 3, 3, 4])],
+)
+def test_compiled_models_follow_the_phase(what, frames, checkpointed):
+    torch.manual_seed(0)
+    model = GPT(6)
+    if checkpointed:
+        model.__class__ = CheckpointedBlocks
+    x = tokens()
+    dense = run(model, x)
+    with patch_attention(model, CONFIG):
+        routed = run(model, x)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    parts = {"model": [model], "block": model.blocks, "attention": [block.attn for block in model.blocks]}[what]
+    for part in parts:
+        part.compile(backend=counter, fullgraph=True)
+    # the first and last layer are bare modules; the others carry the instance forward
+    patch = patch_attention(model, CONFIG)
+    seen = []
+    assert same(run(model, x), dense, exact=False)
+    seen.append(counter.frame_count)
+    patch.on()
+    patch.audit = Audit(patch.targets)
+    assert same(run(model, x), routed, exact=False)
+    assert patch.audit.unrouted() == {}
+    seen.append(counter.frame_count)
+    patch.off()
+    assert same(run(model, x), dense, exact=False)
+    seen.append(counter.frame_count)
+    patch.restore()
+    assert same(run(model, x), dense, exact=False)
+    seen.append(counter.frame_count)
+    assert seen == frames
+
+
+def test_a_second_audit_of_a_compiled_model_remembers_the_first():
+    model = GPT()
+    model.compile(backend="eager", fullgraph=True)
+    with patch_attention(model, CONFIG) as patch:
+        patch.audit = Audit(patch.targets)
+        model(tokens())
+        assert patch.audit.unrouted() == {}
+        # the graph is cached: nothing is traced, no note is left
+        patch.audit = Audit(patch.targets)
+        model(tokens())
+        assert patch.audit.unrouted() == {}
+
+
+def test_a_layer_that_never_calls_sdpa_is_named():
+    model = GPT()
+    with patch_attention(model, CONFIG) as patch:
+        patch.audit = Audit(patch.targets)
+        model.blocks[0](torch.randn(2, 64, 16))
+        model.blocks[1](torch.randn(2, 64, 16))
+        missing = patch.audit.unrouted()
+    assert missing == {"blocks.2.attn": "no call of scaled_dot_product_attention was seen"}
+    assert "blocks.2.attn" in explain(missing, 2)
+
+
+def test_a_deep_copy_follows_and_then_runs_dense():
+    model = GPT()
+    x = tokens()
+    dense = model(x)
+    patch = patch_attention(model, CONFIG)
+    patch.on()
+    average = copy.deepcopy(model)
+    assert torch.equal(average(x), model(x))
+    with torch.no_grad():
+        average.head.bias += 1
+    assert not torch.equal(average(x), model(x))
+    patch.restore()
+    torch.testing.assert_close(average(x), dense + 1)
+
+
+def test_a_pickled_module_comes_back_unpatched():
+    model = GPT()
+    x = tokens()
+    dense = model(x)
+    with patch_attention(model, CONFIG):
+        pickled = pickle.dumps(model)
+        saved = io.BytesIO()
+        torch.save(model, saved)
+    assert torch.equal(pickle.loads(pickled)(x), dense)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved, weights_only=False)(x), dense)
+
+
+def test_an_instance_forward_of_the_users_is_kept():
+    model = GPT()
+    attention = model.blocks[1].attn
+    attention.forward = types.MethodType(lambda self, x: SelfAttention.forward(self, x) * 2, attention)
+    theirs = attention.forward
+    x = tokens()
+    dense = model(x)
+    patch = patch_attention(model, CONFIG)
+    assert torch.equal(model(x), dense)
+    patch.restore()
+    assert attention.forward is theirs
+
+
+def test_multi_head_attention_is_routed_in_eager():
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 96, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(96)
+
+    def call():
+        return attention(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+    dense = call()
+    with patch_attention(attention, CONFIG, dense_layers=[]) as patch:
+        patch.audit = Audit(patch.targets)
+        assert not torch.allclose(call(), dense, atol=1e-4)
+        assert patch.audit.unrouted() == {}
+    assert torch.equal(call(), dense)
+
+
+def test_scope_is_left_after_an_exception():
+    class Failing(SelfAttention):
+        def forward(self, x):
+            super().forward(x)
+            raise FloatingPointError
+
+    model = GPT()
+    model.blocks[1].attn.__class__ = Failing
+    with patch_attention(model, CONFIG) as patch:
+        with pytest.raises(FloatingPointError):
+            model(tokens())
+        assert not patch.in_scope
+        q = heads(2)
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), stock_sdpa(q, q, q, is_causal=True))
