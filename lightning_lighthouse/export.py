@@ -1,0 +1,52 @@
+"""The trained model as a plain file: the bare state dict of the LightningModule, dense and free of this package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+FINAL = "final.pt"
+
+
+def write_final(trainer: Trainer, module: LightningModule, folder: Path) -> Path:
+    """Gather the weights of `module` and write `folder/final.pt`. Every rank calls it, rank 0 writes.
+
+    The file loads with `torch.load(path, weights_only=True)` into the same LightningModule. It appears whole or not at
+    all.
+    """
+    path = folder / FINAL
+    weights = _gather_weights(trainer, module)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        try:
+            torch.save(weights, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    trainer.strategy.barrier("lighthouse_final")
+    return path
+
+
+def _gather_weights(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    if not _is_sharded(module):
+        return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    # all ranks take part in the gathering, whoever writes
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=options)
+
+
+def _is_sharded(module: LightningModule) -> bool:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters()) or any(
+        isinstance(child, FullyShardedDataParallel) for child in module.modules()
+    )

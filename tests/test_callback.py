@@ -1,0 +1,419 @@
+"""The callback in a real Trainer, on a LightningModule that does not know it."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign import GPT, ForeignModule, ResumableLoader, SelfAttention, Sequences, loader
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.sdpa import stock_sdpa
+
+CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+
+
+class Watch(Callback):
+    """Keeps, per training batch, the step and whether a routed layer was on; and the same for validation."""
+
+    def __init__(self):
+        self.training, self.validation = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.training.append((trainer.global_step, _is_routed(pl_module)))
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.validation.append(_is_routed(pl_module))
+
+    @property
+    def phases(self):
+        return [routed for _, routed in self.training]
+
+
+def _is_routed(module):
+    x = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    attention = module.model.blocks[1].attn
+    with torch.no_grad():
+        plain = SelfAttention(16, 2)
+        plain.load_state_dict(attention.state_dict())
+        return not torch.allclose(attention(x), plain(x), atol=1e-5)
+
+
+def trainer(tmp_path, callbacks, max_steps=10, **settings):
+    settings = {
+        "max_steps": max_steps,
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    } | settings
+    return Trainer(default_root_dir=tmp_path, callbacks=callbacks, **settings)
+
+
+def module(**arguments):
+    torch.manual_seed(0)
+    return ForeignModule(**arguments)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    yield
+    assert F.scaled_dot_product_attention is stock_sdpa
+
+
+def fit(tmp_path, callbacks, model=None, ckpt_path=None, data=None, validation=None, **settings):
+    model = model or module()
+    run = trainer(tmp_path, callbacks, **settings)
+    run.fit(model, ResumableLoader() if data is None else data, validation, ckpt_path=ckpt_path, weights_only=True)
+    return model, run
+
+
+def test_lighthouse_until_the_switch_then_dense(tmp_path):
+    watch = Watch()
+    model, _ = fit(
+        tmp_path, [LighthouseCallback(0.6, CONFIG), watch], validation=loader(4, seed=1), val_check_interval=2
+    )
+    assert watch.phases == [True] * 6 + [False] * 4
+    assert watch.validation
+    assert not any(watch.validation)
+    assert "forward" not in vars(model.model.blocks[1].attn)
+
+
+def test_the_dense_phase_is_plain_training(tmp_path):
+    # weights and optimizer at the switch, then five dense steps by hand
+    model = module()
+    states = []
+
+    class Snapshot(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                states.append(copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict())))
+
+    fit(tmp_path, [LighthouseCallback(5, CONFIG), Snapshot()], model)
+    by_hand = module()
+    by_hand.load_state_dict(states[0][0])
+    optimizer = by_hand.configure_optimizers()
+    optimizer.load_state_dict(states[0][1])
+    for batch in list(loader())[5:]:
+        optimizer.zero_grad()
+        by_hand.training_step(batch, 0).backward()
+        optimizer.step()
+    assert by_hand.losses == model.losses[5:]
+    assert all(torch.equal(a, b) for a, b in zip(by_hand.parameters(), model.parameters(), strict=True))
+
+
+def test_state_dict_keys_never_change(tmp_path):
+    model = module()
+    keys = [list(model.state_dict())]
+
+    class Keys(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            keys.append(list(pl_module.state_dict()))
+
+    fit(tmp_path, [LighthouseCallback(0.5, CONFIG), Keys()], model)
+    keys.append(list(model.state_dict()))
+    assert all(these == keys[0] for these in keys)
+
+
+def test_disabled_is_the_dense_baseline(tmp_path):
+    watch = Watch()
+    with_callback, _ = fit(tmp_path, [LighthouseCallback(0.6, CONFIG, enabled=False), watch])
+    without, _ = fit(tmp_path, [])
+    assert not any(watch.phases)
+    assert with_callback.losses == without.losses
+
+
+def test_the_switch_never_splits_an_accumulation(tmp_path):
+    watch = Watch()
+    fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], max_steps=-1, max_epochs=1, accumulate_grad_batches=2)
+    # 10 batches are 5 steps; half of them, rounded up, is 3
+    assert watch.phases == [True] * 6 + [False] * 4
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8], ids=["before the switch", "at the switch", "after the switch"])
+def test_resume_is_exact(tmp_path, stop):
+    whole, _ = fit(tmp_path, [LighthouseCallback(0.6, CONFIG)])
+
+    def halves():
+        return [LighthouseCallback(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1)]
+
+    first, _ = fit(tmp_path, halves(), enable_checkpointing=True)
+    path = next(tmp_path.glob(f"*step={stop}.ckpt"))
+    watch = Watch()
+    second, _ = fit(tmp_path, [LighthouseCallback(0.6, CONFIG), watch], ckpt_path=path)
+    assert first.losses == whole.losses
+    assert second.losses == whole.losses[stop:]
+    assert watch.training == [(step, step < 6) for step in range(stop, 10)]
+
+
+def checkpointed(tmp_path, switch_at, stop=6, max_steps=10, **arguments):
+    callbacks = [
+        LighthouseCallback(switch_at, CONFIG, **arguments),
+        ModelCheckpoint(tmp_path, every_n_train_steps=stop),
+    ]
+    fit(tmp_path, callbacks, enable_checkpointing=True, max_steps=max_steps)
+    return next(tmp_path.glob(f"*step={stop}.ckpt"))
+
+
+def test_a_longer_run_stays_dense_after_its_switch(tmp_path):
+    path = checkpointed(tmp_path, 0.5)
+    watch = Watch()
+    with pytest.warns(UserWarning, match="the training got longer.*stays dense"):
+        fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], ckpt_path=path, max_steps=20)
+    assert not any(watch.phases)
+
+
+def test_a_later_switch_after_the_switch_is_refused_unless_asked_for(tmp_path):
+    path = checkpointed(tmp_path, 0.5)
+    with pytest.raises(SettingError, match="allow_return=True"):
+        fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], ckpt_path=path)
+    watch = Watch()
+    with pytest.warns(UserWarning, match="returning to Lighthouse"):
+        fit(tmp_path, [LighthouseCallback(0.9, CONFIG, allow_return=True), watch], ckpt_path=path)
+    assert watch.phases == [True] * 3 + [False]
+
+
+def test_a_switch_still_ahead_moves_with_a_warning(tmp_path):
+    path = checkpointed(tmp_path, 0.9)
+    watch = Watch()
+    with pytest.warns(UserWarning, match="from step 9 to step 8"):
+        fit(tmp_path, [LighthouseCallback(8, CONFIG), watch], ckpt_path=path)
+    assert watch.phases == [True, True, False, False]
+
+
+def test_a_checkpoint_without_our_state_follows_its_step(tmp_path):
+    path = checkpointed(tmp_path, 0.5)
+    content = torch.load(path, weights_only=True)
+    del content["callbacks"]["LighthouseCallback"]
+    torch.save(content, path)
+    watch = Watch()
+    with pytest.warns(UserWarning, match="without Lighthouse state"):
+        fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], ckpt_path=path)
+    assert not any(watch.phases)
+
+
+def test_a_second_fit_of_the_same_trainer_stays_dense(tmp_path):
+    watch = Watch()
+    callback = LighthouseCallback(5, CONFIG)
+    model, run = fit(tmp_path, [callback, watch])
+    run.fit_loop.epoch_loop.max_steps = 15
+    run.fit(model, loader())
+    assert watch.phases == [True] * 5 + [False] * 10
+    # a new Trainer begins anew, also with the same callback
+    again = Watch()
+    fit(tmp_path, [callback, again])
+    assert again.phases == watch.phases[:10]
+
+
+class BoomError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
+def test_the_model_is_restored_after_an_exception(tmp_path, error):
+    model = module()
+    dense = copy.deepcopy(model)
+
+    class Fail(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step == 2:
+                raise error
+
+    with pytest.raises((error, SystemExit)):
+        fit(tmp_path, [LighthouseCallback(0.5, CONFIG), Fail()], model)
+    assert F.scaled_dot_product_attention is stock_sdpa
+    dense.load_state_dict(model.state_dict())
+    batch = next(iter(loader()))
+    assert torch.equal(model.loss(batch), dense.loss(batch))
+
+
+def test_an_unroutable_layer_is_named(tmp_path):
+    class WithMask(SelfAttention):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+    model = module()
+    model.model.blocks[2].attn.__class__ = WithMask
+    with pytest.raises(RuntimeError, match=r"1 of 2 .* model\.blocks\.2\.attn: attn_mask was given"):
+        fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], model)
+    with pytest.warns(UserWarning, match="attn_mask was given"):
+        fit(tmp_path, [LighthouseCallback(0.5, CONFIG, on_unroutable="warn")], model)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from Sequences().tokens
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings", "words"),
+    [
+        ([], {"max_steps": -1, "max_time": {"seconds": 5}, "max_epochs": -1}, "number of steps is unknown"),
+        ([], {"max_steps": -1, "max_epochs": 1, "data": DataLoader(Endless(), 2)}, "number of steps is unknown"),
+        ([GradientAccumulationScheduler({0: 5})], {"max_steps": -1, "max_epochs": 2}, "GradientAccumulationScheduler"),
+    ],
+)
+def test_a_fraction_of_an_unknown_length_is_refused(tmp_path, callbacks, settings, words):
+    with pytest.raises(SettingError, match=words):
+        fit(tmp_path, [LighthouseCallback(0.9, CONFIG), *callbacks], **settings)
+
+
+def test_a_step_needs_no_length(tmp_path):
+    watch = Watch()
+    fit(tmp_path, [LighthouseCallback(4, CONFIG), watch], max_steps=-1, max_epochs=1, data=DataLoader(Endless(), 2))
+    assert watch.phases == [True] * 4 + [False] * 6
+
+
+def test_a_run_that_ends_before_its_switch_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="before the switch to dense attention at step 50"):
+        fit(tmp_path, [LighthouseCallback(50, CONFIG)])
+
+
+def test_a_compiled_model_switches(tmp_path):
+    eager, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)])
+    model = module()
+    for block in model.model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    watch = Watch()
+    fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], model)
+    torch.testing.assert_close(model.losses, eager.losses, rtol=1e-4, atol=0)
+
+
+def test_low_precision_trains(tmp_path):
+    model, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], precision="bf16-mixed")
+    assert model.losses[-1] < model.losses[0]
+
+
+def test_the_final_weights_load_into_a_plain_model(tmp_path):
+    model, run = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], logger=TensorBoardLogger(tmp_path))
+    weights = torch.load(f"{run.log_dir}/final.pt", weights_only=True)
+    plain = ForeignModule()
+    plain.load_state_dict(weights, strict=True)
+    batch = next(iter(loader()))
+    assert torch.equal(plain.loss(batch), model.loss(batch))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_fast_dev_run_writes_nothing_and_says_that_it_never_switches(tmp_path):
+    with pytest.warns(UserWarning, match="1 steps end before the switch at step 1"):
+        fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], fast_dev_run=True, max_steps=-1)
+    assert not list(tmp_path.rglob("*"))
+
+
+def scalars(folder, tag="train/loss"):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+
+
+def test_each_phase_has_its_run_and_the_curves_meet(tmp_path):
+    callbacks = [LighthouseCallback(0.6, CONFIG)]
+    model, run = fit(
+        tmp_path,
+        callbacks,
+        logger=TensorBoardLogger(tmp_path),
+        log_every_n_steps=2,
+        validation=loader(4, seed=1),
+        val_check_interval=2,
+    )
+    lighthouse, dense = scalars(f"{run.log_dir}/lighthouse"), scalars(f"{run.log_dir}/dense")
+    # every second step, the last before the switch, and the switch itself in both
+    assert list(lighthouse) == [0, 2, 4, 5, 6]
+    assert list(dense) == [6, 8]
+    assert lighthouse[6] == dense[6]
+    for step, value in (lighthouse | dense).items():
+        assert value == pytest.approx(model.losses[step], rel=1e-5)
+    assert list(scalars(run.log_dir, "val/loss")) == [1, 3, 5, 7, 9]
+    rates = scalars(f"{run.log_dir}/lighthouse", "train/tokens_per_second")
+    assert all(rate > 0 for rate in rates.values())
+    events = EventAccumulator(f"{run.log_dir}/dense")
+    events.Reload()
+    texts = [tensor for tag in events.Tags()["tensors"] if "phase" in tag for tensor in events.Tensors(tag)]
+    assert any(b"switched from Lighthouse to dense attention at step 6" in t.tensor_proto.string_val[0] for t in texts)
+    assert any("custom_scalars" in tag for tag in events.Tags()["tensors"])
+    assert b"lighthouse/switch_step" in b"".join(path.read_bytes() for path in Path(run.log_dir).glob("events*"))
+
+
+def test_an_accumulated_loss_is_the_mean_of_its_batches(tmp_path):
+    model, run = fit(
+        tmp_path,
+        [LighthouseCallback(2, CONFIG)],
+        logger=TensorBoardLogger(tmp_path),
+        log_every_n_steps=1,
+        accumulate_grad_batches=2,
+        max_steps=5,
+    )
+    curves = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
+    for step in range(5):
+        assert curves[step] == pytest.approx(sum(model.losses[2 * step : 2 * step + 2]) / 2, rel=1e-5)
+
+
+def test_a_resumed_run_continues_its_curves(tmp_path):
+    logger = {"logger": TensorBoardLogger(tmp_path, version="one"), "log_every_n_steps": 1}
+    callbacks = [LighthouseCallback(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)]
+    _, run = fit(tmp_path, callbacks, enable_checkpointing=True, **logger)
+    before = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
+    logger["logger"] = TensorBoardLogger(tmp_path, version="one")
+    fit(tmp_path, [LighthouseCallback(0.6, CONFIG)], ckpt_path=next(tmp_path.glob("*step=4.ckpt")), **logger)
+    after = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
+    assert after == before
+    assert sorted(after) == list(range(10))
+
+
+def test_other_loggers_get_the_phase_as_a_scalar(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, [LighthouseCallback(0.6, CONFIG)], logger=logger, log_every_n_steps=1)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("phase")]
+    assert [float(row["phase"]) for row in rows][:6] == [1.0] * 6
+    assert float(rows[-1]["phase"]) == 0.0
+
+
+def test_the_summary_frames_the_switch(tmp_path, caplog):
+    callback = LighthouseCallback(0.6, CONFIG)
+    with caplog.at_level("INFO"):
+        fit(
+            tmp_path,
+            [callback],
+            validation=loader(4, seed=1),
+            val_check_interval=3,
+            check_val_every_n_epoch=None,
+            max_steps=12,
+        )
+    ledger = callback._ledger
+    assert (ledger.lighthouse.steps, ledger.dense.steps) == (8, 4)
+    assert (ledger.before_switch[0], ledger.after_switch[0], ledger.last_validation[0]) == (6, 9, 12)
+    for words in ("lighthouse       8 steps", "last before the switch", "first after the switch", "final.pt"):
+        assert words in caplog.text
+
+
+def test_wrong_arguments_are_quoted():
+    for arguments, words in [
+        ({"switch_at": 1.9}, "got 1.9"),
+        ({"attention": {"top_k": 3}}, "LighthouseConfig"),
+        ({"on_unroutable": "ignore"}, "'raise' or 'warn', got 'ignore'"),
+    ]:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            LighthouseCallback(**arguments)
+        assert words in str(caught.value)
+
+
+def test_a_model_with_no_gain_at_its_length_trains_dense(tmp_path):
+    watch = Watch()
+    fit(tmp_path, [LighthouseCallback(0.5, LighthouseConfig()), watch], model=ForeignModule(model=GPT()))
+    assert not any(watch.phases)
