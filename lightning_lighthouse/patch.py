@@ -14,6 +14,8 @@ No parameter is added and no module renamed: `state_dict` never changes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -31,6 +33,7 @@ SDPA = "scaled_dot_product_attention"
 
 _patches: list[Patch] = []
 _bare_copies: list[tuple[dict[str, Any], str]] = []
+_checkpoint_setting = ExitStack()
 
 
 class Patch:
@@ -246,6 +249,7 @@ def _note(reason: str) -> None:
 
 def _swap() -> None:
     setattr(F, SDPA, routed_sdpa)
+    _checkpoint_setting.enter_context(_scope_allowed_in_checkpoint())
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("torch", "lightning_lighthouse"):
             continue
@@ -262,3 +266,20 @@ def _unswap() -> None:
         if namespace.get(attribute) is routed_sdpa:
             namespace[attribute] = stock_sdpa
     _bare_copies.clear()
+    _checkpoint_setting.close()
+
+
+@contextmanager
+def _scope_allowed_in_checkpoint() -> Iterator[None]:
+    """Let Dynamo trace `patch.in_scope` under activation checkpointing where it cannot see that it is undone.
+
+    Newer torch does see it. Until then the setting tells Dynamo not to replay such a side effect in the recompute,
+    which is right for one that ends with the module's forward.
+    """
+    from torch._dynamo import config, side_effects
+
+    if hasattr(side_effects.SideEffects, "snapshot_attr_mutation"):
+        yield
+        return
+    with config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        yield

@@ -1,0 +1,295 @@
+"""What a prepared folder says about itself, and whether it still holds.
+
+`manifest.json` records the settings, the counts, and size and sha256 of every file. `check` compares sizes and takes
+milliseconds: it runs before each training. `verify` hashes everything again; it is a command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+# Raised when the layout of the folder changes
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked of the preparation: equal settings and equal text give equal files.
+
+    Args:
+        source: As given by the user; None: Python's standard library.
+        text_field: Field of JSONL and Parquet that holds the text.
+        tokenizer: From `identify_tokenizer`.
+        end_of_document: As given by the user.
+        seq_len: Tokens a model sees of a sequence; one more is stored.
+        validation_source: As given by the user; None: `source`.
+        validation_fraction: Share of the documents of `source`.
+        seed: Of the choice of validation documents.
+    """
+
+    source: str | None
+    text_field: str
+    tokenizer: str
+    end_of_document: str | None
+    seq_len: int
+    validation_source: str | None
+    validation_fraction: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one split holds.
+
+    Args:
+        documents: Documents that are not empty.
+        text_bytes: Bytes of their text, UTF-8.
+        tokens: Tokens of all documents, ends of documents included.
+        sequences: Sequences of `seq_len + 1` tokens.
+        dropped_tokens: Tokens of the last, incomplete sequence.
+        longest_document: Tokens of the longest document, its end included.
+    """
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    sequences: int = 0
+    dropped_tokens: int = 0
+    longest_document: int = 0
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a prepared folder.
+
+    Args:
+        settings: What was asked.
+        vocab_size: Every token id is below it.
+        end_of_document: The id behind each document.
+        train: Counts of the training split.
+        validation: Counts of the validation split, all 0 where there is none.
+        files: By path within the folder, "train/index.json".
+    """
+
+    settings: Settings
+    vocab_size: int
+    end_of_document: int
+    train: Counts
+    validation: Counts
+    files: dict[str, FileRecord]
+
+    @property
+    def sha256(self) -> str:
+        """Of the packed tokens: of the digests of all chunks. The same text and settings give it again anywhere."""
+        chunks = {name: record.sha256 for name, record in self.files.items() if not name.endswith(INDEX)}
+        return _digest(chunks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the batches: the tokens, the tokenizer, the sequence length."""
+        return _digest([self.sha256, self.settings.tokenizer, self.settings.seq_len])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that one token stands for, both splits together."""
+        return (self.train.text_bytes + self.validation.text_bytes) / (self.train.tokens + self.validation.tokens)
+
+    def summary(self) -> str:
+        """One line."""
+        counts = f"{self.train.sequences:,} training and {self.validation.sequences:,} validation sequences"
+        return f"{counts} of {self.settings.seq_len:,} tokens, sha256 {self.sha256}"
+
+    def report(self) -> str:
+        """Every count, for the screen."""
+        lines = [f"{'':18}{'training':>16}{'validation':>16}"]
+        for field in fields(Counts):
+            values = (getattr(split, field.name) for split in (self.train, self.validation))
+            lines.append(f"{field.name.replace('_', ' '):18}" + "".join(f"{value:16,}" for value in values))
+        lines.append(f"{'bytes per token':18}{self.bytes_per_token:16.4f}")
+        lines.append(
+            f"tokenizer {self.settings.tokenizer}: {self.vocab_size:,} tokens, {self.end_of_document} ends a document"
+        )
+        return "\n".join([*lines, self.summary()])
+
+    def save(self, folder: Path) -> None:
+        """Write it into `folder`."""
+        content = {"format": FORMAT, **asdict(self), "sha256": self.sha256}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read it from `folder`.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is cut short, altered, or of another format.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it was not prepared by lighthouse prepare")
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+            manifest = cls(
+                settings=Settings(**content["settings"]),
+                vocab_size=content["vocab_size"],
+                end_of_document=content["end_of_document"],
+                train=Counts(**content["train"]),
+                validation=Counts(**content["validation"]),
+                files={_inside(name): FileRecord(**record) for name, record in content["files"].items()},
+            )
+            if content["sha256"] != manifest.sha256:
+                raise ValueError("its sha256 does not fit its files")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is cut short or altered ({error}); prepare the data again, with --overwrite"
+            ) from None
+        return manifest
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `folder` was prepared by this package."""
+    return (folder / MANIFEST).is_file()
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of all files beneath `folder`, by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of_file(path)) for path in paths
+    }
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(folder: Path) -> Manifest:
+    """Compare file sizes and the small index files with the manifest: milliseconds, whatever the amount of data.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FileNotFoundError: The manifest or a file is missing.
+        ValueError: A file has another size, or an index another content.
+    """
+    manifest = Manifest.load(folder)
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, expected {record.bytes:,} bytes; {_fix(folder)}")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise ValueError(f"{path} has {size:,} bytes, expected {record.bytes:,}; {_fix(folder)}")
+        if path.name == INDEX and sha256_of_file(path) != record.sha256:
+            raise ValueError(f"{path} is not the index that was prepared; {_fix(folder)}")
+    return manifest
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """Hash every file again.
+
+    Returns:
+        One line for each file that is missing or altered, while it runs; none if all is well.
+
+    Raises:
+        FileNotFoundError: There is no manifest.
+        ValueError: The manifest is damaged.
+    """
+    files = Manifest.load(folder).files
+    with byte_bar("Verifying", sum(record.bytes for record in files.values())) as bar:
+        for name, record in files.items():
+            path = folder / name
+            if not path.is_file():
+                yield f"{path} is missing"
+            elif path.stat().st_size != record.bytes:
+                yield f"{path} has {path.stat().st_size:,} bytes, expected {record.bytes:,}"
+            elif (found := sha256_of_file(path)) != record.sha256:
+                yield f"{path} has sha256 {found}, expected {record.sha256}"
+            bar.update(record.bytes)
+
+
+def byte_bar(description: str, total: int) -> Any:
+    """A progress bar over `total` bytes, silent where the output is no terminal."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
+
+
+def prepare_command(settings: Settings, output_dir: Path, tokenizer: str, *, overwrite: bool) -> str:
+    """The command line that prepares `output_dir` with these settings, as the user would type it."""
+    asked = {**asdict(settings), "tokenizer": tokenizer}
+    words = ["lighthouse", "prepare", "--output_dir", str(output_dir)]
+    for name, value in asked.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join([*words, "--overwrite"] if overwrite else words)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, and ends with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` alone, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`lighthouse verify`: hash a prepared folder again.
+
+    Returns:
+        Exit status: 0 if all is well, 1 if a file is missing or altered, 2 for wrong arguments.
+    """
+    parser = Parser(
+        prog="lighthouse verify", description="Compare a prepared folder with its manifest.", allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="a folder written by lighthouse prepare")
+    folder = parser.parse_args(argv).folder
+    try:
+        problems = list(verify(folder))
+        for problem in problems:
+            print(f"lighthouse verify: {problem}", file=sys.stderr)
+        if problems:
+            return 1
+        print(f"{folder}: {len(Manifest.load(folder).files)} files as prepared, {Manifest.load(folder).summary()}")
+    except (ValueError, OSError) as error:
+        print(f"lighthouse verify: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"file {name!r} lies outside the folder")
+    return name
+
+
+def _fix(folder: Path) -> str:
+    return f"copy it again, or prepare it again with --overwrite (lighthouse verify {folder} names every bad file)"

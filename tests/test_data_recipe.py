@@ -1,0 +1,339 @@
+"""LighthouseRecipe in a real Trainer: batches, resume across epochs, refusals."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_lighthouse import LighthouseRecipe
+from lightning_lighthouse.data import prepare as prepare_module
+from lightning_lighthouse.data.prepare import prepare
+
+SEQ_LEN = 127
+END = 256
+
+
+class Recorder(LightningModule):
+    """Learns one number, and writes down the batches that it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seen: list[str] = []
+        self.validated = 0
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Record the batch."""
+        self.seen.append(name_of(batch["tokens"]))
+        return self.weight * batch["tokens"].double().mean().float() / 257
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Count the sequences."""
+        self.validated += len(batch["tokens"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def name_of(tokens: torch.Tensor) -> str:
+    return f"{hash(tuple(tokens.flatten().tolist())):x}"
+
+
+def trainer(folder: Path | None = None, **options: Any) -> Trainer:
+    """A quiet Trainer on CPU; with a folder it keeps a checkpoint of every step there."""
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1) if folder else None
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=saving is not None,
+        callbacks=[saving] if saving else [],
+        **{"max_epochs": 3, "num_sanity_val_steps": 0, **options},
+    )
+
+
+def fit(recipe: LighthouseRecipe, folder: Path | None = None, resume: Path | None = None, **options: Any) -> Recorder:
+    model = Recorder()
+    trainer(folder, **options).fit(model, datamodule=recipe, ckpt_path=resume)
+    return model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of many lengths, no two sequences alike."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rng = np.random.default_rng(42)
+    documents = (bytes(rng.integers(32, 127, size=rng.integers(1, 500), dtype=np.uint8)).decode() for _ in range(97))
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(text: Path) -> str:
+    """The same, prepared."""
+    prepare(str(text.parent / "prepared"), seq_len=SEQ_LEN, source=str(text), validation_fraction=0.2)
+    return str(text.parent / "prepared")
+
+
+def recipe(source: str, **options: Any) -> LighthouseRecipe:
+    return LighthouseRecipe(**{"seq_len": SEQ_LEN, "source": source, "num_workers": 0, "batch_size": 3, **options})
+
+
+def test_trainer_prepares_trains_and_validates(text: Path, tmp_path: Path, capsys: Any) -> None:
+    data = LighthouseRecipe(
+        seq_len=SEQ_LEN, batch_size=3, source=str(text), output_dir=str(tmp_path / "out"), validation_fraction=0.2
+    )
+    assert (data.vocab_size, data.bytes_per_token) == (257, None)
+    model = fit(data, max_epochs=2)
+    manifest = data.state_dict()
+    assert f"sha256 {data._load_manifest().sha256}" in capsys.readouterr().out
+    counts = data._load_manifest()
+    assert len(model.seen) == counts.train.sequences // 3 * 2
+    # each epoch shows each batch once, in an order of its own
+    first, second = model.seen[: len(model.seen) // 2], model.seen[len(model.seen) // 2 :]
+    assert set(Counter(model.seen)) >= set(first)
+    assert first != second
+    assert model.validated == counts.validation.sequences // 3 * 3 * 2
+    assert 0.9 < data.bytes_per_token < 1
+    assert set(manifest) == {"fingerprint", "seq_len", "tokenizer", "seed", "topology"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_is_a_permutation_of_the_stored_sequences(prepared: str, num_workers: int) -> None:
+    data = recipe(prepared, num_workers=num_workers, batch_size=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    epochs = [[name_of(batch["tokens"]) for batch in loader] for _ in range(2)]
+    counts = data._load_manifest().train
+    assert Counter(epochs[0]) == Counter(epochs[1])
+    assert len(set(epochs[0])) == counts.sequences
+    assert epochs[0] != epochs[1]
+    batch = next(iter(loader))
+    assert batch["tokens"].dtype == torch.int64
+    assert batch["tokens"].shape == (1, SEQ_LEN + 1)
+    assert set(batch) == {"tokens"}
+
+
+def test_document_ids_and_positions_restart_with_each_document(prepared: str) -> None:
+    data = recipe(prepared, document_ids=True)
+    data.setup("fit")
+    for batch in data.val_dataloader():
+        for tokens, document_ids, positions in zip(*(batch[name].tolist() for name in batch), strict=True):
+            document, position = 0, 0
+            for i, token in enumerate(tokens):
+                assert (document_ids[i], positions[i]) == (document, position)
+                document, position = (document + 1, 0) if token == END else (document, position + 1)
+
+
+def test_the_order_does_not_depend_on_the_file_system(text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    # litdata shuffles chunks within a small window on network file systems: many chunks are needed to see it
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1)
+    prepare(str(tmp_path / "out"), seq_len=SEQ_LEN, source=str(text), validation_fraction=0)
+    orders = []
+    for forced in (False, True):
+        if forced:
+            # litdata's own switch: treat this disk as a network file system
+            monkeypatch.setenv("LITDATA_POSIX_FAST", "1")
+        data = recipe(str(tmp_path / "out"), batch_size=1)
+        data.setup("fit")
+        orders.append([name_of(batch["tokens"]) for batch in data.train_dataloader()])
+    assert orders[0] == orders[1]
+    assert len(set(orders[0])) == data._load_manifest().train.sequences
+
+
+def test_sequences_full_of_ends_and_without_any() -> None:
+    from lightning_lighthouse.data.streaming import locate_documents
+
+    ids, positions = locate_documents(np.array([END, END, END]), END)
+    assert (ids.tolist(), positions.tolist()) == ([0, 1, 2], [0, 0, 0])
+    ids, positions = locate_documents(np.array([7]), END)
+    assert (ids.tolist(), positions.tolist()) == ([0], [0])
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 11}], ids=["whole", "limited"])
+def test_resume_equals_an_unbroken_run(
+    prepared: str, tmp_path: Path, num_workers: int, options: dict[str, Any]
+) -> None:
+    unbroken = fit(recipe(prepared, num_workers=num_workers), tmp_path / "unbroken", **options)
+    batches = len(unbroken.seen) // 3
+    # inside an epoch, before, at and behind its end
+    for step in (1, batches - 1, batches, batches + 1, 2 * batches - 1):
+        checkpoint = tmp_path / "unbroken" / f"step={step}.ckpt"
+        resumed = fit(recipe(prepared, num_workers=num_workers), resume=checkpoint, **options)
+        assert resumed.seen == unbroken.seen[step:], f"resumed at step {step} of {batches} an epoch"
+        assert resumed.weight.item() == unbroken.weight.item()
+
+
+def test_resume_of_a_resumed_run(prepared: str, tmp_path: Path) -> None:
+    unbroken = fit(recipe(prepared), tmp_path / "first")
+    batches = len(unbroken.seen) // 3
+    for i, step in enumerate((3, 7, batches + 2)):
+        checkpoint = tmp_path / ("first" if i == 0 else f"after{i - 1}") / f"step={step}.ckpt"
+        resumed = fit(recipe(prepared), tmp_path / f"after{i}", resume=checkpoint)
+        assert resumed.seen == unbroken.seen[step:]
+
+
+def test_a_moved_folder_resumes_exactly(prepared: str, tmp_path: Path) -> None:
+    here = shutil.copytree(prepared, tmp_path / "here")
+    unbroken = fit(recipe(str(here)), tmp_path / "steps", max_epochs=2)
+    there = here.rename(tmp_path / "there")
+    resumed = fit(recipe(str(there)), resume=tmp_path / "steps" / "step=5.ckpt", max_epochs=2)
+    assert resumed.seen == unbroken.seen[5:]
+
+
+def test_other_data_under_a_checkpoint_is_refused(text: Path, prepared: str, tmp_path: Path) -> None:
+    fit(recipe(prepared), tmp_path / "steps", max_steps=2)
+    checkpoint = tmp_path / "steps" / "step=2.ckpt"
+    # one letter of one document, nothing of the sizes
+    (tmp_path / "text.jsonl").write_text(re.sub('"text": "[a-z]', '"text": "E', text.read_text(), count=1))
+    rebuilt = prepare(
+        str(tmp_path / "out"), seq_len=SEQ_LEN, source=str(tmp_path / "text.jsonl"), validation_fraction=0.2
+    )
+    original = recipe(prepared)._load_manifest()
+    assert rebuilt.train == original.train
+    data = recipe(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=f"fingerprint {rebuilt.fingerprint} .*checkpoint has {original.fingerprint}"):
+        fit(data, resume=checkpoint)
+    with pytest.raises(ValueError, match="seed is 43, the checkpoint was written with 42"):
+        fit(recipe(prepared, seed=43), resume=checkpoint)
+    # evaluation on other data is a use of its own
+    trainer().validate(Recorder(), datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+
+
+def test_another_topology_warns_and_repeats_nothing(prepared: str, tmp_path: Path, caplog: Any) -> None:
+    unbroken = fit(recipe(prepared, batch_size=1), tmp_path / "steps", max_epochs=1)
+    step = tmp_path / "steps" / "step=5.ckpt"
+    with caplog.at_level(logging.WARNING):
+        resumed = fit(recipe(prepared, batch_size=1, num_workers=2), resume=step, max_epochs=1)
+    assert "resumed with num_workers 1 -> 2: the batches are not those of an unbroken run" in caplog.text
+    assert "at most 1 global batches are left out" in caplog.text
+    served = Counter(unbroken.seen[:5] + resumed.seen)
+    assert max(served.values()) == 1
+    assert 0 <= len(unbroken.seen) - len(served) < 2
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        alone = fit(recipe(prepared, batch_size=1, num_workers=1), resume=step, max_epochs=1)
+    # one worker does what the main process would have done
+    assert "resumed with" not in caplog.text
+    assert alone.seen == unbroken.seen[5:]
+
+
+def test_checkpoints_load_without_executing_code(prepared: str, tmp_path: Path) -> None:
+    fit(recipe(prepared), tmp_path, max_steps=1)
+    checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    assert checkpoint["LighthouseRecipe"]["fingerprint"] == recipe(prepared)._load_manifest().fingerprint
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_token_outside_the_vocabulary_is_one_line(prepared: str, tmp_path: Path, num_workers: int) -> None:
+    folder = shutil.copytree(prepared, tmp_path / "out")
+    chunk = folder / "train" / "chunk-0-0.bin"
+    content = bytearray(chunk.read_bytes())
+    content[1001] = 0xFF
+    chunk.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"out/train/chunk-0-0\.bin holds token 65\d\d\d, the vocabulary has 257"
+    ) as error:
+        fit(recipe(str(folder), num_workers=num_workers))
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_chunk_stops_the_run_before_it_starts(prepared: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(prepared, tmp_path / "out")
+    chunk = folder / "train" / "chunk-0-0.bin"
+    chunk.write_bytes(chunk.read_bytes()[:-2])
+    model = Recorder()
+    with pytest.raises(ValueError, match=r"out/train/chunk-0-0\.bin has .* bytes, expected"):
+        trainer().fit(model, datamodule=recipe(str(folder)))
+    assert model.seen == []
+
+
+def test_too_little_data_is_an_error_with_counts(prepared: str) -> None:
+    sequences = recipe(prepared)._load_manifest().train.sequences
+    with pytest.raises(
+        ValueError,
+        match=rf"has {sequences} train sequences of 127 tokens, one batch needs 9999 \(1 ranks x "
+        r"batch_size 9999\); prepare more text, or lower seq_len or batch_size$",
+    ):
+        fit(recipe(prepared, batch_size=9999))
+    validation = recipe(prepared)._load_manifest().validation.sequences
+    assert validation < sequences
+    with pytest.raises(ValueError, match=rf"has {validation} validation sequences"):
+        fit(recipe(prepared, batch_size=validation + 1))
+
+
+def test_without_validation_data_training_goes_on_and_validation_does_not(text: Path, tmp_path: Path) -> None:
+    data = recipe(str(text), output_dir=str(tmp_path / "out"), validation_fraction=0)
+    assert fit(data, max_steps=2).validated == 0
+    with pytest.raises(ValueError, match="has 0 validation sequences"):
+        trainer().validate(Recorder(), datamodule=data, verbose=False)
+
+
+def test_a_prepared_source_must_fit_the_recipe(prepared: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"was prepared with seq_len=127, asked for 131; .*lighthouse prepare .*--seq_len 131"
+    ):
+        recipe(prepared, seq_len=131).setup("fit")
+    # where the text once came from, and how it was split, no longer matters
+    recipe(prepared, seed=7, validation_fraction=0.5, text_field="body").setup("fit")
+
+
+def test_an_output_of_other_settings_is_refused(text: Path, tmp_path: Path) -> None:
+    options = {"output_dir": str(tmp_path / "out"), "validation_fraction": 0.2}
+    recipe(str(text), **options).prepare_data()
+    for changed in ({"seq_len": 131}, {"seed": 7}, {"validation_fraction": 0.3}, {"text_field": "body"}):
+        data = recipe(str(text), **{**options, **changed})
+        data.prepare_data()
+        with pytest.raises(ValueError, match=f"was prepared with {next(iter(changed))}="):
+            data.setup("fit")
+
+
+def test_impossible_arguments() -> None:
+    for name, value in {"seq_len": 0, "batch_size": 0, "num_workers": -1, "validation_fraction": 1.0}.items():
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+            LighthouseRecipe(**{name: value})
+
+
+def test_yaml_can_hold_every_argument() -> None:
+    parameters = inspect.signature(LighthouseRecipe).parameters.values()
+    assert all(isinstance(parameter.default, str | int | float | bool | None) for parameter in parameters)
+    for parameter in parameters:
+        assert f"        {parameter.name}: " in (LighthouseRecipe.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("recipe", "litdata"), ("prepare", "torch lightning litdata tokenizers pyarrow"), ("integrity", "torch numpy")],
+)
+def test_importing_stays_light(module: str, absent: str) -> None:
+    code = f"import sys, lightning_lighthouse.data.{module}; print(*set({absent.split()}) & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == ""
+
+
+def test_every_documented_promise_names_a_test() -> None:
+    tests = Path(__file__).parent
+    promises = (tests.parent / "docs" / "data.md").read_text()
+    named = set(re.findall(r"\btest_\w+", promises)) - {path.stem for path in tests.glob("test_*.py")}
+    written = set(
+        re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in tests.glob("test_data_*.py")), re.M)
+    )
+    assert len(named) > 20
+    assert named <= written
