@@ -1,0 +1,148 @@
+"""The command `lighthouse`: which command runs, and what its exit status says.
+
+0: the run did what was asked. 2: arguments or a recipe are wrong, found before any training step. 1: data, checkpoints
+and every other error while running. 130 and 143: stopped by SIGINT or SIGTERM. Lightning is imported only by the
+commands that train, so that the others answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+DONE, FAILED, MISUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 128 + 2, 128 + 15
+
+COMMANDS = {
+    "fit": "Train a model with Lighthouse Attention, then dense: -c RECIPE.yaml [--KEY VALUE ...].",
+    "validate": "Evaluate a checkpoint on the validation data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
+    "test": "Evaluate a checkpoint on the test data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
+    "check": "Say everything that is wrong with a recipe, without training: RECIPE.yaml [--KEY VALUE ...].",
+    "prepare": "Turn documents into packed tokens for training.",
+    "verify": "Compare prepared data with its manifest.",
+    "bench": "Measure Lighthouse and dense attention on this machine.",
+}
+# Commands with a main of their own, which returns the exit status
+PROGRAMS = {
+    "prepare": "lightning_lighthouse.data.prepare",
+    "verify": "lightning_lighthouse.data.integrity",
+    "bench": "lightning_lighthouse.bench",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; None: those of the process.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("LIGHTHOUSE_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:
+        return _status(stop)
+    except Exception as error:
+        lines, status = _explain(error)
+        if debug or not lines:
+            traceback.print_exception(error)
+        for line in lines:
+            print(f"lighthouse: {line}", file=sys.stderr)
+        return status
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments:
+        return _refuse(f"a command is required: {', '.join(COMMANDS)}; see lighthouse --help")
+    command, *rest = arguments
+    if command in ("-h", "--help"):
+        print(_help())
+        return DONE
+    if command == "--version":
+        from lightning_lighthouse import __version__
+
+        print(__version__)
+        return DONE
+    if command.startswith("-"):
+        return _refuse(f"{command} comes before the command; write lighthouse fit {command} ...")
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _refuse(f"{command!r} is not a command; allowed: {', '.join(COMMANDS)}{hint}")
+    if command in PROGRAMS:
+        return int(import_module(PROGRAMS[command]).main(rest))
+    # Lightning takes seconds to import
+    from lightning_lighthouse import cli_lightning
+
+    return cli_lightning.check(rest) if command == "check" else cli_lightning.run(command, rest)
+
+
+def _refuse(problem: str) -> int:
+    print(f"lighthouse: {problem}", file=sys.stderr)
+    return MISUSED
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())
+    return (
+        "usage: lighthouse COMMAND [...]\n\n"
+        f"Pre-train with Lighthouse Attention.\n\ncommands:\n{commands}\n\n"
+        "Several recipes can be layered, -c BASE.yaml -c MORE.yaml: later ones win, and flags win over all.\n"
+        "lighthouse COMMAND --help shows what a command takes, lighthouse fit --model.help CLASS_PATH what a class\n"
+        "takes, and lighthouse fit ... --print_config what a run would use.\n"
+        "--debug, or LIGHTHOUSE_DEBUG=1, shows where an error comes from."
+    )
+
+
+def _status(stop: SystemExit) -> int:
+    """The exit status of a SystemExit; Lightning hides signals in it."""
+    if type(stop).__name__ == "SIGTERMException":
+        # Lightning kills the main process, maybe while it saves, once a rank that it launched ends with another status
+        return DONE if _is_launched() else TERMINATED
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or DONE
+    print(f"lighthouse: {stop.code}", file=sys.stderr)
+    return FAILED
+
+
+def _is_launched() -> bool:
+    """Whether Lightning started this process, for another rank of the main one."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _explain(error: Exception) -> tuple[Sequence[str], int]:
+    """The lines and the exit status for an error; no lines for one that only its traceback explains."""
+    from lightning_lighthouse.cli_recipe import UsageError
+    from lightning_lighthouse.schedule import SettingError
+
+    if isinstance(error, UsageError):
+        return error.problems, MISUSED
+    line = " ".join(str(error).split())
+    if isinstance(error, SettingError):
+        return [line], MISUSED
+    if isinstance(error, OSError) or type(error).__name__ == "MisconfigurationException" or _ours(error):
+        return [line], FAILED
+    return [], FAILED
+
+
+def _ours(error: Exception) -> bool:
+    """Whether this package raised the error itself, and so says in it what the user can do."""
+    if not isinstance(error, (ValueError, TypeError, RuntimeError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning_lighthouse.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
