@@ -221,7 +221,8 @@ class LighthouseCallback(Callback):
 
     def _resolve_switch(self, trainer: Trainer, pl_module: LightningModule) -> SwitchState:
         is_fraction = isinstance(self.switch_at, float)
-        schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
         if is_fraction and any(scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers):
             raise SettingError(
                 f"switch_at={self.switch_at} is a fraction, but Lightning's count of steps ignores the "
@@ -298,7 +299,8 @@ class LighthouseCallback(Callback):
         losses, self._losses = self._losses, []
         switch_step = self._switch.switch_step if self._switch else None
         frames_switch = switch_step is not None and self._step in (switch_step - 1, switch_step)
-        if self._curves is None or not (self._step % trainer.log_every_n_steps == 0 or frames_switch):
+        is_due = self._step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if self._curves is None or not (is_due or frames_switch):
             return
         values = {}
         if losses:

@@ -27,7 +27,8 @@ class Selection(NamedTuple):
         slots: `[B, G, M]` int32, the inverse: entry -> position in the gathered sequence, -1 where not gathered.
     """
 
-    index: Tensor
+    # shadows a method of tuple that nobody needs here
+    index: Tensor  # type: ignore[assignment]
     slots: Tensor
 
 
