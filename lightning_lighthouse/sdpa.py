@@ -1,14 +1,156 @@
-"""The one door to torch's scaled dot-product attention."""
+"""The one door to torch's scaled dot-product attention, and the choice of the backend behind it.
+
+`sdpa_priority` sets torch's order for a whole run, dense layers and validation included; `causal_sdpa` is the call
+itself and sets the order around it only where the run did not. The backends are those of CUDA: on other devices there
+is nothing to choose and the settings have no effect.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_lighthouse.notices import log_once
 
 # The builtin itself, not `F.scaled_dot_product_attention`: that name is swapped while a model is patched.
 stock_sdpa = torch._C._nn.scaled_dot_product_attention
 
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# On Hopper cuDNN needs about 60 % of the time of torch's flash attention.
+CUDNN_CAPABILITY = (9, 0)
+
 
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, backend: str) -> Tensor:
-    """Stock causal SDPA with grouped heads: q `[B, Hq, N, D]`, k and v `[B, Hkv, N, D]` -> `[B, Hq, N, D]`."""
-    return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    """Stock causal SDPA with grouped heads.
+
+    Args:
+        q: `[B, Hq, N, D]`.
+        k: `[B, Hkv, N, D]`.
+        v: `[B, Hkv, N, D]`.
+        scale: Factor of the attention logits; None: `D ** -0.5`.
+        backend: "auto", or the one CUDA backend to run: "cudnn", "flash", "efficient" or "math".
+
+    Returns:
+        `[B, Hq, N, D]`.
+
+    Raises:
+        ValueError: The named backend cannot run this call.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cuda":
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+        names = _plan(backend, q.device, dtype, q.shape[1], k.shape[1], q.shape[3], torch.is_grad_enabled())
+        if names:
+            with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
+                return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+@contextmanager
+def sdpa_priority(choice: str) -> Iterator[None]:
+    """Let every SDPA call of the process prefer `choice`; torch's own order returns at the end.
+
+    A call that `choice` cannot serve takes the next backend in the order.
+
+    Args:
+        choice: "auto", "cudnn", "flash", "efficient" or "math".
+    """
+    before = torch._C._get_sdp_priority_order()
+    torch._C._set_sdp_priority_order(_completed(_preferred(choice, _capability()), before))
+    try:
+        yield
+    finally:
+        torch._C._set_sdp_priority_order(before)
+
+
+def _preferred(choice: str, capability: tuple[int, int] | None) -> list[str]:
+    """Names of the preferred backends, best first; [] where torch's own order is best."""
+    if choice != "auto":
+        return [choice]
+    if torch.are_deterministic_algorithms_enabled():
+        # cuDNN's gradients vary from run to run
+        return ["flash", "efficient", "math"]
+    return ["cudnn", "flash", "efficient", "math"] if capability == CUDNN_CAPABILITY else []
+
+
+def _completed(names: list[str], order: list[int]) -> list[int]:
+    first = [BACKENDS[name].value for name in names]
+    return first + [backend for backend in order if backend not in first]
+
+
+def _capability(device: torch.device | None = None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+@torch.compiler.assume_constant_result
+def _plan(
+    backend: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, grad: bool
+) -> tuple[str, ...]:
+    """The backends that the call must be held to, best first; () where the order of the process serves."""
+    enabled = (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    order = tuple(torch._C._get_sdp_priority_order())
+    call = (device, dtype, heads, kv_heads, head_dim, grad)
+    names, message = _plan_once(backend, order, enabled, deterministic, call)
+    log_once(message)
+    return names
+
+
+@lru_cache(maxsize=256)
+def _plan_once(
+    backend: str, order: tuple[int, ...], enabled: tuple[bool, ...], deterministic: bool, call: tuple[Any, ...]
+) -> tuple[tuple[str, ...], str]:
+    device, dtype, heads, kv_heads, head_dim, _ = call
+    preferred = _completed(_preferred(backend, _capability(device)), list(order))
+    names = [name for value in preferred for name in BACKENDS if BACKENDS[name].value == value]
+    # what the user turned off stays off, unless it is asked for by name
+    is_enabled = dict(zip(BACKENDS, enabled, strict=True))
+    names = [backend] if backend != "auto" else [name for name in names if is_enabled[name]]
+
+    chosen = _ask_torch(names, *call)
+    mode = ", deterministic" if deterministic else ""
+    what = f"{dtype} on {device.type} with {heads} and {kv_heads} heads of {head_dim}{mode}"
+    if chosen is None:
+        raise ValueError(f"sdpa={backend!r} cannot run attention in {what}; use sdpa='auto'")
+    message = f"sdpa={backend!r} runs {chosen!r} for {what}"
+    serves = backend == "auto" and list(order) == preferred
+    return (() if serves else tuple(names)), message
+
+
+def _ask_torch(
+    names: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    grad: bool,
+) -> str | None:
+    """The backend that torch takes for such a call, asked with a short one; None where it has none."""
+    q, k, v = (
+        torch.empty(1, count, 128, head_dim, dtype=dtype, device=device, requires_grad=grad)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
+        try:
+            value = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        except RuntimeError:
+            # torch names its reasons in warnings
+            return None
+    return next((name for name in BACKENDS if BACKENDS[name].value == value), None)

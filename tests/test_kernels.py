@@ -1,0 +1,338 @@
+"""Every Triton kernel against its twin in the reference, forward and backward.
+
+On a machine without a GPU the kernels run in Triton's interpreter, so sizes are tiny: distinct primes where it matters.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_lighthouse import LighthouseConfig, kernels, lighthouse_attention, reference, select_entries
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SELECT_MODULE = import_module("lightning_lighthouse.kernels.select")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill fresh memory with NaN, or with a number that is no slot, so that what no kernel writes shows."""
+
+    def poisoned(make):
+        def empty(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(-(2**30) + 7)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", poisoned(torch.Tensor.new_empty_strided))
+
+
+def draw(batch, groups, ratio, tokens, dim, dtype=torch.float32, seed=42, integers=True):
+    """q, k and v as a model hands them over: `[B, N, H, D]` seen as `[B, H, N, D]`.
+
+    Small integers have exact squares and sums, so that no order of summation moves a score.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(heads):
+        size = (batch, tokens, heads, dim)
+        values = torch.randint(-3, 4, size, generator=generator) if integers else torch.randn(size, generator=generator)
+        return values.to(dtype).to(DEVICE).transpose(1, 2).requires_grad_()
+
+    return one(groups * ratio), one(groups), one(groups)
+
+
+def flat_scores(levels):
+    """The reference's scores in the layout of the kernels: levels 1, 2, ... behind one another."""
+    return torch.stack([torch.cat(scores[1:], -1) for scores in zip(*levels, strict=True)])
+
+
+def level_scores(scores, shape):
+    """The inverse of `flat_scores`; nobody reads the scores of the tokens."""
+    tokens = torch.zeros(*scores.shape[1:3], shape.entries(0), device=scores.device)
+    sizes = [shape.entries(level) for level in range(1, shape.num_levels)]
+    return [(tokens, tokens), *zip(scores[0].split(sizes, -1), scores[1].split(sizes, -1), strict=True)]
+
+
+def full_slots(slots, shape):
+    """The kernels' slot map with one number for every token, as the reference has it."""
+    windows, above = slots[..., : shape.entries(1)], slots[..., shape.entries(1) :]
+    first = windows.repeat_interleave(shape.pooling_factor, -1)
+    child = torch.arange(shape.entries(0), device=slots.device) % shape.pooling_factor
+    return torch.cat((torch.where(first >= 0, first + child, -1).int(), above), -1)
+
+
+def through(stages, qkv, selection, shape, config, seed=7):
+    """What a backend's gather and scatter return, and their gradients, on fixed values and a fixed selection."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(like):
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    gathered = stages.gather(*qkv, selection, shape)
+    gradients = torch.autograd.grad(gathered, qkv, [values(x) for x in gathered])
+    o = values(gathered[0]).requires_grad_()
+    out = stages.scatter(o, selection, shape, config)
+    (d_o,) = torch.autograd.grad(out, o, values(out))
+    names = ("qs", "ks", "vs", "dq", "dk", "dv", "out", "do")
+    return dict(zip(names, (*gathered, *gradients, out, d_o), strict=True))
+
+
+def assert_twins(batch, groups, ratio, tokens, dim, config):
+    qkv = draw(batch, groups, ratio, tokens, dim)
+    shape = config.pyramid(tokens)
+    with torch.no_grad():
+        scores = kernels.score(*qkv, shape, config)
+        expected_scores = reference.score(*qkv, shape, config)
+        torch.testing.assert_close(scores, flat_scores(expected_scores))
+        ours, expected = kernels.select(scores, shape, config), reference.select(expected_scores, shape, config)
+    assert torch.equal(ours.index, expected.index)
+    assert torch.equal(full_slots(ours.slots, shape), expected.slots)
+
+    actual = through(kernels, qkv, ours, shape, config)
+    for name, value in through(reference, qkv, expected, shape, config).items():
+        # another order of summation
+        atol = 2e-6 * max(1.0, float(value.detach().abs().max()))
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+TWINS = {
+    "defaults of the paper": (1, 2, 1, 257, 16, LighthouseConfig(3, 4, 8)),
+    "batch and grouped heads": (2, 3, 2, 67, 5, LighthouseConfig(3, 2, 3)),
+    "odd pooling factor": (2, 1, 3, 97, 16, LighthouseConfig(2, 3, 6)),
+    "factor beyond the unrolling": (1, 1, 2, 131, 7, LighthouseConfig(3, 7, 2)),
+    "four levels, one winner": (1, 1, 1, 103, 3, LighthouseConfig(4, 2, 1)),
+    "two tiles of 150": (1, 2, 1, 331, 2, LighthouseConfig(2, 2, 300)),
+    "one token": (1, 1, 1, 1, 3, LighthouseConfig(2, 2, 1)),
+    "shorter than one coarsest entry": (1, 1, 2, 5, 3, LighthouseConfig(3, 4, 2)),
+    "nothing to pad, blocks full": (1, 1, 1, 64, 256, LighthouseConfig(3, 4, 2)),
+    "mean of the levels": (1, 1, 2, 61, 8, LighthouseConfig(3, 3, 4, combine="mean")),
+    "prefix left uncovered": (1, 2, 1, 61, 8, LighthouseConfig(3, 4, 1, combine="mean", cover_prefix=False)),
+}
+
+
+@pytest.mark.parametrize("case", TWINS.values(), ids=TWINS.keys())
+def test_kernels_equal_their_twins(case, poison):
+    assert_twins(*case)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 24, pytest.param(96, marks=pytest.mark.slow), 256])
+def test_any_head_dim(dim, poison):
+    assert_twins(1, 1, 1, 29, dim, LighthouseConfig(2, 3, 2))
+
+
+SHAPES = [(levels, p) for levels in (2, 3, 4) for p in (2, 3, 4, 5)]
+
+
+def configurations(most):
+    """Random cases; the interpreter's time grows with the heads and with the tokens of a coarsest window."""
+    return {
+        "batch": st.integers(1, 2),
+        "groups": st.integers(1, 2),
+        "ratio": st.integers(1, 2),
+        "tokens": st.integers(1, 90),
+        "dim": st.integers(1, 17),
+        "levels_and_factor": st.sampled_from([(levels, p) for levels, p in SHAPES if p ** (levels - 1) <= most]),
+        "top_k": st.integers(1, 9),
+        "cover_prefix": st.booleans(),
+        "combine": st.sampled_from(["sum", "mean"]),
+    }
+
+
+def assert_random_twins(batch, groups, ratio, tokens, dim, levels_and_factor, top_k, cover_prefix, combine):
+    config = LighthouseConfig(*levels_and_factor, top_k, cover_prefix=cover_prefix, combine=combine)
+    assert_twins(batch, groups, ratio, tokens, dim, config)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(**configurations(most=9))
+def test_random_configurations(**case):
+    assert_random_twins(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(**configurations(most=64))
+def test_many_random_configurations(**case):
+    assert_random_twins(**case)
+
+
+# few distinct values, so that most places are decided by ties
+TIED = [0.0, 1.0, 2.0, float("inf"), float("nan"), float("-inf"), -1.0]
+
+
+def assert_same_selection(scores, shape, config):
+    ours, expected = kernels.select(scores, shape, config), reference.select(level_scores(scores, shape), shape, config)
+    assert torch.equal(ours.index, expected.index)
+    assert torch.equal(full_slots(ours.slots, shape), expected.slots)
+
+
+def random_scores(batch, groups, shape, tied, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = (2, batch, groups, shape.num_entries - shape.entries(0))
+    if tied:
+        return torch.tensor(TIED)[torch.randint(len(TIED), size, generator=generator)].to(DEVICE)
+    return torch.randn(size, generator=generator).to(DEVICE)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 300),
+    levels=st.integers(2, 4),
+    factor=st.integers(2, 5),
+    top_k=st.integers(1, 40),
+    cover_prefix=st.booleans(),
+    tied=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_ties_and_nan_are_ranked_like_the_reference(tokens, levels, factor, top_k, cover_prefix, tied, seed):
+    config = LighthouseConfig(levels, factor, top_k, cover_prefix=cover_prefix)
+    shape = config.pyramid(tokens)
+    assert_same_selection(random_scores(2, 1, shape, tied, seed), shape, config)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "distinct"])
+def test_a_tile_longer_than_one_chunk(tied, monkeypatch, poison):
+    monkeypatch.setattr(SELECT_MODULE, "MAX_CHUNK", 32)
+    config = LighthouseConfig(3, 2, 41)
+    shape = config.pyramid(541)
+    assert shape.tile_entries > 4 * 32
+    assert_same_selection(random_scores(1, 2, shape, tied, 5), shape, config)
+
+
+def test_a_nan_in_q_or_k_reaches_the_score_of_its_window():
+    config = LighthouseConfig(3, 2, 2)
+    shape = config.pyramid(23)
+    q, k, v = (x.detach() for x in draw(1, 1, 2, 23, 5))
+    q[0, 1, 6, 2] = torch.nan
+    k[0, 0, 22, 0] = torch.nan
+    expected = flat_scores(reference.score(q, k, v, shape, config))
+    assert expected.isnan().any(-1).all()
+    torch.testing.assert_close(kernels.score(q, k, v, shape, config), expected, equal_nan=True)
+
+
+LAYOUTS = {
+    "[B, H, N, D]": lambda x: x.contiguous(),
+    "slice of a fused projection": lambda x: torch.cat((x, x, x), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "every second value": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "[B, D, H, N]": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("arrange", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_memory_layout_changes_no_value(arrange, poison):
+    config = LighthouseConfig(3, 2, 3)
+    shape = config.pyramid(43)
+    qkv = draw(2, 1, 2, 43, 5)
+    arranged = [arrange(x.detach()).requires_grad_() for x in qkv]
+    selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
+    assert torch.equal(kernels.select(kernels.score(*arranged, shape, config), shape, config).index, selection.index)
+    expected = through(kernels, qkv, selection, shape, config)
+    for name, value in through(kernels, arranged, selection, shape, config).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_gradients_that_are_expanded_or_strided():
+    config = LighthouseConfig(3, 2, 3)
+    shape = config.pyramid(43)
+    qkv = draw(2, 1, 2, 43, 5)
+    selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
+    gathered = kernels.gather(*qkv, selection, shape)
+    # the gradient of a sum is one number, expanded
+    sums = torch.autograd.grad(sum(x.sum() for x in gathered), qkv, retain_graph=True)
+    ones = torch.autograd.grad(gathered, qkv, [torch.ones_like(x) for x in gathered])
+    assert all(torch.equal(a, b) for a, b in zip(sums, ones, strict=True))
+
+    o = gathered[0].detach().requires_grad_()
+    out = kernels.scatter(o, selection, shape, config)
+    dout = torch.randn(*out.shape[:3], 2 * out.shape[3], device=DEVICE)[..., ::2]
+    (strided,) = torch.autograd.grad(out, o, dout, retain_graph=True)
+    (contiguous,) = torch.autograd.grad(out, o, dout.contiguous())
+    assert torch.equal(strided, contiguous)
+
+
+def test_results_lie_in_memory_as_a_model_wants_them():
+    config = LighthouseConfig(3, 2, 3)
+    shape = config.pyramid(43)
+    q, k, v = draw(1, 2, 2, 43, 5)
+    k = k.detach().contiguous().requires_grad_()
+    selection = kernels.select(kernels.score(q, k, v, shape, config), shape, config)
+    qs, ks, vs = kernels.gather(q, k, v, selection, shape)
+    out = kernels.scatter(qs, selection, shape, config)
+    assert out.transpose(1, 2).is_contiguous()
+    dq, dk, dv = torch.autograd.grad((qs.sum(), ks.sum(), vs.sum()), (q, k, v))
+    assert dq.stride() == q.stride()
+    assert dk.stride() == k.stride()
+    assert dv.stride() == v.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_narrow_types_err_no_more_than_the_reference(dtype, poison):
+    config = LighthouseConfig(3, 3, 3)
+    shape = config.pyramid(71)
+    qkv = draw(1, 2, 2, 71, 8, dtype, integers=False)
+    exact_qkv = [x.detach().double().requires_grad_() for x in qkv]
+    selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
+    reference_selection = reference.Selection(selection.index, full_slots(selection.slots, shape))
+    exact = through(reference, exact_qkv, reference_selection, shape, config)
+    theirs = through(reference, qkv, reference_selection, shape, config)
+    for name, value in through(kernels, qkv, selection, shape, config).items():
+        assert value.dtype == dtype
+        error, allowed = ((x.double() - exact[name]).norm() / exact[name].norm() for x in (value, theirs[name]))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps, name
+
+
+def test_float64_is_refused():
+    config = LighthouseConfig(3, 2, 2, backend="triton")
+    q, k, v = draw(1, 1, 1, 40, 4, torch.float64)
+    with pytest.raises(ValueError, match="float64; use backend='reference'"):
+        lighthouse_attention(q, k, v, config)
+
+
+def test_the_whole_layer_equals_the_reference():
+    q, k, v = draw(1, 2, 2, 83, 5)
+    dout = torch.randn(1, 4, 83, 5, device=DEVICE)
+    results = {}
+    for backend in ("triton", "reference"):
+        config = LighthouseConfig(3, 2, 4, backend=backend, sdpa="math")
+        out = lighthouse_attention(q, k, v, config)
+        results[backend] = (select_entries(q, k, v, config), out, *torch.autograd.grad(out, (q, k, v), dout))
+    torch.testing.assert_close(results["triton"], results["reference"])
+
+
+def test_two_runs_agree_bit_for_bit():
+    config = LighthouseConfig(3, 2, 4)
+    shape = config.pyramid(97)
+    qkv = draw(2, 1, 1, 97, 6, integers=False)
+    runs = []
+    for _ in range(2):
+        selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
+        runs.append((*selection, *through(kernels, qkv, selection, shape, config).values()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_no_output_moves_when_later_tokens_change(combine):
+    config = LighthouseConfig(3, 3, 3, combine=combine)
+    shape = config.pyramid(61)
+    qkv = [x.detach() for x in draw(1, 1, 1, 61, 4, integers=False)]
+    selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
+
+    def attend(q, k, v):
+        gathered = kernels.gather(q, k, v, selection, shape)
+        o = torch.nn.functional.scaled_dot_product_attention(*gathered, is_causal=True)
+        return kernels.scatter(o, selection, shape, config)
+
+    out = attend(*qkv)
+    for last in (0, 8, 9, 26, 35, 51):
+        changed = attend(*(torch.cat((x[:, :, : last + 1], x[:, :, last + 1 :] + 1), 2) for x in qkv))
+        assert torch.equal(changed[:, :, : last + 1], out[:, :, : last + 1]), last
+        assert not torch.equal(changed[:, :, last + 1 :], out[:, :, last + 1 :]), last
