@@ -72,7 +72,7 @@ def main() -> None:
     try:
         wait_until_loaded(url)
         with tempfile.TemporaryDirectory() as profile:
-            page = f"{url}/?{arguments.query}#{arguments.tab}"
+            page = f"{url}/#{'&'.join(filter(None, [arguments.tab, arguments.query]))}"
             settings = [f"--user-data-dir={profile}", f"--window-size={arguments.size}"]
             target = f"--screenshot={arguments.picture.resolve()}"
             budget = f"--virtual-time-budget={RENDER_MS}"

@@ -264,7 +264,8 @@ class LighthouseCallback(Callback):
             rank_zero_warn(f"Lighthouse: {total} steps end before the switch at step {self._switch.switch_step}")
         self._curves.text(trainer.global_step, line)
         settings = {"switch_at": self.switch_at, "switch_step": self._switch.switch_step, **asdict(self.attention)}
-        self._curves.hyperparameters({f"lighthouse/{name}": value for name, value in settings.items()})
+        named = {f"lighthouse/{name}": value for name, value in settings.items()}
+        self._curves.hyperparameters(named, self.validation_metric)
 
     def _switch_to_dense(self, trainer: Trainer) -> None:
         assert self._switch is not None

@@ -138,7 +138,7 @@ def _explain(error: Exception) -> tuple[Sequence[str], int]:
 
 def _ours(error: Exception) -> bool:
     """Whether this package raised the error itself, and so says in it what the user can do."""
-    if not isinstance(error, (ValueError, TypeError, RuntimeError)):
+    if not isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning_lighthouse.")

@@ -62,12 +62,19 @@ class PhaseCurves:
         if self._active and self._board is not None:
             self._writer(DENSE).add_text("phase", text, step)
 
-    def hyperparameters(self, values: dict[str, Any]) -> None:
-        """Add settings to every logger's hyperparameters."""
+    def hyperparameters(self, values: dict[str, Any], metric: str) -> None:
+        """Add settings to every logger's hyperparameters; TensorBoard's HPARAMS tab compares runs by `metric`."""
         if not self._active:
             return
-        for logger in ([self._board] if self._board else []) + self._others:
+        for logger in self._others:
             logger.log_hyperparams(values)
+        if self._board is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            # the logger's own way would add a point to the metric's curve
+            shown = {name: _shown(value) for name, value in {**self._board.hparams, **values}.items()}
+            for summary in hparams(shown, {metric: 0.0}):
+                self._board.experiment.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -86,3 +93,8 @@ class PhaseCurves:
             writer.add_custom_scalars(LAYOUT)
             self._writers[phase] = writer
         return self._writers[phase]
+
+
+def _shown(value: Any) -> bool | int | float | str:
+    """A setting as the HPARAMS tab can hold it."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
