@@ -17,6 +17,7 @@ from lightning_lighthouse.notices import log_once, notice_once
 from lightning_lighthouse.sdpa import causal_sdpa
 
 DEFAULT = LighthouseConfig()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lighthouse_attention(
@@ -34,23 +35,25 @@ def lighthouse_attention(
         scale: Factor of the attention logits; None: `D ** -0.5`.
 
     Returns:
-        `[B, Hq, N, D]`, in the dtype of q.
+        `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or the backend cannot run on the device.
     """
     config = config or DEFAULT
+    q, k, v = _autocast(q, k, v)
     _check(q, k, v)
     shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
+            "short",
             f"{shape.num_tokens} tokens are too short to gain: Lighthouse would gather {shape.num_gathered} entries "
             f"(num_levels={config.num_levels}, pooling_factor={config.pooling_factor}, "
-            f"top_k={config.resolve_top_k(shape.num_tokens)}); such sequences get dense attention"
+            f"top_k={config.resolve_top_k(shape.num_tokens)}); such sequences get dense attention",
         )
         return causal_sdpa(q, k, v, scale=scale, backend=config.sdpa)
 
-    stages = _stages(config, q.device)
+    stages = _stages(config, q.device, q.dtype)
     # the selection is a choice, not a function: no gradient reaches the scores
     with torch.no_grad():
         selection = stages.select(stages.score(q, k, v, shape, config), shape, config)
@@ -60,7 +63,7 @@ def lighthouse_attention(
 
 
 def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig | None = None) -> Tensor:
-    """The entries that `lighthouse_attention` would gather, in the order of the gathered sequence.
+    """The entries that are gathered, in the order of the gathered sequence, also of one too short to gain.
 
     Args:
         q: `[B, Hq, N, D]`.
@@ -73,25 +76,50 @@ def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig | N
         entry (l, i) is at `config.pyramid(N).start(l) + i`.
     """
     config = config or DEFAULT
+    q, k, v = _autocast(q, k, v)
     _check(q, k, v)
     shape = config.pyramid(q.shape[2])
-    stages = _stages(config, q.device)
+    stages = _stages(config, q.device, q.dtype)
     with torch.no_grad():
         return stages.select(stages.score(q, k, v, shape, config), shape, config).index
 
 
-def _stages(config: LighthouseConfig, device: torch.device) -> ModuleType:
-    backend = config.backend
-    if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "reference"
-        log_once(f"backend='auto' runs '{backend}' on {device.type}")
-    if backend == "reference":
-        return reference
-    # Triton is imported only where it is used
-    from lightning_lighthouse import kernels
+def check_backend(config: LighthouseConfig, device: torch.device) -> None:
+    """Raise ValueError or ImportError if the backend that `config` names cannot run on `device`."""
+    _stages(config, device, torch.float32)
 
-    kernels.check_device(device)
+
+def _stages(config: LighthouseConfig, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if config.backend == "reference" or (config.backend == "auto" and device.type != "cuda"):
+        if config.backend == "auto":
+            log_once("backend", f"backend='auto' runs 'reference' on {device.type}")
+        return reference
+    if config.backend == "auto" and dtype == torch.float64:
+        notice_once("backend", "backend='auto' runs 'reference': the kernels have no float64; expect it to be slow")
+        return reference
+    try:
+        # Triton is imported only where it is used
+        from lightning_lighthouse import kernels
+
+        kernels.check_device(device)
+    except (ImportError, ValueError) as error:
+        if config.backend != "auto":
+            raise
+        notice_once("backend", f"backend='auto' runs 'reference', which is slow: {error}")
+        return reference
+    if config.backend == "auto":
+        log_once("backend", f"backend='auto' runs 'triton' on {device.type}")
     return kernels
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the inputs of the builtin; it does not know this function."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # the builtin keeps float64 too
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -100,9 +128,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be [batch, heads, tokens, head dim], got {sizes}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"k and v must have one shape, and batch, tokens and head dim of q, got {sizes}")
+    if min(*q.shape[1:], *k.shape[1:]) < 1:
+        raise ValueError(f"q, k and v must have at least one head, token and channel, got {sizes}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key/value heads, got {sizes}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise ValueError(
+            f"q, k and v must have one floating dtype of 16, 32 or 64 bits, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")

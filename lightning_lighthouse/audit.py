@@ -14,6 +14,7 @@ from weakref import WeakSet
 from torch import nn
 
 ROUTED = "routed"
+CHECKPOINT_INSIDE = "checkpoint() inside the attention module"
 
 _seen_routed: WeakSet[nn.Module] = WeakSet()
 
@@ -44,6 +45,8 @@ class Audit:
             reasons = self._by_layer.get(layer) or self._traced
             # several layers share a traced frame: one dense call among them leaves all of them in doubt
             doubtful = layer not in self._by_layer and reasons != {ROUTED}
+            # routed forward, dense in the recompute of an outer reentrant checkpoint: wrong gradients
+            doubtful |= CHECKPOINT_INSIDE in reasons
             if ROUTED in reasons and not doubtful:
                 _seen_routed.add(layer)
             elif reasons:
@@ -57,11 +60,12 @@ def explain(missing: dict[str, str], num_targets: int) -> str:
     """One line that names every layer that stayed dense and why, grouped by reason."""
     by_reason = defaultdict(list)
     for name, reason in missing.items():
-        by_reason[reason].append(name)
+        by_reason[reason].append(name or "the module itself")
     parts = [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return (
         f"{len(missing)} of {num_targets} attention layers that should be routed to Lighthouse stayed dense: "
         + " | ".join(parts)
         + ". Remedies: make the call plain causal (is_causal=True, attn_mask=None, dropout 0; transformers: "
-        "attn_implementation='sdpa', attention_dropout=0), or leave these layers dense with dense_layers or select"
+        "attn_implementation='sdpa', attention_dropout=0), let it pass through the module's forward, choose other "
+        "modules with select, or leave these layers dense with dense_layers"
     )

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ReferenceType, ref
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,10 +15,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_lighthouse.attention import check_backend
 from lightning_lighthouse.audit import Audit, explain
-from lightning_lighthouse.config import LighthouseConfig
+from lightning_lighthouse.config import LighthouseConfig, check_type
 from lightning_lighthouse.curves import LOSS, RATE, PhaseCurves
-from lightning_lighthouse.export import write_final
+from lightning_lighthouse.export import is_sharded, write_final
 from lightning_lighthouse.ledger import Ledger, Stopwatch, count_tokens
 from lightning_lighthouse.patch import Patch, patch_attention
 from lightning_lighthouse.schedule import (
@@ -30,6 +32,7 @@ from lightning_lighthouse.schedule import (
     resume_switch,
 )
 from lightning_lighthouse.sdpa import sdpa_priority
+from lightning_lighthouse.targets import check_layers
 
 STATE_VERSION = 1
 
@@ -74,10 +77,13 @@ class LighthouseCallback(Callback):
         allow_return: bool = False,
         validation_metric: str = "val/loss",
     ) -> None:
-        if not isinstance(attention, LighthouseConfig):
-            raise TypeError(f"attention must be a LighthouseConfig, got {attention!r}")
-        if on_unroutable not in ("raise", "warn"):
-            raise ValueError(f"on_unroutable must be 'raise' or 'warn', got {on_unroutable!r}")
+        check_type("attention", attention, LighthouseConfig)
+        check_type("select", select, str | None)
+        check_type("enabled", enabled, bool)
+        check_type("on_unroutable", on_unroutable, Literal["raise", "warn"])
+        check_type("allow_return", allow_return, bool)
+        check_type("validation_metric", validation_metric, str)
+        check_layers(dense_layers)
         self.switch_at = check_switch_at(switch_at)
         self.attention = attention
         self.dense_layers = dense_layers
@@ -89,6 +95,10 @@ class LighthouseCallback(Callback):
 
         self._switch: SwitchState | None = None
         self._ledger = Ledger()
+        # the checkpoint's, until the Trainer knows its step
+        self._loaded: tuple[SwitchState | None, Ledger] | None = None
+        self._is_fitting = True
+        self._trainer: ReferenceType[Trainer] | None = None
         self._patch: Patch | None = None
         self._curves: PhaseCurves | None = None
         self._stopwatch = Stopwatch()
@@ -97,6 +107,9 @@ class LighthouseCallback(Callback):
         self._step = 0
         self._phase = DENSE
         self._losses: list[Tensor] = []
+        self._meets_at_switch = False
+        self._told_of_metric = False
+        self._folder = Path()
 
     # Constant, so that a changed setting still finds the state of the run.
     @property
@@ -110,15 +123,21 @@ class LighthouseCallback(Callback):
         return {"version": STATE_VERSION, "switch": switch, "ledger": self._ledger.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the checkpoint's switch until the Trainer knows its step."""
+        """Keep the checkpoint's state for a fit; a validation or test with a checkpoint leaves the run's own alone."""
+        if not self._is_fitting:
+            return
         version = state_dict.get("version")
         if version != STATE_VERSION:
             raise ValueError(
                 f"the checkpoint's LighthouseCallback state must have version {STATE_VERSION}, got {version}"
             )
         switch = state_dict["switch"]
-        self._switch = SwitchState(**switch) if switch else None
-        self._ledger = Ledger.from_state_dict(state_dict["ledger"])
+        self._loaded = SwitchState(**switch) if switch else None, Ledger.from_state_dict(state_dict["ledger"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Know what a checkpoint is loaded for."""
+        self._is_fitting = stage == "fit"
+        self._loaded = None
 
     # Fit start comes after wrapping and sharding, and before anything is traced.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +146,10 @@ class LighthouseCallback(Callback):
         self._sdpa.enter_context(sdpa_priority(self.attention.sdpa))
         self._audited = False
         if self.enabled:
+            try:
+                check_backend(self.attention, pl_module.device)
+            except ValueError as error:
+                raise SettingError(str(error)) from None
             self._patch = patch_attention(pl_module, self.attention, dense_layers=self.dense_layers, select=self.select)
 
     # The first hook at which the step and the callback's state are right under every strategy.
@@ -134,9 +157,13 @@ class LighthouseCallback(Callback):
         """Resolve the switch step, against that of the checkpoint when resumed; open the curves."""
         self._stopwatch = Stopwatch()
         self._losses = []
-        if trainer.global_step == 0:
+        continues = self._trainer is not None and self._trainer() is trainer and trainer.global_step > 0
+        if self._loaded is not None:
+            self._switch, self._ledger = self._loaded
+        elif not continues:
             self._switch, self._ledger = None, Ledger()
-        self._curves = PhaseCurves(trainer, trainer.global_step)
+        self._loaded, self._trainer = None, ref(trainer)
+        self._curves = PhaseCurves(trainer, trainer.global_step, self.validation_metric)
         if self.enabled:
             self._switch = self._resolve_switch(trainer, pl_module)
             self._announce(trainer)
@@ -168,11 +195,11 @@ class LighthouseCallback(Callback):
             # Lightning hands out the part of the loss that this batch adds to an accumulated step
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._losses.append(loss.detach() * scale)
-        step_done = trainer.global_step != self._step
-        if step_done:
+        steps_done = trainer.global_step - self._step
+        if steps_done:
             self._log_step(trainer)
         totals = self._ledger.totals(self._phase)
-        totals.steps += int(step_done)
+        totals.steps += steps_done
         self._stopwatch.stop(totals, self._phase, count_tokens(batch) * trainer.world_size)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,10 +209,24 @@ class LighthouseCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the dense validation loss."""
+        if trainer.sanity_checking or not self._is_fitting:
+            return
         loss = trainer.callback_metrics.get(self.validation_metric)
-        if loss is not None and not trainer.sanity_checking:
-            switch_step = self._switch.switch_step if self._switch else None
-            self._ledger.add_validation(trainer.global_step, float(loss), switch_step)
+        if loss is None:
+            if self._ledger.last_validation is None and not self._told_of_metric:
+                self._told_of_metric = True
+                logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+                rank_zero_warn(
+                    f"Lighthouse: validation_metric={self.validation_metric!r} was not logged, the summary will lack "
+                    f"it; logged: {logged}"
+                )
+            return
+        switch_step = self._switch.switch_step if self._switch else None
+        self._ledger.add_validation(trainer.global_step, float(loss), switch_step)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The time of a checkpoint is not training time."""
+        self._stopwatch.pause()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the phase also where an epoch was cut short."""
@@ -193,23 +234,25 @@ class LighthouseCallback(Callback):
         self._stopwatch.pause()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final weights, then sum up."""
+        """Sum up; sharded weights are gathered here, while the ranks still work together."""
         self._leave_phase()
-        lines = [f"Lighthouse: {line}" for line in self._ledger.summary()]
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # log_dir is broadcast: every rank asks
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-            lines.append(f"Lighthouse: final weights: {write_final(trainer, pl_module, folder)}")
-        rank_zero_info("\n".join(lines))
+        rank_zero_info("\n".join(f"Lighthouse: {line}" for line in self._ledger.summary()))
         if self._switch is not None and not self._switch.switched:
             rank_zero_warn(
                 f"Lighthouse: the training ended at step {trainer.global_step}, before the switch to dense attention "
                 f"at step {self._switch.switch_step}: the model has not recovered from Lighthouse"
             )
+        # log_dir is broadcast: every rank asks
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if is_sharded(pl_module):
+            self._write_final(trainer, pl_module)
 
+    # After the hooks that may change the weights last: averages of weights, the module's own on_train_end.
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the model."""
+        """Restore the model; write the final weights."""
         self._restore()
+        if not is_sharded(pl_module):
+            self._write_final(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the model."""
@@ -218,6 +261,10 @@ class LighthouseCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the model."""
         self._restore()
+
+    def _write_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, pl_module, self._folder)}")
 
     def _resolve_switch(self, trainer: Trainer, pl_module: LightningModule) -> SwitchState:
         is_fraction = isinstance(self.switch_at, float)
@@ -253,7 +300,7 @@ class LighthouseCallback(Callback):
         assert self._switch is not None
         assert self._patch is not None
         assert self._curves is not None
-        names = list(self._patch.targets)
+        names = [name or type(trainer.lightning_module).__name__ for name in self._patch.targets]
         total = trainer.estimated_stepping_batches
         phase = self._switch.phase(trainer.global_step)
         line = f"{phase} phase from step {trainer.global_step}; switch to dense at step {self._switch.switch_step}"
@@ -265,11 +312,11 @@ class LighthouseCallback(Callback):
         self._curves.text(trainer.global_step, line)
         settings = {"switch_at": self.switch_at, "switch_step": self._switch.switch_step, **asdict(self.attention)}
         named = {f"lighthouse/{name}": value for name, value in settings.items()}
-        self._curves.hyperparameters(named, self.validation_metric)
+        self._curves.hyperparameters(named)
 
     def _switch_to_dense(self, trainer: Trainer) -> None:
         assert self._switch is not None
-        self._switch.switched = True
+        self._switch.switched = self._meets_at_switch = True
         if isinstance(trainer.strategy, FSDPStrategy):
             # FSDP1 cannot recompile while gradients are kept; the step before has used them
             for optimizer in trainer.optimizers:
@@ -298,10 +345,13 @@ class LighthouseCallback(Callback):
     def _log_step(self, trainer: Trainer) -> None:
         """Write the curves of the optimizer step just done: every `log_every_n_steps`, and around the switch."""
         losses, self._losses = self._losses, []
-        switch_step = self._switch.switch_step if self._switch else None
-        frames_switch = switch_step is not None and self._step in (switch_step - 1, switch_step)
-        is_due = self._step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if self._curves is None or not (is_due or frames_switch):
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = every > 0 and self._step % every == 0
+        is_last = (
+            self._phase == LIGHTHOUSE and self._switch is not None and self._switch.phase(trainer.global_step) == DENSE
+        )
+        meets, self._meets_at_switch = self._meets_at_switch, False
+        if self._curves is None or not (is_due or is_last or meets):
             return
         values = {}
         if losses:
@@ -311,7 +361,7 @@ class LighthouseCallback(Callback):
         if rate is not None:
             values[RATE] = rate
         self._curves.scalars(self._phase, self._step, values)
-        if self._phase == DENSE and self._step == switch_step and LOSS in values:
+        if meets and self._step > 0 and LOSS in values:
             # both curves have a point at the switch, so that they meet
             self._curves.scalars(LIGHTHOUSE, self._step, {LOSS: values[LOSS]})
 

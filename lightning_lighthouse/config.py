@@ -57,7 +57,7 @@ class LighthouseConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), hints[field.name])
+            check_type(field.name, getattr(self, field.name), hints[field.name])
         minima = {"num_levels": 2, "pooling_factor": 2, "top_k": 1, "dilation": 1, "seed": 0}
         for name, minimum in minima.items():
             value = getattr(self, name)
@@ -76,7 +76,8 @@ class LighthouseConfig:
         return _pyramid(self.num_levels, self.pooling_factor, self.resolve_top_k(num_tokens), num_tokens)
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise TypeError or ValueError, quoting `value`, if it is not of the annotated type or one of its literals."""
     options = get_args(hint)
     if options and all(isinstance(option, str) for option in options):
         if value not in options:

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 
 LOSS = "train/loss"
 RATE = "train/tokens_per_second"
-LAYOUT = {
-    "Lighthouse": {
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
-        "tokens per second": ["Multiline", ["train/tokens_per_second"]],
-    }
-}
 
 
 class PhaseCurves:
@@ -33,15 +27,19 @@ class PhaseCurves:
     Args:
         trainer: Its loggers decide where the curves go.
         first_step: Points at or after this step, left by a run that died, are replaced.
+        validation_metric: Name of the validation loss, for the layout and the HPARAMS tab.
     """
 
-    def __init__(self, trainer: Trainer, first_step: int) -> None:
+    def __init__(self, trainer: Trainer, first_step: int, validation_metric: str) -> None:
         self._writers: dict[str, SummaryWriter] = {}
         self._first_step = first_step
+        self._validation_metric = validation_metric
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self._others = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         self._board = boards[0] if boards else None
         self._active = trainer.is_global_zero
+        if self._active and self._board is not None and first_step > 0:
+            self._purge_validation(self._board)
         if self._board is None and self._others:
             names = ", ".join(type(logger).__name__ for logger in self._others)
             rank_zero_info(f"Lighthouse: no TensorBoardLogger; the phases' scalars go to {names}")
@@ -62,25 +60,39 @@ class PhaseCurves:
         if self._active and self._board is not None:
             self._writer(DENSE).add_text("phase", text, step)
 
-    def hyperparameters(self, values: dict[str, Any], metric: str) -> None:
-        """Add settings to every logger's hyperparameters; TensorBoard's HPARAMS tab compares runs by `metric`."""
+    def hyperparameters(self, values: dict[str, Any]) -> None:
+        """Add settings to every logger's hyperparameters.
+
+        In TensorBoard they stand beside the dense run: the logger's own, written before, would hide them, and would
+        add a point to the validation curve.
+        """
         if not self._active:
             return
         for logger in self._others:
             logger.log_hyperparams(values)
         if self._board is not None:
-            from torch.utils.tensorboard.summary import hparams
+            # not its api module, which wants TensorFlow
+            from tensorboard.plugins.hparams import summary_v2 as hparams
 
-            # the logger's own way would add a point to the metric's curve
             shown = {name: _shown(value) for name, value in {**self._board.hparams, **values}.items()}
-            for summary in hparams(shown, {metric: 0.0}):
-                self._board.experiment.file_writer.add_summary(summary)
+            # the validation loss is in the logger's run, one folder up
+            metrics = [hparams.Metric(self._validation_metric, group="..")]
+            file_writer: Any = self._writer(DENSE).file_writer
+            file_writer.add_summary(hparams.hparams_config_pb([hparams.HParam(name) for name in shown], metrics))
+            file_writer.add_summary(hparams.hparams_pb(shown))
 
     def close(self) -> None:
         """Write out what is buffered."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+    def _purge_validation(self, board: TensorBoardLogger) -> None:
+        """What `purge_step` does for a writer, for the one that Lightning made: the validation curve is in its run."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(step=self._first_step, session_log=SessionLog(status=SessionLog.START))
+        board.experiment.file_writer.event_writer.add_event(start)
 
     def _writer(self, phase: str) -> SummaryWriter:
         if phase not in self._writers:
@@ -90,7 +102,11 @@ class PhaseCurves:
             assert self._board is not None
             purge_step = self._first_step or None
             writer = SummaryWriter(str(Path(self._board.log_dir) / phase), purge_step=purge_step)
-            writer.add_custom_scalars(LAYOUT)
+            charts = {
+                "loss": ["Multiline", [LOSS, self._validation_metric]],
+                "tokens per second": ["Multiline", [RATE]],
+            }
+            writer.add_custom_scalars({"Lighthouse": charts})
             self._writers[phase] = writer
         return self._writers[phase]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def write_final(trainer: Trainer, module: LightningModule, folder: Path) -> Path
     all.
     """
     path = folder / FINAL
-    weights = _gather_weights(trainer, module)
+    weights = _gather_weights(module)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -31,19 +32,21 @@ def write_final(trainer: Trainer, module: LightningModule, folder: Path) -> Path
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    trainer.strategy.barrier("lighthouse_final")
     return path
 
 
-def _gather_weights(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    if not _is_sharded(module):
-        return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+def _gather_weights(module: LightningModule) -> dict[str, Any]:
+    if not is_sharded(module):
+        state = module.state_dict().items()
+        # an extra state may be anything
+        return {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in state}
     # all ranks take part in the gathering, whoever writes
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(module, options=options)
 
 
-def _is_sharded(module: LightningModule) -> bool:
+def is_sharded(module: LightningModule) -> bool:
+    """Whether the weights are spread over the ranks, by FSDP or FSDP2."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 

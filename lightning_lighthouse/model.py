@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torchmetrics import MeanMetric
 
+from lightning_lighthouse.schedule import SettingError
+
 # nothing here draws random numbers
 recompute = partial(activation_checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -294,7 +296,7 @@ class Decoder(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         needed, given = getattr(data, "vocab_size", None), self.hparams["vocab_size"]
         if needed is not None and needed > given:
-            raise ValueError(f"vocab_size must be at least the {needed} of the data's tokenizer, got {given}")
+            raise SettingError(f"vocab_size must be at least the {needed} of the data's tokenizer, got {given}")
         self.bytes_per_token = getattr(data, "bytes_per_token", None)
 
     def configure_model(self) -> None:

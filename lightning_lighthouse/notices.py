@@ -12,16 +12,16 @@ _given: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
-def notice_once(message: str) -> None:
-    """Log `message` as a warning unless this process already did. While compiling it runs at trace time."""
-    if message not in _given:
-        _given.add(message)
+def notice_once(key: str, message: str) -> None:
+    """Log `message` as a warning unless this process logged one under `key`. While compiling it runs at trace time."""
+    if key not in _given:
+        _given.add(key)
         logger.warning(message)
 
 
 @torch.compiler.assume_constant_result
-def log_once(message: str) -> None:
-    """Log `message` at level INFO unless this process already did. While compiling it runs at trace time."""
-    if message not in _given:
-        _given.add(message)
+def log_once(key: str, message: str) -> None:
+    """Log `message` at level INFO unless this process logged one under `key`. While compiling it runs at trace time."""
+    if key not in _given:
+        _given.add(key)
         logger.info(message)

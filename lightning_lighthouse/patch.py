@@ -24,12 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lighthouse.attention import lighthouse_attention
-from lightning_lighthouse.audit import ROUTED, Audit
+from lightning_lighthouse.audit import CHECKPOINT_INSIDE, ROUTED, Audit
 from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.sdpa import stock_sdpa
-from lightning_lighthouse.targets import choose_routed, find_targets
-
-SDPA = "scaled_dot_product_attention"
+from lightning_lighthouse.targets import SDPA, choose_routed, find_targets
 
 _patches: list[Patch] = []
 _bare_copies: list[tuple[dict[str, Any], str]] = []
@@ -200,11 +198,6 @@ def routed_sdpa(
             _note(reason)
         return stock_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     _note(ROUTED)
-    device = query.device.type
-    # autocast knows the builtin, not its replacement
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return lighthouse_attention(query, key, value, patch.config, scale=scale)
 
 
@@ -219,7 +212,7 @@ def _why_dense(
 ) -> str:
     """ROUTED for plain causal self-attention, else the first rule that the call breaks."""
     if not torch.compiler.is_compiling() and patch.autograd_mark != _autograd_mark():
-        return "checkpoint() inside the attention module"
+        return CHECKPOINT_INSIDE
     if attn_mask is not None:
         return "attn_mask was given"
     if not is_causal:

@@ -54,6 +54,10 @@ def resolve_switch_step(switch_at: int | float, total_steps: int | float) -> int
     return math.ceil(round(switch_at * total_steps, 6))
 
 
+class ResumeError(ValueError):
+    """The settings contradict what the resumed run has done."""
+
+
 @dataclass
 class SwitchState:
     """What a checkpoint keeps of the switch.
@@ -90,7 +94,7 @@ def resume_switch(saved: SwitchState, asked: SwitchState, step: int, allow_retur
         The switch to follow, and a line for the user, empty if nothing changed.
 
     Raises:
-        SettingError: The run has switched, `switch_at` was changed to a later step, and going back is not allowed.
+        ResumeError: The run has switched, `switch_at` was changed to a later step, and going back is not allowed.
     """
     if not saved.switched:
         moved = asked.switch_step != saved.switch_step
@@ -104,9 +108,9 @@ def resume_switch(saved: SwitchState, asked: SwitchState, step: int, allow_retur
             f"switched to dense attention at step {saved.switch_step} and stays dense"
         )
     if not allow_return:
-        raise SettingError(
+        raise ResumeError(
             f"switch_at was changed from {saved.switch_at} to {asked.switch_at} (step {asked.switch_step}), but this "
             f"run switched to dense attention at step {saved.switch_step} and is at step {step}: keep "
-            f"switch_at={saved.switch_at}, or set allow_return=True to train with Lighthouse again"
+            f"switch_at={saved.switch_at}, or set allow_return to true to train with Lighthouse again"
         )
-    return asked, f"returning to Lighthouse attention until step {asked.switch_step}, as allow_return=True asks"
+    return asked, f"returning to Lighthouse attention until step {asked.switch_step}, as allow_return asks"

@@ -47,7 +47,8 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, backend
     Raises:
         ValueError: The named backend cannot run this call.
     """
-    grouped = q.shape[1] != k.shape[1]
+    # a plain bool also where Dynamo traces sizes as symbols
+    grouped = int(q.shape[1]) != int(k.shape[1])
     if q.device.type == "cuda":
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
         names = _plan(backend, q.device, dtype, q.shape[1], k.shape[1], q.shape[3], torch.is_grad_enabled())
@@ -108,7 +109,7 @@ def _plan(
     order = tuple(torch._C._get_sdp_priority_order())
     call = (device, dtype, heads, kv_heads, head_dim, grad)
     names, message = _plan_once(backend, order, enabled, deterministic, call)
-    log_once(message)
+    log_once(message, message)
     return names
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lighthouse.schedule import SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 # Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.
-SDPA_NAMES = frozenset({"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"})
+SDPA = "scaled_dot_product_attention"
+SDPA_NAMES = frozenset({SDPA, "ALL_ATTENTION_FUNCTIONS"})
 # A method, a function that it calls, and one that this one calls.
 CALL_DEPTH = 2
 # From this many attention layers on, two at each end stay dense, as published; below, one.
@@ -34,7 +36,7 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
             matches, it names the targets itself, for models whose call to SDPA cannot be seen from outside.
 
     Raises:
-        ValueError: Nothing found; the message lists modules that look like attention.
+        ValueError: Nothing found; the message lists modules that look like attention. SettingError with `select`.
     """
     named = dict(model.named_modules())
     found = _innermost({name: module for name, module in named.items() if _is_attention(module)})
@@ -43,7 +45,8 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
         found = matching or {name: module for name, module in named.items() if fnmatchcase(name, select)}
     if not found:
         looked_for = f"no module name matches select={select!r}" if select else "no module calls SDPA"
-        raise ValueError(
+        error = SettingError if select else ValueError
+        raise error(
             f"{looked_for} in {type(model).__name__}: Lighthouse replaces calls of "
             f"torch.nn.functional.scaled_dot_product_attention; modules that look like attention: {_lookalikes(named)}"
         )
@@ -60,7 +63,7 @@ def choose_routed(targets: dict[str, nn.Module], dense_layers: list[int] | None)
 
     Raises:
         TypeError: `dense_layers` is not a list of integers.
-        ValueError: A position is out of range, or no layer is left to route.
+        SettingError: A position is out of range, or no layer is left to route.
     """
     names = list(targets)
     count = len(names)
@@ -68,19 +71,25 @@ def choose_routed(targets: dict[str, nn.Module], dense_layers: list[int] | None)
         ends = 2 if count >= DEEP_MODEL else 1
         dense = {*range(ends), *range(count - ends, count)}
     else:
-        if not isinstance(dense_layers, list | tuple) or any(type(layer) is not int for layer in dense_layers):
-            raise TypeError(f"dense_layers must be None or a list of integers, got {dense_layers!r}")
+        check_layers(dense_layers)
         for layer in dense_layers:
             if not -count <= layer < count:
-                raise ValueError(f"dense_layers must be from {-count} to {count - 1} for {count} layers, got {layer}")
+                raise SettingError(f"dense_layers must be from {-count} to {count - 1} for {count} layers, got {layer}")
         dense = {layer % count for layer in dense_layers}
     routed = {name: targets[name] for position, name in enumerate(names) if position not in dense}
     if not routed:
-        raise ValueError(
+        raise SettingError(
             f"all {count} attention layers stay dense (dense_layers={dense_layers}), nothing is left to route; "
             "pass dense_layers=[] to route every layer"
         )
     return routed
+
+
+def check_layers(dense_layers: list[int] | None) -> None:
+    """Raise TypeError if `dense_layers` is neither None nor a list of integers."""
+    is_list = isinstance(dense_layers, list | tuple)
+    if dense_layers is not None and not (is_list and all(type(layer) is int for layer in dense_layers)):
+        raise TypeError(f"dense_layers must be None or a list of integers, got {dense_layers!r}")
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -136,11 +145,19 @@ def _is_torch(function: FunctionType) -> bool:
 
 
 def _innermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Drop modules that contain another: a model whose helper mentions SDPA is not an attention layer."""
+    """Drop modules that contain another: a model whose helper mentions SDPA is not an attention layer.
+
+    One whose own forward calls SDPA is, whatever it contains.
+    """
     ancestors = {name[:end] for name in modules for end in range(len(name)) if name[end] == "."}
     if any(modules):
         ancestors.add("")
-    return {name: module for name, module in modules.items() if name not in ancestors}
+    return {name: module for name, module in modules.items() if name not in ancestors or _calls_sdpa(module)}
+
+
+def _calls_sdpa(module: nn.Module) -> bool:
+    forward = _plain_function(type(module).forward)
+    return forward is not None and SDPA in _names(forward.__code__)
 
 
 def _lookalikes(named: dict[str, nn.Module]) -> str:

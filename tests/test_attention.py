@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,9 +20,9 @@ def draw(*shape, dtype=torch.float32):
 
 def test_a_short_sequence_is_dense_with_one_notice(caplog, monkeypatch):
     monkeypatch.setattr(notices, "_given", set())
-    q, k, v = draw(1, 2, 50, 8)
     with caplog.at_level(logging.WARNING, "lightning_lighthouse"):
-        for _ in range(3):
+        for tokens in (40, 41, 50):
+            q, k, v = draw(1, 2, tokens, 8)
             out = lighthouse_attention(q, k, v)
     assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
     assert len([record for record in caplog.records if "too short" in record.message]) == 1
@@ -73,6 +76,7 @@ def test_the_output_keeps_the_dtype(dtype):
         (lambda q, k, v: (q[0], k, v), "must be [batch, heads, tokens, head dim]"),
         (lambda q, k, v: (q, k[:, :, :-1], v[:, :, :-1]), "tokens and head dim of q"),
         (lambda q, k, v: (q, k, v[..., :-1]), "must have one shape"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), "at least one head"),
         (lambda q, k, v: (q[:, :3], k[:, :2], v[:, :2]), "multiple of the key/value heads"),
         (lambda q, k, v: (q, k.double(), v), "one floating dtype"),
         (lambda q, k, v: (q.long(), k.long(), v.long()), "one floating dtype"),
@@ -83,6 +87,30 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(change, words):
         lighthouse_attention(*change(*draw(2, 4, 101, 8)), LighthouseConfig(num_levels=2, top_k=4))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_autocast_casts_as_it_does_for_the_builtin():
+    config = LighthouseConfig(num_levels=2, top_k=4)
+    q, k, v = draw(1, 2, 101, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        # fp32 q and k beside a bf16 v: a rotation in fp32
+        out = lighthouse_attention(q, k, v.bfloat16(), config)
+    assert torch.equal(out, lighthouse_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), config))
+
+
+def test_a_backend_that_cannot_run_raises_and_auto_never_does():
+    q, k, v = draw(1, 1, 101, 8)
+    assert lighthouse_attention(q, k, v, LighthouseConfig(num_levels=2, top_k=4, backend="auto")).isfinite().all()
+    if torch.cuda.is_available():
+        return
+    code = (
+        "import torch; from lightning_lighthouse import *; q = torch.randn(1, 1, 101, 8);"
+        "lighthouse_attention(q, q, q, LighthouseConfig(num_levels=2, top_k=4, backend='triton'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}
+    )
+    assert "ValueError: backend='triton' needs a CUDA device, q is on cpu" in done.stderr
 
 
 def test_compiled_whole_equals_eager():

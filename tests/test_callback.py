@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig
-from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.schedule import ResumeError, SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
@@ -178,7 +179,7 @@ def test_a_longer_run_stays_dense_after_its_switch(tmp_path):
 
 def test_a_later_switch_after_the_switch_is_refused_unless_asked_for(tmp_path):
     path = checkpointed(tmp_path, 0.5)
-    with pytest.raises(SettingError, match="allow_return=True"):
+    with pytest.raises(ResumeError, match="set allow_return to true"):
         fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], ckpt_path=path)
     watch = Watch()
     with pytest.warns(UserWarning, match="returning to Lighthouse"):
@@ -309,15 +310,100 @@ def test_the_final_weights_load_into_a_plain_model(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+class AddOne(Callback):
+    """Changes the weights at the very end, as averaging of weights does."""
+
+    def on_train_end(self, trainer, pl_module):
+        with torch.no_grad():
+            pl_module.model.head.bias += 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_final_weights_are_those_the_fit_ends_with(tmp_path, first):
+    callbacks = [LighthouseCallback(0.5, CONFIG), AddOne()]
+    model, _ = fit(tmp_path, callbacks if first else callbacks[::-1])
+    weights = torch.load(tmp_path / "final.pt", weights_only=True)
+    assert torch.equal(weights["model.head.bias"], model.model.head.bias)
+
+
+class ExtraState(ForeignModule):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_an_extra_state_is_written_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], ExtraState())
+    plain = ExtraState()
+    plain.load_state_dict(torch.load(tmp_path / "final.pt", weights_only=True), strict=True)
+    assert plain.seen == 3
+
+
+def test_a_validation_with_a_checkpoint_leaves_the_run_alone(tmp_path):
+    callback, watch = LighthouseCallback(5, CONFIG), Watch()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    model, run = fit(tmp_path, [callback, watch, saving], enable_checkpointing=True, validation=loader(4, seed=1))
+    before = callback.state_dict()
+    run.validate(model, loader(4, seed=1), ckpt_path=tmp_path / "epoch=0-step=2.ckpt", weights_only=True, verbose=False)
+    assert callback.state_dict() == before
+    run.fit_loop.epoch_loop.max_steps = 15
+    run.fit(model, loader())
+    assert watch.phases == [True] * 5 + [False] * 10
+
+
+def test_another_fit_of_the_same_callback_does_not_leak(tmp_path):
+    path = checkpointed(tmp_path, 5)
+    content = torch.load(path, weights_only=True)
+    del content["callbacks"]["LighthouseCallback"]
+    torch.save(content, path)
+    callback, watch = LighthouseCallback(2, CONFIG), Watch()
+    fit(tmp_path, [callback])
+    callback.switch_at = 8
+    with pytest.warns(UserWarning, match="without Lighthouse state"):
+        fit(tmp_path, [callback, watch], ckpt_path=path)
+    assert watch.training == [(6, True), (7, True), (8, False), (9, False)]
+
+
+def test_no_logging_at_all_is_possible(tmp_path):
+    _, run = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], logger=TensorBoardLogger(tmp_path), log_every_n_steps=0)
+    # only the points that frame the switch
+    assert list(scalars(f"{run.log_dir}/lighthouse")) == [4, 5]
+
+
+def test_a_metric_of_another_name_is_asked_for_once(tmp_path):
+    callback = LighthouseCallback(0.5, CONFIG, validation_metric="val_loss")
+    with pytest.warns(UserWarning, match=r"validation_metric='val_loss' was not logged.*logged: val/loss"):
+        fit(tmp_path, [callback], validation=loader(4, seed=1), val_check_interval=5)
+
+
+def test_the_time_of_checkpoints_and_validations_is_not_training_time(tmp_path):
+    class Slow(ModelCheckpoint):
+        def _save_checkpoint(self, trainer, filepath):
+            super()._save_checkpoint(trainer, filepath)
+            time.sleep(0.3)
+
+    callback = LighthouseCallback(0.5, CONFIG)
+    fit(tmp_path, [callback, Slow(tmp_path, every_n_train_steps=1)], enable_checkpointing=True)
+    assert callback._ledger.lighthouse.seconds + callback._ledger.dense.seconds < 10 * 0.3
+
+
 def test_fast_dev_run_writes_nothing_and_says_that_it_never_switches(tmp_path):
     with pytest.warns(UserWarning, match="1 steps end before the switch at step 1"):
         fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], fast_dev_run=True, max_steps=-1)
     assert not list(tmp_path.rglob("*"))
 
 
-def scalars(folder, tag="train/loss"):
+def events_of(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
+    return events
+
+
+def scalars(folder, tag="train/loss"):
+    events = events_of(folder)
     return {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
 
 
@@ -341,12 +427,11 @@ def test_each_phase_has_its_run_and_the_curves_meet(tmp_path):
     assert list(scalars(run.log_dir, "val/loss")) == [1, 3, 5, 7, 9]
     rates = scalars(f"{run.log_dir}/lighthouse", "train/tokens_per_second")
     assert all(rate > 0 for rate in rates.values())
-    events = EventAccumulator(f"{run.log_dir}/dense")
-    events.Reload()
+    events = events_of(f"{run.log_dir}/dense")
     texts = [tensor for tag in events.Tags()["tensors"] if "phase" in tag for tensor in events.Tensors(tag)]
     assert any(b"switched from Lighthouse to dense attention at step 6" in t.tensor_proto.string_val[0] for t in texts)
     assert any("custom_scalars" in tag for tag in events.Tags()["tensors"])
-    assert b"lighthouse/switch_step" in b"".join(path.read_bytes() for path in Path(run.log_dir).glob("events*"))
+    assert b"lighthouse/switch_step" in b"".join(path.read_bytes() for path in Path(run.log_dir, "dense").iterdir())
 
 
 def test_an_accumulated_loss_is_the_mean_of_its_batches(tmp_path):
@@ -365,6 +450,7 @@ def test_an_accumulated_loss_is_the_mean_of_its_batches(tmp_path):
 
 def test_a_resumed_run_continues_its_curves(tmp_path):
     logger = {"logger": TensorBoardLogger(tmp_path, version="one"), "log_every_n_steps": 1}
+    logger |= {"validation": loader(4, seed=1), "val_check_interval": 2}
     callbacks = [LighthouseCallback(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)]
     _, run = fit(tmp_path, callbacks, enable_checkpointing=True, **logger)
     before = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
@@ -373,6 +459,8 @@ def test_a_resumed_run_continues_its_curves(tmp_path):
     after = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
     assert after == before
     assert sorted(after) == list(range(10))
+    steps = [event.step for event in events_of(run.log_dir).Scalars("val/loss")]
+    assert steps == sorted(set(steps))
 
 
 def test_other_loggers_get_the_phase_as_a_scalar(tmp_path):
@@ -406,7 +494,11 @@ def test_wrong_arguments_are_quoted():
     for arguments, words in [
         ({"switch_at": 1.9}, "got 1.9"),
         ({"attention": {"top_k": 3}}, "LighthouseConfig"),
-        ({"on_unroutable": "ignore"}, "'raise' or 'warn', got 'ignore'"),
+        ({"enabled": "no"}, "enabled must be bool, got 'no'"),
+        ({"allow_return": 1}, "allow_return must be bool, got 1"),
+        ({"select": 3}, "select must be str or None, got 3"),
+        ({"dense_layers": "a"}, "list of integers, got 'a'"),
+        ({"on_unroutable": "ignore"}, "one of 'raise', 'warn', got 'ignore'"),
     ]:
         with pytest.raises((TypeError, ValueError)) as caught:
             LighthouseCallback(**arguments)

@@ -273,6 +273,41 @@ def test_checkpoint_inside_attention_stays_dense_with_right_gradients():
         assert set(patch.audit.unrouted().values()) == {"checkpoint() inside the attention module"}
 
 
+def test_a_reentrant_checkpoint_around_such_attention_is_refused():
+    model = GPT()
+    model.__class__ = CheckpointedBlocks
+    model.use_reentrant = True
+    for block in model.blocks:
+        block.attn.__class__ = CheckpointInside
+    with patch_attention(model, CONFIG) as patch:
+        patch.audit = Audit(patch.targets)
+        run(model, tokens())
+        assert "checkpoint() inside" in explain(patch.audit.unrouted(), 2)
+
+
+class TwoCalls(SelfAttention):
+    """Attention that contains another."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads)
+        self.inner = SelfAttention(dim, heads)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.inner(x)).chunk(3, dim=-1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_attention_that_contains_attention_is_routed_too():
+    model = nn.Sequential(TwoCalls(16, 2))
+    patch = patch_attention(model, CONFIG, dense_layers=[])
+    assert list(patch.targets) == ["0", "0.inner"]
+    patch.audit = Audit(patch.targets)
+    patch.on()
+    model(torch.randn(2, 96, 16))
+    assert patch.audit.unrouted() == {}
+    patch.restore()
+
+
 class CheckpointedBlocks(GPT):
     use_reentrant = False
 

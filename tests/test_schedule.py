@@ -9,6 +9,7 @@ import pytest
 from lightning_lighthouse.schedule import (
     DENSE,
     LIGHTHOUSE,
+    ResumeError,
     SettingError,
     SwitchState,
     check_switch_at,
@@ -80,7 +81,7 @@ def test_a_longer_training_stays_dense_once_switched():
 
 def test_going_back_needs_to_be_asked_for():
     saved, asked = SwitchState(0.5, 50, True), SwitchState(0.95, 95)
-    with pytest.raises(SettingError, match=r"0\.5 to 0\.95 .* allow_return=True"):
+    with pytest.raises(ResumeError, match=r"0\.5 to 0\.95 .* allow_return to true"):
         resume_switch(saved, asked, 70, False)
     switch, line = resume_switch(saved, asked, 70, True)
     assert switch.phase(70) == LIGHTHOUSE
