@@ -26,6 +26,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from lightning_lighthouse.arguments import Parser
 from lightning_lighthouse.attention import lighthouse_attention
 from lightning_lighthouse.bench_timing import (
     Layer,
@@ -38,7 +39,6 @@ from lightning_lighthouse.bench_timing import (
     measure_steps,
 )
 from lightning_lighthouse.config import LighthouseConfig
-from lightning_lighthouse.data.integrity import Parser
 from lightning_lighthouse.sdpa import causal_sdpa
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -124,7 +124,6 @@ def _make_parser() -> Parser:
     parser = Parser(
         prog="lighthouse bench",
         description="Measure dense and Lighthouse Attention here: one layer, or with --model a whole training step.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", metavar="N", help="tokens (default: up to 131072, on a CPU up to 4096)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +20,19 @@ from lightning_lighthouse.callback import LighthouseCallback
 from lightning_lighthouse.cli_check import Checker
 from lightning_lighthouse.cli_checkpoint import Checkpoint, resolve_checkpoint
 from lightning_lighthouse.cli_recipe import UsageError, read, split
+from lightning_lighthouse.targets import choose_routed, find_targets
 
 MODEL = "lightning_lighthouse.model.Decoder"
 DATA = "lightning_lighthouse.LighthouseRecipe"
 LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
 RUNS = "runs"
 COMMANDS = ("fit", "validate", "test")
+# what Trainer takes without a word, and then divides by or ignores
+TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "val_check_interval": (lambda value: not isinstance(value, int | float) or value > 0, "greater than 0"),
+    "log_every_n_steps": (lambda value: value >= 0, "at least 0"),
+    "gradient_clip_val": (lambda value: value >= 0, "at least 0"),
+}
 
 # Lightning's and torch's notices that ask nothing of the user, word for word
 LOGGED_NOTICES = {
@@ -48,10 +55,13 @@ class SaveRecipe(SaveConfigCallback):
     """Writes the resolved recipe into the log folder of a training run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: a run that is refused leaves the recipe of the one before."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml`."""
         # without a logger the folder is the current one, and config.yaml there is the user's
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "fit")
 
 
 class Parser(LightningArgumentParser):
@@ -181,8 +191,37 @@ class LighthouseCLI(LightningCLI):
                 built[group] = _instantiate(self.parser, alone)[self.command][group]
         self.config_init = Namespace({"subcommand": self.command, self.command: built})
         self.model, self.datamodule = built.model, built.data
+        with self._refusals("lighthouse"):
+            self._check_layers(built.lighthouse)
         with self._refusals("trainer"):
+            for name, (is_right, allowed) in TRAINER_RANGES.items():
+                value = built.trainer[name]
+                if value is not None and not is_right(value):
+                    raise ValueError(f"{name} must be {allowed}, got {value}")
             self.trainer = self.instantiate_trainer()
+
+    def _check_layers(self, callback: LighthouseCallback) -> None:
+        """Refuse before any folder is made what the callback would refuse at fit start."""
+        if self.command != "fit" or not callback.enabled:
+            return
+        num_tokens = getattr(self.datamodule, "seq_len", None)
+        if num_tokens is not None:
+            callback.attention.pyramid(num_tokens)
+        try:
+            targets = find_targets(self.model)
+        except ValueError:
+            # layers that configure_model makes are looked for at fit start
+            return
+        if callback.select is not None:
+            targets = find_targets(self.model, callback.select)
+        choose_routed(targets, callback.dense_layers)
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.command].seed_everything
+        if type(seed) is int and not 0 <= seed < 2**32:
+            self.refuse(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
+        else:
+            super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with a checkpoint callback unless checkpoints are off."""
@@ -202,7 +241,7 @@ class LighthouseCLI(LightningCLI):
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            if not isinstance(cause, (ValueError, TypeError, MisconfigurationException)):
+            if not isinstance(cause, (ValueError, TypeError, RuntimeError, MisconfigurationException)):
                 raise cause from None
             name, _, rest = " ".join(str(cause).split()).partition(" ")
             settings = self.config[self.command][group]

@@ -27,7 +27,7 @@ class PhaseCurves:
     Args:
         trainer: Its loggers decide where the curves go.
         first_step: Points at or after this step, left by a run that died, are replaced.
-        validation_metric: Name of the validation loss, for the layout and the HPARAMS tab.
+        validation_metric: Name of the validation loss, for the layout.
     """
 
     def __init__(self, trainer: Trainer, first_step: int, validation_metric: str) -> None:
@@ -75,10 +75,8 @@ class PhaseCurves:
             from tensorboard.plugins.hparams import summary_v2 as hparams
 
             shown = {name: _shown(value) for name, value in {**self._board.hparams, **values}.items()}
-            # the validation loss is in the logger's run, one folder up
-            metrics = [hparams.Metric(self._validation_metric, group="..")]
             file_writer: Any = self._writer(DENSE).file_writer
-            file_writer.add_summary(hparams.hparams_config_pb([hparams.HParam(name) for name in shown], metrics))
+            file_writer.add_summary(hparams.hparams_config_pb([hparams.HParam(name) for name in shown], metrics=[]))
             file_writer.add_summary(hparams.hparams_pb(shown))
 
     def close(self) -> None:

@@ -43,11 +43,14 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
     if select is not None:
         matching = {name: module for name, module in found.items() if fnmatchcase(name, select)}
         found = matching or {name: module for name, module in named.items() if fnmatchcase(name, select)}
+    if not found and select is not None:
+        raise SettingError(
+            f"select must match the name of a module of {type(model).__name__}, got {select!r}; modules that look like "
+            f"attention: {_lookalikes(named)}"
+        )
     if not found:
-        looked_for = f"no module name matches select={select!r}" if select else "no module calls SDPA"
-        error = SettingError if select else ValueError
-        raise error(
-            f"{looked_for} in {type(model).__name__}: Lighthouse replaces calls of "
+        raise ValueError(
+            f"no module calls SDPA in {type(model).__name__}: Lighthouse replaces calls of "
             f"torch.nn.functional.scaled_dot_product_attention; modules that look like attention: {_lookalikes(named)}"
         )
     return found
@@ -101,8 +104,12 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_foreign(kind: type) -> bool:
-    """Whether a class is the user's: torch's own layers reach SDPA only through nn.MultiheadAttention."""
-    return kind is not object and not kind.__module__.startswith(("torch.nn.", "lightning.pytorch."))
+    """Whether a class is the user's: torch's own layers reach SDPA only through nn.MultiheadAttention.
+
+    The base class of transformers' models only manages attention functions, it calls none.
+    """
+    frameworks = ("torch.nn.", "lightning.pytorch.", "transformers.modeling_utils")
+    return kind is not object and not kind.__module__.startswith(frameworks)
 
 
 def _plain_function(method: Any) -> FunctionType | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from foreign import loader
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -128,6 +129,15 @@ BAD_FLAGS = {
     "wrong choice": (
         ["--lighthouse.attention.combine", "men"],
         "lighthouse.attention.combine must be 'sum' or 'mean', got 'men'; did you mean mean?",
+    ),
+    "seed out of range": (["--seed_everything", "-1"], "seed_everything must be from 0 to 4294967295, got -1"),
+    "Trainer would divide by it": (
+        ["--trainer.val_check_interval", "0"],
+        "trainer.val_check_interval must be greater than 0, got 0",
+    ),
+    "Trainer would ignore it": (
+        ["--trainer.log_every_n_steps", "-1"],
+        "trainer.log_every_n_steps must be at least 0, got -1",
     ),
     "out of range, refused by a dataclass": (
         ["--lighthouse.attention.num_levels", "1"],
@@ -411,6 +421,58 @@ def test_the_recipe_wins_over_the_hyperparameters_of_a_checkpoint():
     assert cli.main(["fit", "-c", "recipe.yaml", *flags]) == 0
     resumed = yaml.safe_load(Path("runs/recipe/version_1/config.yaml").read_text())
     assert resumed["model"]["init_args"]["num_heads"] == 2
+
+
+class Sentences(LightningDataModule):
+    """Sequences that the foreign module learns."""
+
+    seq_len = 128
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+
+ATTENTIVE = """\
+model: foreign.ForeignModule
+data: test_cli.Sentences
+trainer:
+  accelerator: cpu
+  max_steps: 6
+  enable_progress_bar: false
+lighthouse:
+  switch_at: 3
+  attention:
+    num_levels: 2
+    top_k: 8
+checkpoint:
+  monitor: null
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--lighthouse.dense_layers", "[9]"], "lighthouse.dense_layers must be from -4 to 3 for 4 layers, got 9"),
+        (["--lighthouse.select", "*.atn"], "lighthouse.select must match the name of a module of ForeignModule"),
+        (["--lighthouse.attention.num_levels", "40"], "lighthouse: a pyramid over 128 tokens with num_levels=40"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_written(capsys, flags, line):
+    Path("attentive.yaml").write_text(ATTENTIVE)
+    assert refusal(capsys, "fit", "-c", "attentive.yaml", *flags).startswith(line)
+    assert cli.main(["check", "attentive.yaml", *flags]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is(capsys):
+    Path("attentive.yaml").write_text(ATTENTIVE)
+    assert cli.main(["fit", "-c", "attentive.yaml"]) == 0
+    written = Path("runs/attentive/version_0/config.yaml").read_text()
+    capsys.readouterr()
+    flags = ["--ckpt_path", "last", "--lighthouse.switch_at", "9", "--trainer.max_steps", "12"]
+    assert cli.main(["fit", "-c", "attentive.yaml", *flags]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lighthouse: switch_at was changed from 3 to 9")
+    assert Path("runs/attentive/version_0/config.yaml").read_text() == written
 
 
 FAILURES = {

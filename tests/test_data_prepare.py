@@ -426,7 +426,7 @@ BAD_ARGUMENTS = [
     (["--seq_len", "many"], 2, "argument --seq_len: invalid int value: 'many'"),
     (["--seq_len", "61", "--validation_fraction", "1"], 2, "validation_fraction must be in [0, 1), got 1.0"),
     (["--seq_len", "61", "--num_workers", "-1"], 2, "num_workers must be at least 0, got -1"),
-    (["--seq_len", "61", "--sourc", "x"], 2, "unrecognized arguments: --sourc x"),
+    (["--seq_len", "61", "--sourc", "x"], 2, "--sourc is not an option; did you mean --source?"),
     (["--source", "x"], 2, "the following arguments are required: --seq_len"),
     (
         ["--seq_len", "61", "--source", "x"],

@@ -119,7 +119,7 @@ def test_dense_layers(layers, dense_layers, routed):
         ({"dense_layers": [4]}, ValueError, "from -4 to 3 for 4 layers, got 4"),
         ({"dense_layers": [0, 1, 2, 3]}, ValueError, "nothing is left to route"),
         ({"dense_layers": [0.5]}, TypeError, "list of integers"),
-        ({"select": "nothing.*"}, ValueError, "no module name matches select='nothing.*'"),
+        ({"select": "nothing.*"}, ValueError, "select must match the name of a module of GPT, got 'nothing.*'"),
     ],
 )
 def test_wrong_arguments_are_refused_and_leave_nothing(arguments, error, words):

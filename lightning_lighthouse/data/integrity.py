@@ -6,7 +6,6 @@ milliseconds: it runs before each training. `verify` hashes everything again; it
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shlex
@@ -14,7 +13,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
+
+from lightning_lighthouse.arguments import Parser
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
@@ -248,23 +249,13 @@ def prepare_command(settings: Settings, output_dir: Path, tokenizer: str, *, ove
     return shlex.join([*words, "--overwrite"] if overwrite else words)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, and ends with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` alone, without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     """`lighthouse verify`: hash a prepared folder again.
 
     Returns:
         Exit status: 0 if all is well, 1 if a file is missing or altered, 2 for wrong arguments.
     """
-    parser = Parser(
-        prog="lighthouse verify", description="Compare a prepared folder with its manifest.", allow_abbrev=False
-    )
+    parser = Parser(prog="lighthouse verify", description="Compare a prepared folder with its manifest.")
     parser.add_argument("folder", type=Path, help="a folder written by lighthouse prepare")
     folder = parser.parse_args(argv).folder
     try:

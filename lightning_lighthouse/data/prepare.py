@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_lighthouse.arguments import Parser
 from lightning_lighthouse.data.integrity import (
     INDEX,
     MANIFEST,
     Counts,
     Manifest,
-    Parser,
     Settings,
     check,
     is_prepared,
@@ -296,7 +296,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="lighthouse prepare",
         description="Pack documents into sequences of tokens. The options are those of LighthouseRecipe.",
-        allow_abbrev=False,
     )
     parser.add_argument("--output_dir", required=True, help="folder to write, complete or not at all")
     parser.add_argument("--seq_len", type=int, required=True, help="tokens of a sequence")
