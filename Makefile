@@ -30,7 +30,7 @@ lint: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: pyproject.toml .venv/installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,hf]"
 	touch $@
 
 clean:

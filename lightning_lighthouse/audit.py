@@ -52,8 +52,21 @@ class Audit:
             elif reasons:
                 missing[name] = "; ".join(sorted(reasons - {ROUTED}))
             elif layer not in _seen_routed:
-                missing[name] = "no call of scaled_dot_product_attention was seen"
+                missing[name] = _why_silent(layer)
         return missing
+
+
+def _why_silent(layer: nn.Module) -> str:
+    """Why a layer made no call: an attention layer of transformers knows how its model was made."""
+    reason = "no call of scaled_dot_product_attention was seen"
+    config = getattr(layer, "config", None)
+    implementation = getattr(config, "_attn_implementation", "sdpa")
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        return f"{reason}, and none can be: attn_logit_softcapping={softcap} is beyond SDPA, and so beyond Lighthouse"
+    if implementation != "sdpa":
+        return f"{reason}: the model was made with attn_implementation={implementation!r}, make it with 'sdpa'"
+    return reason
 
 
 def explain(missing: dict[str, str], num_targets: int) -> str:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lighthouse.adapters import multihead
 from lightning_lighthouse.attention import lighthouse_attention
 from lightning_lighthouse.audit import CHECKPOINT_INSIDE, ROUTED, Audit
 from lightning_lighthouse.config import LighthouseConfig
@@ -160,6 +161,13 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         if self._lighthouse_chained is not None:
             return self._lighthouse_chained(*args, **kwargs)
+        if patch.is_on and multihead.is_served(self):
+            reason = multihead.why_dense(self, *args, **kwargs)
+            if not reason:
+                return multihead.forward(self, *args, **kwargs)
+            _note(reason)
+            # dense in eager code too, as it is when compiled
+            patch.in_scope = False
         return type(self).forward(self, *args, **kwargs)
     finally:
         patch.in_scope = outer_scope
