@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-# Winners a tile holds at each level in the published code. With this many or fewer there is one tile.
+# Winners of a tile at each level in the published code; a budget below twice this many is one tile.
 TILE_WINNERS = 128
 # The default budget keeps one token in this many as a winner: the published 1536 at 98,304 tokens.
 TOKENS_PER_WINNER = 64

@@ -1,4 +1,4 @@
-"""The Triton twins of the stages in `reference`, under the same names and signatures."""
+"""The Triton twins of the stages in `reference`, under the same names; scores and selections are their own."""
 
 from __future__ import annotations
 
