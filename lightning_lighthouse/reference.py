@@ -1,9 +1,9 @@
 """Lighthouse Attention in plain PyTorch: the specification in code (arXiv 2605.06554, section 3; docs/design.md).
 
 The stages on one layout, `[B, H, N, D]`: score > select > gather (which pools) > attend > scatter. Attention itself is
-stock SDPA and lives in `attention.py`; the others have twins of the same names in `kernels/`, with scores and selections
-of their own. Clarity comes before speed: this file is what the kernels are tested against. It imports torch and `config`
-only.
+stock SDPA and lives in `attention.py`; the others have twins of the same names in `kernels/`, with scores and
+selections of their own. Clarity comes before speed: this file is what the kernels are tested against. It imports torch
+and `config` only.
 """
 
 # B batch, H query heads, G key/value heads, N tokens, D head dim, T tiles, C candidates or winners of a tile,
