@@ -47,8 +47,10 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, backend
     Raises:
         ValueError: The named backend cannot run this call.
     """
-    # a plain bool also where Dynamo traces sizes as symbols
-    grouped = int(q.shape[1]) != int(k.shape[1])
+    # a plain bool, also where Dynamo traces sizes as symbols
+    grouped = False
+    if q.shape[1] != k.shape[1]:
+        grouped = True
     if q.device.type == "cuda":
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
         names = _plan(backend, q.device, dtype, q.shape[1], k.shape[1], q.shape[3], torch.is_grad_enabled())

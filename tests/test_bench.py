@@ -146,7 +146,7 @@ def test_a_wrong_backend_is_not_timed(
     faulty = SimpleNamespace(**vars(reference))
     setattr(faulty, stage, fault(getattr(reference, stage)))
     choose = attention._stages
-    monkeypatch.setattr(attention, "_stages", lambda c, d: faulty if c.backend == "auto" else choose(c, d))
+    monkeypatch.setattr(attention, "_stages", lambda c, *on: faulty if c.backend == "auto" else choose(c, *on))
     path = tmp_path / "rows.csv"
     assert bench.main([*ARGUMENTS, "--csv", str(path)]) == 1
     assert not path.exists()
@@ -280,7 +280,7 @@ def test_first_steps_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--num-level 3", "unrecognized arguments: --num-level 3"),
+        ("--num-level 3", "--num-level is not an option; did you mean --num-levels?"),
         ("--num-levels 1", "num_levels must be at least 2, got 1"),
         ("--top-k many", "argument --top-k: invalid int value: 'many'"),
         ("--heads 3 --kv-heads 2", "--heads must be a multiple of --kv-heads, got 3 and 2"),
@@ -324,7 +324,11 @@ def test_rows_do_not_go_under_other_columns(tmp_path: Path, capsys: pytest.Captu
 def test_layer_is_measured_on_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     assert bench.main(["--lengths", "8192", "32768", "--repeats", "5", "--csv", str(path)]) == 0
-    for row in read_rows(path):
-        assert 0 < float(row["floor_ms"]) < float(row["lighthouse_ms"])
-        assert float(row["dense_peak_mib"]) > 0
-        assert float(row["lighthouse_peak_mib"]) > 0
+    rows = read_rows(path)
+    assert [row["num_tokens"] for row in rows] == ["8192", "32768"]
+    # which of the times is the shorter is a result, not a promise
+    measured = ("dense_forward_ms", "dense_ms", "lighthouse_forward_ms", "lighthouse_ms", "floor_ms", "gathered_ms",
+                "dense_peak_mib", "lighthouse_peak_mib")  # fmt: skip
+    for row in rows:
+        for name in measured:
+            assert 0 < float(row[name]) < math.inf, name

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "lightning_lighthouse"
 
 # Lower floors never import higher ones; files of one floor may import each other where no circle arises.
 FLOORS = [
-    ["config", "notices", "schedule", "ledger"],
+    ["arguments", "config", "ledger", "notices", "schedule"],
     ["sdpa"],
     ["reference", "kernels"],
     ["attention"],
-    ["targets", "audit", "patch"],
+    ["adapters", "targets", "audit", "patch"],
     ["curves", "export", "data", "model"],
     ["callback"],
     ["bench"],
@@ -57,17 +57,44 @@ def test_imports_go_one_way(path):
         )
 
 
+def printed(code: str) -> str:
+    """What a fresh process prints that runs `code`."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def loaded(statement: str) -> set[str]:
     """Top-level packages in `sys.modules` of a fresh process after a statement."""
-    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(printed(f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})").split())
 
 
 def test_attention_and_patch_need_neither_lightning_nor_litdata_nor_triton():
     names = loaded("from lightning_lighthouse import patch_attention, lighthouse_attention, LighthouseConfig")
     assert "torch" in names
     assert not names & {"lightning", "litdata", "tensorboard", "jsonargparse", "transformers"}
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from lightning_lighthouse import LighthouseConfig, lighthouse_attention
+q = torch.randn(1, 1, 521, 5)
+for backend in ("reference", "auto", "triton"):
+    try:
+        out = lighthouse_attention(q, q, q, LighthouseConfig(backend=backend))
+        print(backend, list(out.shape), bool(out.isfinite().all()))
+    except ImportError as error:
+        print(backend, error)
+"""
+
+
+def test_without_triton_the_reference_runs_and_the_kernels_say_what_is_missing():
+    assert printed(WITHOUT_TRITON).splitlines() == [
+        "reference [1, 1, 521, 5] True",
+        "auto [1, 1, 521, 5] True",
+        "triton backend='triton' needs the package triton, which is not installed; install it or choose "
+        "backend='reference'",
+    ]
 
 
 def test_the_package_itself_imports_nothing_heavy():

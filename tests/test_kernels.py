@@ -290,6 +290,48 @@ def test_narrow_types_err_no_more_than_the_reference(dtype, poison):
         assert error <= 2 * allowed + torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scores_have_the_precision_of_fp32(dtype):
+    config = LighthouseConfig(3, 3, 3)
+    shape = config.pyramid(71)
+    qkv = [x.detach() for x in draw(2, 2, 2, 71, 37, dtype, integers=False)]
+    exact = flat_scores(reference.score(*(x.double() for x in qkv), shape, config))
+    scores = kernels.score(*qkv, shape, config)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), exact, rtol=8 * torch.finfo(torch.float32).eps, atol=0)
+
+
+@pytest.mark.parametrize(("levels", "factor"), [(2, 16), (3, 4), (5, 2)])
+def test_narrow_types_are_summed_in_fp32(levels, factor):
+    """Ones between 256 and -256: bf16 cannot hold 257, and a sum in bf16 would lose the ones."""
+    config = LighthouseConfig(levels, factor, 7)
+    shape = config.pyramid(509)
+    selection = kernels.select(random_scores(1, 1, shape, False, 3), shape, config)
+    twin = reference.Selection(selection.index, full_slots(selection.slots, shape))
+    entry = selection.index[0, 0].long()
+    level = sum((entry >= shape.start(n)).long() for n in range(1, levels))
+
+    # at the two ends of every coarsest window, and of every chain of entries
+    window = shape.window(levels - 1)
+    token = torch.arange(shape.num_tokens + 1, device=DEVICE) % window
+    x = 1 + 255 * (token == 0) - 257 * (token == window - 1)
+    o = 1 + 255 * (level == levels - 1) - 257 * (level == 0)
+    # gather divides by the window of an entry, and scatter counts token j as j + 1
+    values = [x[:-1], o, o * factor**level, x[1:]]
+
+    def run(stages, choice, dtype):
+        x, o, d_xs, d_out = (value.to(dtype).view(1, 1, -1, 1).requires_grad_() for value in values)
+        xs = stages.gather(x, x, x, choice, shape)[0]
+        out = stages.scatter(o, choice, shape, config)
+        (dx,), (d_o,) = torch.autograd.grad(xs, x, d_xs), torch.autograd.grad(out, o, d_out)
+        return {"xs": xs, "out": out, "dx": dx, "do": d_o}
+
+    exact = run(reference, twin, torch.float64)
+    for name, value in run(kernels, selection, torch.bfloat16).items():
+        # one rounding, which the interpreter does towards zero
+        torch.testing.assert_close(value.double(), exact[name], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
 def test_float64_is_refused():
     config = LighthouseConfig(3, 2, 2, backend="triton")
     q, k, v = draw(1, 1, 1, 40, 4, torch.float64)

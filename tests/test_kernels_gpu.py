@@ -148,3 +148,19 @@ def test_more_values_than_32_bits_can_number():
     for whole, alone in zip(*results, strict=True):
         assert torch.equal(whole[2:], alone)
         assert alone.isfinite().all()
+
+
+def test_channels_farther_apart_than_32_bits_can_number():
+    """Five channels 2^29 values apart, as in memory ordered [B, D, H, N]: the same as side by side."""
+    config = LighthouseConfig(3, 4, 8)
+    shape = config.pyramid(521)
+    near = draw(1, 1, 1, 521, 5)
+    far = [torch.empty_strided(x.shape, (0, 0, 1, 2**29), dtype=x.dtype, device=x.device) for x in near]
+    results = []
+    with torch.no_grad():
+        for x, values in zip(far, near, strict=True):
+            x.copy_(values)
+        for qkv in (near, far):
+            selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
+            results.append((selection.index, *kernels.gather(*qkv, selection, shape)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from lightning_lighthouse.config import PyramidShape
 
 NAMESPACE = "lightning_lighthouse"
+# The kernels compute offsets between the channels of one row in int32; all others in int64.
+MAX_OFFSET = 2**31 - 1
 
 
 class Operator:
@@ -43,7 +45,7 @@ class Operator:
         self.direct = forward
         if backward is not None:
             assert setup_context is not None
-            definition.register_autograd(backward, setup_context=setup_context)
+            definition.register_autograd(once_differentiable(backward), setup_context=setup_context)
             self.direct = _autograd_function(forward, setup_context, backward)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
@@ -84,13 +86,23 @@ def pack(shape: PyramidShape) -> list[int]:
 
 def unpack(sizes: list[int]) -> PyramidShape:
     """The inverse of `pack`."""
-    return _unpack(tuple(sizes))
+    # symbols, as Dynamo traces sizes that change, have no hash
+    is_traced = any(isinstance(size, torch.SymInt) for size in sizes)
+    return _unpack(*sizes) if is_traced else _unpack_cached(*sizes)
 
 
-@lru_cache(maxsize=256)
-def _unpack(sizes: tuple[int, ...]) -> PyramidShape:
+def _unpack(*sizes: int) -> PyramidShape:
     tokens, levels, factor, tiles, tile_entries, *winners = sizes
     return PyramidShape(tokens, levels, factor, tiles, tile_entries, tuple(winners))
+
+
+_unpack_cached = lru_cache(maxsize=256)(_unpack)
+
+
+def within_reach(x_BHRD: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy where the channels of a row lie too far apart for the kernels."""
+    # as in memory ordered [B, D, H, N]: 160 channels of 16 heads and 2^20 tokens
+    return x_BHRD.contiguous() if (x_BHRD.shape[-1] - 1) * x_BHRD.stride(-1) > MAX_OFFSET else x_BHRD
 
 
 def empty_heads_inner(x_BHRD: Tensor, rows: int) -> Tensor:

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lighthouse.config import PyramidShape, ceil_div
+from lightning_lighthouse.kernels.ops import within_reach
 
 # Values of one block: 16 bytes of bf16 for each thread of a warp, so that one load is one instruction
 WARP_VALUES = 256
@@ -232,11 +233,13 @@ def _spread_kernel(
 
 def collect(x_BHND: Tensor, y_BHSD: Tensor, slots_BGP: Tensor, shape: PyramidShape, shift: int, mean: bool) -> None:
     """Write into y what its entries gather from the rows of x. The last dimension of y is contiguous."""
+    x_BHND = within_reach(x_BHND)
     _launch(_collect_kernel, (x_BHND, *x_BHND.stride(), y_BHSD, *y_BHSD.stride()[:3]), slots_BGP, shape, shift, mean)
 
 
 def spread(y_BHSD: Tensor, x_BHND: Tensor, slots_BGP: Tensor, shape: PyramidShape, shift: int, mean: bool) -> None:
     """Write into the rows of x what the entries y above them hold. The last dimension of x is contiguous."""
+    y_BHSD = within_reach(y_BHSD)
     _launch(_spread_kernel, (y_BHSD, *y_BHSD.stride(), x_BHND, *x_BHND.stride()[:3]), slots_BGP, shape, shift, mean)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lighthouse.config import LighthouseConfig, PyramidShape, ceil_div
-from lightning_lighthouse.kernels.ops import Operator, pack, unpack
+from lightning_lighthouse.kernels.ops import Operator, pack, unpack, within_reach
 from lightning_lighthouse.kernels.rows import (
     UNROLL,
     block_of,
@@ -91,6 +91,7 @@ def _score_kernel(
 
 def _score(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
     shape = unpack(sizes)
+    q, k = within_reach(q), within_reach(k)
     batch, heads, num_tokens, dim = q.shape
     groups = k.shape[1]
     scores = _empty_scores(q, k, sizes)
