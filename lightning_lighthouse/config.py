@@ -166,13 +166,15 @@ def _pyramid(num_levels: int, pooling_factor: int, top_k: int, num_tokens: int) 
     coarsest_entries = ceil_div(num_tokens, pooling_factor ** (num_levels - 1))
     tile_entries = ceil_div(coarsest_entries, num_tiles)
 
-    winners = [0] * num_levels
+    # coarsest level first; nobody wins among the tokens
+    winners: list[int] = []
     candidates = tile_entries
-    for level in range(num_levels - 1, 0, -1):
-        winners[level] = min(top_k // num_tiles, candidates)
-        candidates = pooling_factor * winners[level]
+    for _ in range(num_levels - 1):
+        winners.append(min(top_k // num_tiles, candidates))
+        candidates = pooling_factor * winners[-1]
+    winners.append(0)
 
-    shape = PyramidShape(num_tokens, num_levels, pooling_factor, num_tiles, tile_entries, tuple(winners))
+    shape = PyramidShape(num_tokens, num_levels, pooling_factor, num_tiles, tile_entries, tuple(winners[::-1]))
     if shape.num_entries > MAX_ENTRIES:
         raise ValueError(
             f"a pyramid over {num_tokens} tokens with num_levels={num_levels} and pooling_factor={pooling_factor} has "

@@ -104,7 +104,8 @@ def test_a_backend_that_cannot_run_raises_and_auto_never_does():
     if torch.cuda.is_available():
         return
     code = (
-        "import torch; from lightning_lighthouse import *; q = torch.randn(1, 1, 101, 8);"
+        "import torch; from lightning_lighthouse import LighthouseConfig, lighthouse_attention;"
+        "q = torch.randn(1, 1, 101, 8);"
         "lighthouse_attention(q, q, q, LighthouseConfig(num_levels=2, top_k=4, backend='triton'))"
     )
     done = subprocess.run(
