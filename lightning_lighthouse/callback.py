@@ -109,7 +109,8 @@ class LighthouseCallback(Callback):
         self._losses: list[Tensor] = []
         self._meets_at_switch = False
         self._told_of_metric = False
-        self._folder = Path()
+        # where the final weights go, once the training has ended
+        self._folder: Path | None = None
 
     # Constant, so that a changed setting still finds the state of the run.
     @property
@@ -145,6 +146,7 @@ class LighthouseCallback(Callback):
         self._restore()
         self._sdpa.enter_context(sdpa_priority(self.attention.sdpa))
         self._audited = False
+        self._folder = None
         if self.enabled:
             try:
                 check_backend(self.attention, pl_module.device)
@@ -242,17 +244,22 @@ class LighthouseCallback(Callback):
                 f"Lighthouse: the training ended at step {trainer.global_step}, before the switch to dense attention "
                 f"at step {self._switch.switch_step}: the model has not recovered from Lighthouse"
             )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         # log_dir is broadcast: every rank asks
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if is_sharded(pl_module):
-            self._write_final(trainer, pl_module)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        wrapped = trainer.strategy.model
+        if wrapped is not None and is_sharded(wrapped):
+            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, wrapped, folder)}")
+        else:
+            self._folder = folder
 
     # After the hooks that may change the weights last: averages of weights, the module's own on_train_end.
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the model; write the final weights."""
         self._restore()
-        if not is_sharded(pl_module):
-            self._write_final(trainer, pl_module)
+        if self._folder is not None:
+            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, pl_module, self._folder)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the model."""
@@ -261,10 +268,6 @@ class LighthouseCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the model."""
         self._restore()
-
-    def _write_final(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, pl_module, self._folder)}")
 
     def _resolve_switch(self, trainer: Trainer, pl_module: LightningModule) -> SwitchState:
         is_fraction = isinstance(self.switch_at, float)

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
 FINAL = "final.pt"
 
 
-def write_final(trainer: Trainer, module: LightningModule, folder: Path) -> Path:
+def write_final(trainer: Trainer, module: nn.Module, folder: Path) -> Path:
     """Gather the weights of `module` and write `folder/final.pt`. Every rank calls it, rank 0 writes.
 
     The file loads with `torch.load(path, weights_only=True)` into the same LightningModule. It appears whole or not at
@@ -35,7 +35,7 @@ def write_final(trainer: Trainer, module: LightningModule, folder: Path) -> Path
     return path
 
 
-def _gather_weights(module: LightningModule) -> dict[str, Any]:
+def _gather_weights(module: nn.Module) -> dict[str, Any]:
     if not is_sharded(module):
         state = module.state_dict().items()
         # an extra state may be anything
@@ -45,7 +45,7 @@ def _gather_weights(module: LightningModule) -> dict[str, Any]:
     return get_model_state_dict(module, options=options)
 
 
-def is_sharded(module: LightningModule) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether the weights are spread over the ranks, by FSDP or FSDP2."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
