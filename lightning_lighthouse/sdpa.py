@@ -27,7 +27,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# On Hopper cuDNN needs about 60 % of the time of torch's flash attention.
+# Hopper, where torch's own order does not put cuDNN first.
 CUDNN_CAPABILITY = (9, 0)
 
 
@@ -82,7 +82,7 @@ def _preferred(choice: str, capability: tuple[int, int] | None) -> list[str]:
     if choice != "auto":
         return [choice]
     if torch.are_deterministic_algorithms_enabled():
-        # cuDNN's gradients vary from run to run
+        # cuDNN's backward is not known to repeat bit for bit
         return ["flash", "efficient", "math"]
     return ["cudnn", "flash", "efficient", "math"] if capability == CUDNN_CAPABILITY else []
 
