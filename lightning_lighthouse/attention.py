@@ -7,12 +7,14 @@ The stages come from one of two backends with the same names: `reference` (plain
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lighthouse import reference
-from lightning_lighthouse.config import LighthouseConfig
+from lightning_lighthouse.config import LighthouseConfig, PyramidShape
+from lightning_lighthouse.dilated import dilated_scores
 from lightning_lighthouse.notices import log_once, notice_once
 from lightning_lighthouse.sdpa import causal_sdpa
 
@@ -21,7 +23,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lighthouse_attention(
-    q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig | None = None, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: LighthouseConfig | None = None,
+    *,
+    scale: float | None = None,
+    step: Tensor | None = None,
 ) -> Tensor:
     """Causal self-attention over a pyramid of pooled q, k and v.
 
@@ -33,6 +41,7 @@ def lighthouse_attention(
         v: `[B, Hkv, N, D]`.
         config: Settings; None for the defaults.
         scale: Factor of the attention logits; None: `D ** -0.5`.
+        step: The training step that selection="random" draws for, a 0-dim int64 tensor on the CPU; None: step 0.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
@@ -53,16 +62,41 @@ def lighthouse_attention(
         )
         return causal_sdpa(q, k, v, scale=scale, backend=config.sdpa)
 
-    stages = _stages(config, q.device, q.dtype)
+    stages = choose_stages(config, q.device, q.dtype)
     # the selection is a choice, not a function: no gradient reaches the scores
     with torch.no_grad():
-        selection = stages.select(stages.score(q, k, v, shape, config), shape, config)
+        scores = score_entries(stages, q, k, v, shape, config, scale=scale)
+        selection = stages.select(scores, shape, config, step)
     qs, ks, vs = stages.gather(q, k, v, selection, shape)
     o = causal_sdpa(qs, ks, vs, scale=scale, backend=config.sdpa)
     return stages.scatter(o, selection, shape, config)
 
 
-def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig | None = None) -> Tensor:
+def score_entries(
+    stages: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: PyramidShape,
+    config: LighthouseConfig,
+    *,
+    scale: float | None,
+) -> Any:
+    """The scores of all entries by the scorer of `config`, as `select` of the same backend takes them."""
+    if config.scorer == "dilated" and config.reads_scores:
+        return stages.pool_scores(*dilated_scores(q, k, v, config, scale=scale), shape, config)
+    return stages.score(q, k, v, shape, config)
+
+
+def select_entries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: LighthouseConfig | None = None,
+    *,
+    scale: float | None = None,
+    step: Tensor | None = None,
+) -> Tensor:
     """The entries that are gathered, in the order of the gathered sequence, also of one too short to gain.
 
     Args:
@@ -70,6 +104,8 @@ def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig | N
         k: `[B, Hkv, N, D]`.
         v: `[B, Hkv, N, D]`; read by some scorers only.
         config: Settings; None for the defaults.
+        scale: Factor of the attention logits; None: `D ** -0.5`. Read by some scorers only.
+        step: As in `lighthouse_attention`.
 
     Returns:
         `[B, Hkv, S]` int32, positions in the concatenation of all levels, finest first:
@@ -79,17 +115,18 @@ def select_entries(q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig | N
     q, k, v = _autocast(q, k, v)
     _check(q, k, v)
     shape = config.pyramid(q.shape[2])
-    stages = _stages(config, q.device, q.dtype)
+    stages = choose_stages(config, q.device, q.dtype)
     with torch.no_grad():
-        return stages.select(stages.score(q, k, v, shape, config), shape, config).index
+        return stages.select(score_entries(stages, q, k, v, shape, config, scale=scale), shape, config, step).index
 
 
 def check_backend(config: LighthouseConfig, device: torch.device) -> None:
     """Raise ValueError or ImportError if the backend that `config` names cannot run on `device`."""
-    _stages(config, device, torch.float32)
+    choose_stages(config, device, torch.float32)
 
 
-def _stages(config: LighthouseConfig, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def choose_stages(config: LighthouseConfig, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend: the module that holds score, select, gather and scatter for `config` on `device`."""
     if config.backend == "reference" or (config.backend == "auto" and device.type != "cuda"):
         if config.backend == "auto":
             log_once("backend", f"backend='auto' runs 'reference' on {device.type}")

@@ -12,10 +12,14 @@ from typing import Any, Literal, get_args, get_type_hints
 
 # Winners of a tile at each level in the published code; a budget below twice this many is one tile.
 TILE_WINNERS = 128
+# The same under selection="causal": smaller, because each tile takes its thresholds from the one before.
+CAUSAL_TILE_WINNERS = 32
 # The default budget keeps one token in this many as a winner: the published 1536 at 98,304 tokens.
 TOKENS_PER_WINNER = 64
 # Entries are numbered in int32.
 MAX_ENTRIES = 2**31 - 1
+# Lightning's seeds end here too.
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,19 @@ class LighthouseConfig:
         pooling_factor: Entries of one level pooled into one entry of the next; at least 2.
         top_k: Winners at each level, summed over the tiles; at least 1. None: `max(32, N // 64)`, rounded down to a
             multiple of 128 from 128 on, which is the published 1536 at N = 98,304.
-        scorer: How entries are ranked. "norm": by the norms of q and k, without parameters.
+        scorer: How entries are ranked. "norm": by the norms of q and k, without parameters. "dilated": by the norms of
+            what attention returns when it runs on every `dilation`-th token, for models that normalise q and k; it
+            costs two dense forward passes over `dilation`.
         dilation: Stride of the "dilated" scorer; at least 1. Not used by "norm".
-        selection: Which candidates win. "published": the paper's top-k in each tile, which lets a token's
-            neighbourhood depend on later tokens (docs/design.md).
+        selection: Which candidates of a tile win (docs/design.md, section 3). "published": the paper's top-k, which
+            lets a token's neighbourhood depend on later tokens. "causal": those that reach the thresholds of the tile
+            before, scored by their first token; no output depends on a later token. Below 64 winners there is one
+            tile, and "causal" is "strided". "strided": evenly spaced ones. "random": drawn by a hash of the seed, the
+            step, the level, the key/value head and the entry. The last two read no scores.
         combine: How the outputs of several levels meet in one token. "sum" as published, or "mean".
-        cover_prefix: Force entry 0 of every level to win, so that every token receives at least one output.
-        seed: Seed of selections that draw at random. Not used by "published".
+        cover_prefix: Force entry 0 of every level to win, so that every token receives at least one output. Under
+            "causal" and "strided" it wins in any case.
+        seed: Seed of selection="random", at most 2^32 - 1.
         backend: "auto": Triton on CUDA, the reference elsewhere. "reference" or "triton": that one or an error.
         sdpa: Backend of the stock attention call. "auto": cuDNN on compute capability 9.0, torch's choice elsewhere.
 
@@ -45,9 +55,9 @@ class LighthouseConfig:
     num_levels: int = 3
     pooling_factor: int = 4
     top_k: int | None = None
-    scorer: Literal["norm"] = "norm"
+    scorer: Literal["norm", "dilated"] = "norm"
     dilation: int = 4
-    selection: Literal["published"] = "published"
+    selection: Literal["published", "causal", "strided", "random"] = "published"
     combine: Literal["sum", "mean"] = "sum"
     cover_prefix: bool = True
     seed: int = 0
@@ -63,6 +73,13 @@ class LighthouseConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed must be at most {MAX_SEED}, got {self.seed}")
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether the selection compares scores; if not, none are computed."""
+        return self.selection in ("published", "causal")
 
     def resolve_top_k(self, num_tokens: int) -> int:
         """Winners at each level for a sequence of `num_tokens` tokens."""
@@ -73,7 +90,9 @@ class LighthouseConfig:
 
     def pyramid(self, num_tokens: int) -> PyramidShape:
         """The sizes of the pyramid over `num_tokens` tokens. Raises ValueError where they exceed int32."""
-        return _pyramid(self.num_levels, self.pooling_factor, self.resolve_top_k(num_tokens), num_tokens)
+        tile_winners = CAUSAL_TILE_WINNERS if self.selection == "causal" else TILE_WINNERS
+        top_k = self.resolve_top_k(num_tokens)
+        return _pyramid(self.num_levels, self.pooling_factor, top_k, num_tokens, max(1, top_k // tile_winners))
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -159,10 +178,9 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return (numerator + denominator - 1) // denominator
 
 
-def _pyramid(num_levels: int, pooling_factor: int, top_k: int, num_tokens: int) -> PyramidShape:
+def _pyramid(num_levels: int, pooling_factor: int, top_k: int, num_tokens: int, num_tiles: int) -> PyramidShape:
     if num_tokens < 1:
         raise ValueError(f"the sequence must have at least 1 token, got {num_tokens}")
-    num_tiles = max(1, top_k // TILE_WINNERS)
     coarsest_entries = ceil_div(num_tokens, pooling_factor ** (num_levels - 1))
     tile_entries = ceil_div(coarsest_entries, num_tiles)
 

@@ -1,8 +1,10 @@
-"""One line to the user, once a process, from code that may be traced by torch.compile."""
+"""What the user is told: a line once a process, also from traced code; and less of what Lightning says."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -25,3 +27,14 @@ def log_once(key: str, message: str) -> None:
     if key not in _given:
         _given.add(key)
         logger.info(message)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without what Lightning says below the level WARNING; its level returns at the end."""
+    with ExitStack() as levels:
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            lightning = logging.getLogger(name)
+            levels.callback(lightning.setLevel, lightning.level)
+            lightning.setLevel(logging.WARNING)
+        yield

@@ -2,8 +2,8 @@
 
 The stages on one layout, `[B, H, N, D]`: score > select > gather (which pools) > attend > scatter. Attention itself is
 stock SDPA and lives in `attention.py`; the others have twins of the same names in `kernels/`, with scores and
-selections of their own. Clarity comes before speed: this file is what the kernels are tested against. It imports torch
-and `config` only.
+selections of their own. Clarity comes before speed: this file is what the kernels are tested against. It imports torch,
+`config` and `winners` only.
 """
 
 # B batch, H query heads, G key/value heads, N tokens, D head dim, T tiles, C candidates or winners of a tile,
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lighthouse import winners
 from lightning_lighthouse.config import LighthouseConfig, PyramidShape
 
 
@@ -44,30 +45,44 @@ Scores = list[tuple[Tensor, Tensor]]
 def score(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, shape: PyramidShape, config: LighthouseConfig) -> Scores:
     """Scores `(s_q, s_k)` of every level, each `[B, G, entries(level)]`: norms of the tokens, maxima above them.
 
-    Under grouped heads a token's s_q is the maximum over the query heads of its group. Padding scores 0. The norm
-    scorer reads neither v nor the settings; others do.
+    Under grouped heads a token's s_q is the maximum over the query heads of its group. The norm scorer does not read v;
+    others do. A selection that compares no scores gets one pair of them, `[B, G, 0]`.
     """
-    batch, groups = k_BGND.shape[:2]
+    groups = k_BGND.shape[1]
     dtype = sum_dtype(q_BHND.dtype)
+    if not config.reads_scores:
+        nothing = k_BGND.new_empty((*k_BGND.shape[:2], 0), dtype=dtype)
+        return [(nothing, nothing)]
     s_q = torch.linalg.vector_norm(q_BHND, dim=-1, dtype=dtype)
     s_k = torch.linalg.vector_norm(k_BGND, dim=-1, dtype=dtype)
     s_q = s_q.unflatten(1, (groups, -1)).amax(dim=2)
 
+    return pool_scores(s_q, s_k, shape, config)
+
+
+def pool_scores(s_q_BGN: Tensor, s_k_BGN: Tensor, shape: PyramidShape, config: LighthouseConfig) -> Scores:
+    """Scores of every level from those of the tokens: maxima over windows; under "causal" that of the first token.
+
+    Padding scores 0.
+    """
     pad = shape.padded_tokens - shape.num_tokens
-    levels = [(F.pad(s_q, (0, pad)), F.pad(s_k, (0, pad)))]
-    for level in range(1, shape.num_levels):
-        finer = levels[-1]
-        windows = (batch, groups, shape.entries(level), shape.pooling_factor)
-        levels.append((finer[0].reshape(windows).amax(-1), finer[1].reshape(windows).amax(-1)))
+    s_q, s_k = F.pad(s_q_BGN, (0, pad)), F.pad(s_k_BGN, (0, pad))
+    levels = [(s_q, s_k)]
+    for _ in range(1, shape.num_levels):
+        s_q, s_k = (s.unflatten(2, (-1, shape.pooling_factor)) for s in levels[-1])
+        if config.selection == "causal":
+            levels.append((s_q[..., 0], s_k[..., 0]))
+        else:
+            levels.append((s_q.amax(-1), s_k.amax(-1)))
     return levels
 
 
-def select(scores: Scores, shape: PyramidShape, config: LighthouseConfig) -> Selection:
-    """Choose the gathered entries, coarse to fine, independently in each tile (algorithm of section 3.2).
+def select(scores: Scores, shape: PyramidShape, config: LighthouseConfig, step: Tensor | None = None) -> Selection:
+    """Choose the gathered entries, coarse to fine, in contiguous tiles (algorithm of section 3.2).
 
-    All candidates are gathered. At each level above the tokens, half of the winners (rounded up) are the candidates
-    with the highest s_q, the others those of the rest with the highest s_k; the children of the winners are the
-    candidates one level below. Ties go to the lower entry, NaN ranks below everything.
+    All candidates are gathered. At each level above the tokens some win (`winners.py` has the rules), and the children
+    of the winners are the candidates one level below. `step`, 0-dim int64, is what selection="random" draws for; None
+    is step 0.
     """
     batch, groups = scores[0][0].shape[:2]
     device = scores[0][0].device
@@ -81,30 +96,28 @@ def select(scores: Scores, shape: PyramidShape, config: LighthouseConfig) -> Sel
         gathered_levels.append(torch.full_like(gathered_entries[-1], level))
         if level == 0:
             break
-        s_q, s_k = (s.gather(2, candidates.flatten(2)).view_as(candidates) for s in scores[level])
-        if config.cover_prefix:
-            s_q = s_q.masked_fill(candidates == 0, torch.inf)
-        winners = candidates.gather(-1, _win(s_q, s_k, shape.winners[level]))
-        children = winners.unsqueeze(-1) * p + torch.arange(p, device=device)
+        won = candidates.gather(-1, _win(scores, candidates, level, shape.winners[level], config, step))
+        children = won.unsqueeze(-1) * p + torch.arange(p, device=device)
         candidates = children.flatten(-2)
 
     entries, levels = torch.cat(gathered_entries, -1), torch.cat(gathered_levels, -1)
     return _order(entries, levels, shape)
 
 
-def _win(s_q: Tensor, s_k: Tensor, count: int) -> Tensor:
-    """Positions of the winners among the candidates, ascending: `[..., C] -> [..., count]`."""
-    by_q = _descending(s_q)[..., : (count + 1) // 2]
-    won = torch.zeros_like(s_q, dtype=torch.bool).scatter_(-1, by_q, True)
-    # the rest, best s_k first: a stable sort by "already won" keeps the order of s_k within the rest
-    order_k = _descending(s_k)
-    order_k = order_k.gather(-1, torch.argsort(won.gather(-1, order_k).int(), dim=-1, stable=True))
-    by_k = order_k[..., : count // 2]
-    return torch.cat((by_q, by_k), -1).sort(-1).values
-
-
-def _descending(scores: Tensor) -> Tensor:
-    return torch.argsort(scores.masked_fill(scores.isnan(), -torch.inf), dim=-1, descending=True, stable=True)
+def _win(
+    scores: Scores, candidates_BGTC: Tensor, level: int, count: int, config: LighthouseConfig, step: Tensor | None
+) -> Tensor:
+    """Positions of the winners among the candidates, ascending: `[B, G, T, C] -> [B, G, T, count]`."""
+    if config.selection == "strided":
+        return winners.strided(candidates_BGTC, count)
+    if config.selection == "random":
+        return winners.random(candidates_BGTC, count, level, config, step)
+    s_q, s_k = (s.gather(2, candidates_BGTC.flatten(2)).view_as(candidates_BGTC) for s in scores[level])
+    if config.selection == "causal":
+        return winners.causal(s_q, s_k, count)
+    if config.cover_prefix:
+        s_q = s_q.masked_fill(candidates_BGTC == 0, torch.inf)
+    return winners.published(s_q, s_k, count)
 
 
 def _order(entries: Tensor, levels: Tensor, shape: PyramidShape) -> Selection:

@@ -4,8 +4,66 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 # Triton reads this once, when it is first imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small BPE tokenizer with an end-of-document token."""
+    from texts import texts_of
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=307,
+        special_tokens=["<pad>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts_of(50), trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts runs of `lighthouse` in processes of their own."""
+    from resuming import Server
+
+    one = Server()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with a recipe and its text, to be copied."""
+    from resuming import prepare
+
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="session")
+def unbroken(prepared, server, tmp_path_factory):
+    """What every rank logs in a run that nothing breaks, by flags; each such run is made once."""
+    from resuming import copy, steps
+
+    known = {}
+
+    def by_batch(*flags, ranks=1):
+        if flags not in known:
+            folder = copy(prepared, tmp_path_factory.mktemp("unbroken") / "run")
+            status, err = server.run(folder, *flags)
+            assert status == 0, err
+            known[flags] = [{line["batch"]: line for line in steps(folder, rank)} for rank in range(ranks)]
+        return known[flags]
+
+    return by_batch

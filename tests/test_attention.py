@@ -38,12 +38,16 @@ def test_a_coarsest_level_within_the_budget_still_selects_below():
     assert not torch.allclose(lighthouse_attention(q, k, v, config), dense, atol=1e-2)
 
 
-def test_scale_reaches_the_attention():
-    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=4)
+@pytest.mark.parametrize("scorer", ["norm", "dilated"])
+def test_scale_reaches_the_attention_and_the_scorer(scorer):
+    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=4, scorer=scorer)
     q, k, v = draw(1, 2, 101, 16)
     torch.testing.assert_close(
         lighthouse_attention(q, k, v, config, scale=0.5), lighthouse_attention(q * 2, k, v, config)
     )
+    assert torch.equal(select_entries(q, k, v, config, scale=0.5), select_entries(q * 2, k, v, config))
+    is_other = not torch.equal(select_entries(q, k, v, config, scale=4.0), select_entries(q, k, v, config))
+    assert is_other == (scorer == "dilated")
 
 
 def test_two_runs_agree_bit_for_bit():

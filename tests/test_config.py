@@ -15,6 +15,8 @@ from lightning_lighthouse import LighthouseConfig
         ({"top_k": 0}, ValueError, ["top_k", "at least 1", "0"]),
         ({"dilation": 0}, ValueError, ["dilation", "at least 1", "0"]),
         ({"seed": -1}, ValueError, ["seed", "at least 0", "-1"]),
+        ({"seed": 2**32}, ValueError, ["seed", "at most 4294967295", "4294967296"]),
+        ({"selection": "top"}, ValueError, ["selection", "'published', 'causal', 'strided', 'random'", "'top'"]),
         ({"top_k": 1.5}, TypeError, ["top_k", "int or None", "1.5"]),
         ({"num_levels": True}, TypeError, ["num_levels", "int", "True"]),
         ({"cover_prefix": 1}, TypeError, ["cover_prefix", "bool", "1"]),
@@ -59,6 +61,32 @@ def test_gathered_length_of_the_published_sizes(num_tokens, levels, p, top_k, ga
 def test_300_winners_are_two_tiles_of_150():
     shape = LighthouseConfig(top_k=300).pyramid(100_000)
     assert (shape.num_tiles, shape.winners[1:]) == (2, (150, 150))
+
+
+# tiles, winners and candidates of one; as many are gathered as by the published selection where 32 divides top_k
+@pytest.mark.parametrize(
+    ("num_tokens", "levels", "top_k", "tiles", "winners", "candidates"),
+    [
+        (98_304, 3, 1536, 48, 32, 128),
+        (524_288, 3, 4096, 128, 32, 256),
+        (1_048_576, 4, 4096, 128, 32, 128),
+        (32_768, 3, 63, 1, 63, 2_048),
+        (32_768, 3, 64, 2, 32, 1_024),
+    ],
+)
+def test_causal_tiles_have_32_winners(num_tokens, levels, top_k, tiles, winners, candidates):
+    shape = LighthouseConfig(num_levels=levels, top_k=top_k, selection="causal").pyramid(num_tokens)
+    assert (shape.num_tiles, shape.winners[1], shape.tile_entries) == (tiles, winners, candidates)
+    for selection in ("published", "strided", "random"):
+        other = LighthouseConfig(num_levels=levels, top_k=top_k, selection=selection).pyramid(num_tokens)
+        assert other.num_gathered == shape.num_gathered
+        assert other.num_tiles == max(1, top_k // 128)
+
+
+@pytest.mark.parametrize("top_k", [129, 300, 1000, 1535])
+def test_causal_winners_are_at_most_one_a_tile_fewer(top_k):
+    shape = LighthouseConfig(top_k=top_k, selection="causal").pyramid(98_304)
+    assert 0 <= top_k - shape.num_tiles * shape.winners[1] < shape.num_tiles
 
 
 def test_winners_never_exceed_the_candidates():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lightning_lighthouse import LighthouseConfig, kernels, lighthouse_attention, reference, select_entries
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SELECT_MODULE = import_module("lightning_lighthouse.kernels.select")
+TILES_MODULE = import_module("lightning_lighthouse.kernels.tiles")
 
 
 @pytest.fixture
@@ -92,7 +92,8 @@ def assert_twins(batch, groups, ratio, tokens, dim, config):
     with torch.no_grad():
         scores = kernels.score(*qkv, shape, config)
         expected_scores = reference.score(*qkv, shape, config)
-        torch.testing.assert_close(scores, flat_scores(expected_scores))
+        if config.reads_scores:
+            torch.testing.assert_close(scores, flat_scores(expected_scores))
         ours, expected = kernels.select(scores, shape, config), reference.select(expected_scores, shape, config)
     assert torch.equal(ours.index, expected.index)
     assert torch.equal(full_slots(ours.slots, shape), expected.slots)
@@ -158,6 +159,8 @@ def test_random_configurations(**case):
     assert_random_twins(**case)
 
 
+# the interpreter takes minutes for them
+@pytest.mark.timeout(1800)
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(**configurations(most=64))
@@ -169,8 +172,9 @@ def test_many_random_configurations(**case):
 TIED = [0.0, 1.0, 2.0, float("inf"), float("nan"), float("-inf"), -1.0]
 
 
-def assert_same_selection(scores, shape, config):
-    ours, expected = kernels.select(scores, shape, config), reference.select(level_scores(scores, shape), shape, config)
+def assert_same_selection(scores, shape, config, step=None):
+    ours = kernels.select(scores, shape, config, step)
+    expected = reference.select(level_scores(scores, shape), shape, config, step)
     assert torch.equal(ours.index, expected.index)
     assert torch.equal(full_slots(ours.slots, shape), expected.slots)
 
@@ -201,7 +205,7 @@ def test_ties_and_nan_are_ranked_like_the_reference(tokens, levels, factor, top_
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "distinct"])
 def test_a_tile_longer_than_one_chunk(tied, monkeypatch, poison):
-    monkeypatch.setattr(SELECT_MODULE, "MAX_CHUNK", 32)
+    monkeypatch.setattr(TILES_MODULE, "MAX_CHUNK", 32)
     config = LighthouseConfig(3, 2, 41)
     shape = config.pyramid(541)
     assert shape.tile_entries > 4 * 32

@@ -9,6 +9,7 @@ import torch
 from test_kernels import assert_same_selection, assert_twins, full_slots, random_scores
 
 from lightning_lighthouse import LighthouseConfig, kernels, lighthouse_attention, reference, select_entries
+from lightning_lighthouse.dilated import dilated_scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +90,49 @@ def test_the_layer_errs_no_more_than_the_reference(dtype, dim):
     for ours, theirs, expected in zip(run(kernels, selection, dtype), run(reference, twin, dtype), exact, strict=True):
         error, allowed = ((x.double() - expected).norm() / expected.norm() for x in (ours, theirs))
         assert error <= 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("selection", ["published", "causal", "strided"])
+def test_the_kernels_repeat_bit_for_bit_in_any_mode(selection):
+    """The layer without attention, whose backend may not repeat."""
+    config = LighthouseConfig(selection=selection)
+    tokens = 98_304
+    shape = config.pyramid(tokens)
+    q, k, v = draw(1, 8, 8, tokens, 128)
+    dout = torch.randn_like(q)
+    runs = []
+    for _ in range(3):
+        with torch.no_grad():
+            chosen = kernels.select(kernels.score(q, k, v, shape, config), shape, config)
+        gathered = kernels.gather(q, k, v, chosen, shape)
+        out = kernels.scatter(gathered[0] + gathered[1] + gathered[2], chosen, shape, config)
+        runs.append((chosen.index, out, *torch.autograd.grad(out, (q, k, v), dout)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("selection", ["published", "causal"])
+@pytest.mark.parametrize(("heads", "tokens"), [((1, 8, 8), 32_768), ((2, 8, 2), 20_011)], ids=["equal", "grouped, odd"])
+def test_dilated_scores_select_the_same_entries_in_both_backends(selection, heads, tokens):
+    qkv = draw(*heads, tokens, 64)
+    index = [
+        select_entries(*qkv, LighthouseConfig(scorer="dilated", selection=selection, backend=backend))
+        for backend in ("reference", "triton")
+    ]
+    assert torch.equal(*index)
+    assert not torch.equal(index[1], select_entries(*qkv, LighthouseConfig(selection=selection)))
+
+
+def test_dilated_scores_are_those_of_float64():
+    q, k, v = draw(1, 4, 2, 8_209, 64)
+    config = LighthouseConfig(scorer="dilated")
+    ours = dilated_scores(q, k, v, config, scale=None)
+    exact = dilated_scores(
+        *(x.double() for x in (q, k, v)), LighthouseConfig(scorer="dilated", sdpa="math"), scale=None
+    )
+    for actual, expected in zip(ours, exact, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=1e-3)
 
 
 def test_the_deterministic_layer_repeats_bit_for_bit():

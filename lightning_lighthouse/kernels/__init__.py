@@ -15,10 +15,11 @@ except ImportError as missing:
 
 from lightning_lighthouse.kernels.gather import gather
 from lightning_lighthouse.kernels.scatter import scatter
-from lightning_lighthouse.kernels.score import score
-from lightning_lighthouse.kernels.select import Selection, select
+from lightning_lighthouse.kernels.score import pool_scores, score
+from lightning_lighthouse.kernels.select import select
+from lightning_lighthouse.kernels.tiles import Selection
 
-__all__ = ["Selection", "check_device", "gather", "scatter", "score", "select"]
+__all__ = ["Selection", "check_device", "gather", "pool_scores", "scatter", "score", "select"]
 
 
 # Older GPUs have no bf16

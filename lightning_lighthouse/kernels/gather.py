@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lighthouse.config import PyramidShape
 from lightning_lighthouse.kernels.ops import Operator, empty_heads_inner, pack, unpack
 from lightning_lighthouse.kernels.rows import collect, spread
-from lightning_lighthouse.kernels.select import Selection
+from lightning_lighthouse.kernels.tiles import Selection
 
 
 def _gather(x: Tensor, slots: Tensor, sizes: list[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_lighthouse.config import LighthouseConfig, PyramidShape
 from lightning_lighthouse.kernels.ops import Operator, empty_heads_inner, pack, unpack
 from lightning_lighthouse.kernels.rows import collect, spread
-from lightning_lighthouse.kernels.select import Selection
+from lightning_lighthouse.kernels.tiles import Selection
 
 
 def _scatter(o: Tensor, slots: Tensor, sizes: list[int], mean: bool) -> Tensor:

@@ -1,4 +1,7 @@
-"""Score: the norms of the tokens, and their maxima at every level above, in one pass over q and k."""
+"""Score: the norms of the tokens, and their maxima at every level above, in one pass over q and k.
+
+Under selection="causal" an entry has the score of its first token, and only one token in p is read.
+"""
 
 # The legend is that of kernels/rows.py
 
@@ -8,6 +11,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,16 +93,41 @@ def _score_kernel(
     )  # fmt: skip
 
 
-def _score(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
+@triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_blocks", "num_scores", "stride_scores"])
+def _score_first_kernel(
+    p_q, stride_qb, stride_qh, stride_qn, stride_qd, p_k, stride_kb, stride_kh, stride_kn, stride_kd, p_scores,
+    num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
+    G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of the windows of level 1 by their first tokens; those of coarser ones are among them."""
+    i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
+    p_q += i_batch * stride_qb + i_head * R * stride_qh
+    p_k += i_batch * stride_kb + i_head * stride_kh
+    p_sq = p_scores + (i_batch * G + i_head) * num_scores
+    p_sk = p_sq + stride_scores
+    i_token = i_window * W
+    m_token = i_token < num_tokens
+    b_sq = tl.sqrt_rn(_squares(p_q, stride_qh, stride_qn, stride_qd, i_token, m_token, R, D, BLOCK_D))
+    b_sk = tl.sqrt_rn(_squares(p_k, 0, stride_kn, stride_kd, i_token, m_token, 1, D, BLOCK_D))
+    for LEVEL in tl.static_range(1, L):
+        o_entry = level_start(num_coarsest, LEVEL, L, W) + i_window // W ** (LEVEL - 1)
+        m_entry = (i_window < level_entries(num_coarsest, 1, L, W)) & (i_window % W ** (LEVEL - 1) == 0)
+        tl.store(p_sq + o_entry, b_sq, mask=m_entry)
+        tl.store(p_sk + o_entry, b_sk, mask=m_entry)
+
+
+def _score(q: Tensor, k: Tensor, sizes: list[int], first: bool) -> Tensor:
     shape = unpack(sizes)
     q, k = within_reach(q), within_reach(k)
     batch, heads, num_tokens, dim = q.shape
     groups = k.shape[1]
-    scores = _empty_scores(q, k, sizes)
+    scores = _empty_scores(q, k, sizes, first)
     block_rows, block_dim = block_of(dim, NUM_WARPS)
-    num_blocks = ceil_div(num_coarsest(shape), block_rows)
+    kernel = _score_first_kernel if first else _score_kernel
+    num_blocks = ceil_div(shape.entries(1) if first else num_coarsest(shape), block_rows)
     with on_device_of(q):
-        _score_kernel[(batch * num_blocks * groups,)](
+        kernel[(batch * num_blocks * groups,)](
             q, *q.stride(), k, *k.stride(), scores,
             num_tokens, num_coarsest(shape), num_blocks, scores.shape[-1], scores.stride(0),
             groups, heads // groups, shape.num_levels, shape.pooling_factor, dim, block_rows, block_dim,
@@ -107,7 +136,7 @@ def _score(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
     return scores
 
 
-def _empty_scores(q: Tensor, k: Tensor, sizes: list[int]) -> Tensor:
+def _empty_scores(q: Tensor, k: Tensor, sizes: list[int], first: bool) -> Tensor:
     shape = unpack(sizes)
     num_scores = shape.num_entries - shape.entries(0)
     return torch.empty(2, *k.shape[:2], num_scores, dtype=torch.float32, device=k.device)
@@ -119,9 +148,27 @@ score_fwd = Operator(_score, _empty_scores)
 def score(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, shape: PyramidShape, config: LighthouseConfig) -> Tensor:
     """Scores `[2, B, G, .]` fp32, s_q and s_k, of the entries of levels 1, 2, ...: maxima of the tokens' norms.
 
+    Under "causal" the norms of their first tokens. A selection that compares no scores gets `[2, B, G, 0]`.
+
     Raises:
         ValueError: The dtype is wider than fp32.
     """
     if q_BHND.dtype == torch.float64:
         raise ValueError("backend='triton' takes float16, bfloat16 or float32, got float64; use backend='reference'")
-    return score_fwd(q_BHND, k_BGND, pack(shape))
+    if not config.reads_scores:
+        return torch.empty(2, *k_BGND.shape[:2], 0, dtype=torch.float32, device=k_BGND.device)
+    return score_fwd(q_BHND, k_BGND, pack(shape), config.selection == "causal")
+
+
+def pool_scores(s_q_BGN: Tensor, s_k_BGN: Tensor, shape: PyramidShape, config: LighthouseConfig) -> Tensor:
+    """Scores `[2, B, G, .]` fp32 of levels 1, 2, ... from those of the tokens: maxima; under "causal" the first's.
+
+    Plain PyTorch, for scorers without a kernel. Padding scores 0.
+    """
+    scores = F.pad(torch.stack((s_q_BGN, s_k_BGN)).float(), (0, shape.padded_tokens - shape.num_tokens))
+    levels = []
+    for _ in range(1, shape.num_levels):
+        windows = scores.unflatten(-1, (-1, shape.pooling_factor))
+        scores = windows[..., 0] if config.selection == "causal" else windows.amax(-1)
+        levels.append(scores)
+    return torch.cat(levels, -1)
