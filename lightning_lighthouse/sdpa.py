@@ -34,6 +34,9 @@ CUDNN_CAPABILITY = (9, 0)
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, backend: str) -> Tensor:
     """Stock causal SDPA with grouped heads.
 
+    Where no fused kernel takes grouped heads but one takes equal numbers of heads, as in fp32 on CUDA, k and v are
+    repeated for the query heads: that copy is small beside the S x S logits of the math backend.
+
     Args:
         q: `[B, Hq, N, D]`.
         k: `[B, Hkv, N, D]`.
@@ -47,17 +50,26 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, backend
     Raises:
         ValueError: The named backend cannot run this call.
     """
+    names: tuple[str, ...] = ()
+    repeats = False
+    if q.device.type == "cuda":
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+        names, repeats = _plan(backend, q.device, dtype, q.shape[1], k.shape[1], q.shape[3], torch.is_grad_enabled())
+    return _attend(q, k, v, scale, names, repeats)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, names: tuple[str, ...], repeats: bool) -> Tensor:
+    """The call: k and v repeated for the query heads or not, held to the backends `names` unless there are none."""
+    if repeats:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # a plain bool, also where Dynamo traces sizes as symbols
     grouped = False
     if q.shape[1] != k.shape[1]:
         grouped = True
-    if q.device.type == "cuda":
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-        names = _plan(backend, q.device, dtype, q.shape[1], k.shape[1], q.shape[3], torch.is_grad_enabled())
-        if names:
-            with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
-                return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if not names:
+        return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
+        return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
 @contextmanager
@@ -82,7 +94,7 @@ def _preferred(choice: str, capability: tuple[int, int] | None) -> list[str]:
     if choice != "auto":
         return [choice]
     if torch.are_deterministic_algorithms_enabled():
-        # cuDNN's backward is not known to repeat bit for bit
+        # cuDNN's backward does not repeat bit for bit; flash's does in this mode (measured: docs/benchmarks.md)
         return ["flash", "efficient", "math"]
     return ["cudnn", "flash", "efficient", "math"] if capability == CUDNN_CAPABILITY else []
 
@@ -99,8 +111,9 @@ def _capability(device: torch.device | None = None) -> tuple[int, int] | None:
 @torch.compiler.assume_constant_result
 def _plan(
     backend: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, grad: bool
-) -> tuple[str, ...]:
-    """The backends that the call must be held to, best first; () where the order of the process serves."""
+) -> tuple[tuple[str, ...], bool]:
+    """The backends that the call must be held to, best first, () where the order of the process serves; and whether
+    k and v must be repeated for the query heads."""
     enabled = (
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.backends.cuda.flash_sdp_enabled(),
@@ -110,16 +123,16 @@ def _plan(
     deterministic = torch.are_deterministic_algorithms_enabled()
     order = tuple(torch._C._get_sdp_priority_order())
     call = (device, dtype, heads, kv_heads, head_dim, grad)
-    names, message = _plan_once(backend, order, enabled, deterministic, call)
+    names, repeats, message = _plan_once(backend, order, enabled, deterministic, call)
     log_once(message, message)
-    return names
+    return names, repeats
 
 
 @lru_cache(maxsize=256)
 def _plan_once(
     backend: str, order: tuple[int, ...], enabled: tuple[bool, ...], deterministic: bool, call: tuple[Any, ...]
-) -> tuple[tuple[str, ...], str]:
-    device, dtype, heads, kv_heads, head_dim, _ = call
+) -> tuple[tuple[str, ...], bool, str]:
+    device, dtype, heads, kv_heads, head_dim, grad = call
     preferred = _completed(_preferred(backend, _capability(device)), list(order))
     names = [name for value in preferred for name in BACKENDS if BACKENDS[name].value == value]
     # what the user turned off stays off, unless it is asked for by name
@@ -127,13 +140,18 @@ def _plan_once(
     names = [backend] if backend != "auto" else [name for name in names if is_enabled[name]]
 
     chosen = _ask_torch(names, *call)
-    mode = ", deterministic" if deterministic else ""
+    repeats = False
+    if heads != kv_heads and chosen in (None, "math"):
+        with_equal_heads = _ask_torch(names, device, dtype, heads, heads, head_dim, grad)
+        if with_equal_heads not in (None, "math"):
+            names, chosen, repeats = [name for name in names if name != "math"], with_equal_heads, True
+    mode = (", k and v repeated" if repeats else "") + (", deterministic" if deterministic else "")
     what = f"{dtype} on {device.type} with {heads} and {kv_heads} heads of {head_dim}{mode}"
     if chosen is None:
         raise ValueError(f"sdpa={backend!r} cannot run attention in {what}; use sdpa='auto'")
     message = f"sdpa={backend!r} runs {chosen!r} for {what}"
-    serves = backend == "auto" and list(order) == preferred
-    return (() if serves else tuple(names)), message
+    serves = backend == "auto" and list(order) == preferred and not repeats
+    return (() if serves else tuple(names)), repeats, message
 
 
 def _ask_torch(
