@@ -9,12 +9,13 @@ traced before leaves none, so what was once seen to be routed is remembered for 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from weakref import WeakSet
 
 from torch import nn
 
-ROUTED = "routed"
-CHECKPOINT_INSIDE = "checkpoint() inside the attention module"
+from lightning_lighthouse.reasons import CHECKPOINT_INSIDE, ENTERED, NO_CALL, NOT_RUN, ROUTED, remedy
+from lightning_lighthouse.spread import ScoreSpread
 
 _seen_routed: WeakSet[nn.Module] = WeakSet()
 
@@ -30,19 +31,30 @@ class Audit:
         self._targets = targets
         self._by_layer: dict[nn.Module, set[str]] = defaultdict(set)
         self._traced: set[str] = set()
+        self.spread = ScoreSpread()
 
-    def add(self, layer: nn.Module | None, reason: str) -> None:
-        """Record a call: `layer` is None while a frame is traced."""
+    def excuse(self, names: Collection[str]) -> None:
+        """Ask nothing of these layers: they are meant to be dense."""
+        self._targets = {name: layer for name, layer in self._targets.items() if name not in names}
+
+    @property
+    def saw_a_layer(self) -> bool:
+        """Whether any layer ran, or was traced."""
+        return bool(self._by_layer or self._traced)
+
+    def add(self, layer: nn.Module | None, note: str) -> None:
+        """Record that a layer ran, or what became of its call: `layer` is None while a frame is traced."""
         if layer is None:
-            self._traced.add(reason)
+            self._traced.add(note)
         else:
-            self._by_layer[layer].add(reason)
+            self._by_layer[layer].add(note)
 
     def unrouted(self) -> dict[str, str]:
-        """The layers that were not routed, with the reason. Layers that were are remembered."""
+        """The layers that were not routed, with the reason and what to do. Layers that were are remembered."""
         missing = {}
         for name, layer in self._targets.items():
-            reasons = self._by_layer.get(layer) or self._traced
+            notes = self._by_layer.get(layer) or self._traced
+            reasons = notes - {ENTERED}
             # several layers share a traced frame: one dense call among them leaves all of them in doubt
             doubtful = layer not in self._by_layer and reasons != {ROUTED}
             # routed forward, dense in the recompute of an outer reentrant checkpoint: wrong gradients
@@ -50,23 +62,15 @@ class Audit:
             if ROUTED in reasons and not doubtful:
                 _seen_routed.add(layer)
             elif reasons:
-                missing[name] = "; ".join(sorted(reasons - {ROUTED}))
+                missing[name] = "; ".join(_explained(reason, layer) for reason in sorted(reasons - {ROUTED}))
             elif layer not in _seen_routed:
-                missing[name] = _why_silent(layer)
+                missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
         return missing
 
 
-def _why_silent(layer: nn.Module) -> str:
-    """Why a layer made no call: an attention layer of transformers knows how its model was made."""
-    reason = "no call of scaled_dot_product_attention was seen"
-    config = getattr(layer, "config", None)
-    implementation = getattr(config, "_attn_implementation", "sdpa")
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        return f"{reason}, and none can be: attn_logit_softcapping={softcap} is beyond SDPA, and so beyond Lighthouse"
-    if implementation != "sdpa":
-        return f"{reason}: the model was made with attn_implementation={implementation!r}, make it with 'sdpa'"
-    return reason
+def _explained(reason: str, layer: nn.Module) -> str:
+    advice = remedy(reason, layer)
+    return f"{reason} ({advice})" if advice else reason
 
 
 def explain(missing: dict[str, str], num_targets: int) -> str:
@@ -78,7 +82,4 @@ def explain(missing: dict[str, str], num_targets: int) -> str:
     return (
         f"{len(missing)} of {num_targets} attention layers that should be routed to Lighthouse stayed dense: "
         + " | ".join(parts)
-        + ". Remedies: make the call plain causal (is_causal=True, attn_mask=None, dropout 0; transformers: "
-        "attn_implementation='sdpa', attention_dropout=0), let it pass through the module's forward, choose other "
-        "modules with select, or leave these layers dense with dense_layers"
     )

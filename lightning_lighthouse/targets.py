@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -21,6 +21,8 @@ from lightning_lighthouse.sdpa import stock_sdpa
 # Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.
 SDPA = "scaled_dot_product_attention"
 SDPA_NAMES = frozenset({SDPA, "ALL_ATTENTION_FUNCTIONS"})
+# The package, whose `causal_attention` a method may call by attribute.
+PACKAGE = "lightning_lighthouse"
 # A method, a function that it calls, and one that this one calls.
 CALL_DEPTH = 2
 # From this many attention layers on, two at each end stay dense, as published; below, one.
@@ -51,7 +53,8 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
     if not found:
         raise ValueError(
             f"no module calls SDPA in {type(model).__name__}: Lighthouse replaces calls of "
-            f"torch.nn.functional.scaled_dot_product_attention; modules that look like attention: {_lookalikes(named)}"
+            "torch.nn.functional.scaled_dot_product_attention; modules that look like attention: "
+            f"{_lookalikes(named)}; call it, or lightning_lighthouse.causal_attention, in their forward"
         )
     return found
 
@@ -99,7 +102,12 @@ def _is_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
     methods = [method for kind in type(module).__mro__ if _is_foreign(kind) for method in vars(kind).values()]
+    # and functions that the instance keeps
+    kept = list(vars(module).values())
+    if any(value is stock_sdpa or (isinstance(value, partial) and value.func is stock_sdpa) for value in kept):
+        return True
     methods.append(vars(module).get("forward"))
+    methods += [value for value in kept if isinstance(value, FunctionType) and not _is_torch(value)]
     return any(_reaches_sdpa(method, CALL_DEPTH) for method in map(_plain_function, methods) if method)
 
 
@@ -126,6 +134,8 @@ def _reaches_sdpa(function: FunctionType, depth: int) -> bool:
     used = [function.__globals__[name] for name in names if name in function.__globals__]
     used += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     if any(value is stock_sdpa for value in used):
+        return True
+    if "causal_attention" in names and any(getattr(value, "__name__", "") == PACKAGE for value in used):
         return True
     if depth == 0:
         return False
@@ -170,7 +180,9 @@ def _calls_sdpa(module: nn.Module) -> bool:
 def _lookalikes(named: dict[str, nn.Module]) -> str:
     classes: dict[str, str] = {}
     for name, module in named.items():
-        if "attn" in name.lower() or "attention" in type(module).__name__.lower():
+        # not its projections and norms
+        is_whole = any(True for _ in module.children()) and "attn" in name.rpartition(".")[2].lower()
+        if is_whole or "attention" in type(module).__name__.lower():
             classes.setdefault(type(module).__name__, name)
     if not classes:
         return "none"

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import GPT, VOCABULARY
+from foreign import GPT, VOCABULARY, GroupedGPT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -85,15 +86,9 @@ def transformers_by_hand(model: nn.Module, layers: list[int]) -> Iterator[None]:
         model.model.set_attn_implementation("sdpa")
 
 
-class Checkpointed(nn.Module):
-    """Recomputes a block in the backward pass."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **settings: Any) -> Any:
-        return checkpoint(self.block, *args, use_reentrant=False, **settings)
+def recomputed(self: nn.Module, *args: Any, **settings: Any) -> Any:
+    """The forward of a block, once more in the backward pass."""
+    return checkpoint(self.once, *args, use_reentrant=False, **settings)
 
 
 def checkpoint_blocks(family: Family, model: nn.Module) -> None:
@@ -103,9 +98,9 @@ def checkpoint_blocks(family: Family, model: nn.Module) -> None:
         enable = getattr(model.model, "activation_checkpointing_enable", None)
         (enable or model.model.gradient_checkpointing_enable)()
         return
-    blocks = family.blocks(model)
-    for number, block in enumerate(blocks):
-        blocks[number] = Checkpointed(block)
+    for block in family.blocks(model):
+        block.once = block.forward
+        block.forward = MethodType(recomputed, block)
 
 
 def transformers_blocks(model: nn.Module) -> nn.ModuleList:
@@ -241,6 +236,91 @@ def plain(kind: type[nn.Module], by_hand: type[nn.Module], name: str) -> Family:
     return Family(build, lambda model, layers: class_by_hand(model, layers, by_hand, name), lambda model: model.blocks)
 
 
+@contextmanager
+def method_by_hand(attentions: list[nn.Module], name: str, scale: float, answer: Callable[[Tensor], Any]) -> Any:
+    """The method `name` of these modules, which takes q, k and v, is Lighthouse for a while."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
+        return answer(lighthouse_attention(q, k, v, CONFIG, scale=scale))
+
+    former = [vars(attention).get(name) for attention in attentions]
+    for attention in attentions:
+        setattr(attention, name, attend)
+    try:
+        yield
+    finally:
+        for attention, function in zip(attentions, former, strict=True):
+            if function is None:
+                delattr(attention, name)
+            else:
+                setattr(attention, name, function)
+
+
+HEAD_DIM = 8
+
+
+def build_litgpt() -> nn.Module:
+    """LitGPT's model with grouped heads and rotated q and k."""
+    litgpt = pytest.importorskip("litgpt", reason="needs litgpt, installed without its dependencies (docs/models.md)")
+    torch.manual_seed(0)
+    config = litgpt.Config(
+        block_size=POSITIONS,
+        vocab_size=VOCABULARY,
+        padded_vocab_size=VOCABULARY,
+        n_layer=LAYERS,
+        n_head=6,
+        n_query_groups=2,
+        n_embd=6 * HEAD_DIM,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=WIDTH,
+    )
+    return litgpt.GPT(config)
+
+
+def litgpt_by_hand(model: nn.Module, layers: list[int]) -> Any:
+    attentions = [model.transformer.h[layer].attn for layer in layers]
+    name = "scaled_dot_product_attention"
+    return method_by_hand(attentions, name, HEAD_DIM**-0.5, lambda out: out.transpose(1, 2))
+
+
+def build_x_transformers() -> nn.Module:
+    """A decoder of x-transformers with rotated q and k and flash attention."""
+    package = pytest.importorskip("x_transformers", reason="needs the extra models")
+    torch.manual_seed(0)
+    layers = package.Decoder(
+        dim=WIDTH, depth=LAYERS, heads=3, attn_dim_head=HEAD_DIM, attn_flash=True, rotary_pos_emb=True
+    )
+    return package.TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=POSITIONS, attn_layers=layers)
+
+
+def x_transformers_blocks(model: nn.Module) -> nn.ModuleList:
+    """The attention layers: its other layers are modules of their own."""
+    from x_transformers.x_transformers import Attention
+
+    return nn.ModuleList(module for module in model.modules() if isinstance(module, Attention))
+
+
+def x_transformers_by_hand(model: nn.Module, layers: list[int]) -> Any:
+    from x_transformers.attend import Intermediates
+
+    attentions = [x_transformers_blocks(model)[layer].attend for layer in layers]
+    return method_by_hand(attentions, "flash_attn", HEAD_DIM**-0.5, lambda out: (out, Intermediates()))
+
+
+def build_grouped() -> nn.Module:
+    torch.manual_seed(0)
+    return GroupedGPT()
+
+
+def grouped_by_hand(model: nn.Module, layers: list[int]) -> Any:
+    attentions = [model.blocks[layer].attn for layer in layers]
+    return method_by_hand(attentions, "_attend", attentions[0].head_dim ** -0.5 if layers else 1.0, lambda out: out)
+
+
 FAMILIES = {
     f"transformers {name}": Family(
         lambda kind=kind, settings=settings: build_transformers(kind, **settings),
@@ -249,7 +329,10 @@ FAMILIES = {
     )
     for name, (kind, settings) in TRANSFORMERS.items()
 } | {
+    "litgpt": Family(build_litgpt, litgpt_by_hand, lambda model: model.transformer.h),
+    "x-transformers, flash": Family(build_x_transformers, x_transformers_by_hand, x_transformers_blocks),
     "nn.MultiheadAttention": plain(MultiheadLM, MultiheadByHand, "attn"),
     "nn.TransformerEncoderLayer": plain(EncoderLM, MultiheadByHand, "self_attn"),
     "like nanoGPT": plain(GPT, SelfAttentionByHand, "attn"),
+    "like torchtune": Family(build_grouped, grouped_by_hand, lambda model: model.blocks),
 }

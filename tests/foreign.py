@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,53 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+def chosen_attention() -> Callable[..., Tensor]:
+    """torchtune's way: the function is chosen once, when a model is built, and is kept by its modules."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool) -> Tensor:
+        if mask is not None:
+            mask = mask[:, None]
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
+        )
+
+    return attend
+
+
+class GroupedAttention(nn.Module):
+    """Written like torchtune's: separate projections, keys and values expanded to the query heads, a kept function."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.dropout = heads, kv_heads, dim // heads, dropout
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.is_causal = True
+        self.kv_cache = None
+        self._attend = chosen_attention()
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k, v = (layer(x).view(batch, length, self.kv_heads, 1, self.head_dim) for layer in (self.k, self.v))
+        group = self.heads // self.kv_heads
+        k, v = (t.expand(-1, -1, -1, group, -1).flatten(2, 3).transpose(1, 2) for t in (k, v))
+        is_causal = self.kv_cache is None and mask is None and self.is_causal
+        y = self._attend(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class GroupedGPT(GPT):
+    """GPT with grouped heads."""
+
+    def __init__(self, layers: int = 4, dim: int = 24, heads: int = 6, kv_heads: int = 2) -> None:
+        super().__init__(layers, dim, heads)
+        for block in self.blocks:
+            block.attn = GroupedAttention(dim, heads, kv_heads)
 
 
 class ForeignModule(LightningModule):

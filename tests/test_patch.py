@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
 import types
 
 import foreign
@@ -17,9 +16,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-import lightning_lighthouse.patch as patch_module
+import lightning_lighthouse.routing as routing
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention, patch_attention
-from lightning_lighthouse.audit import Audit, explain
+from lightning_lighthouse.audit import explain
 from lightning_lighthouse.sdpa import stock_sdpa
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
@@ -56,8 +55,8 @@ class ByHand(SelfAttention):
 @pytest.fixture(autouse=True)
 def _nothing_left_behind():
     yield
-    leaked = bool(patch_module._patches) or F.scaled_dot_product_attention is not stock_sdpa
-    for patch in list(patch_module._patches):
+    leaked = bool(routing.patches) or F.scaled_dot_product_attention is not stock_sdpa
+    for patch in list(routing.patches):
         patch.restore()
     torch._dynamo.reset()
     assert not leaked
@@ -159,52 +158,6 @@ def test_the_same_model_twice_raises_two_models_do_not():
     other.restore()
 
 
-def free_attention(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-class Indirect(SelfAttention):
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        return self.out(free_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Positional(SelfAttention):
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        return self.out(F.scaled_dot_product_attention(q, k, v, None, 0.0, True).transpose(1, 2).flatten(2))
-
-
-def bare_import():
-    """A module of a user's, with `from torch.nn.functional import scaled_dot_product_attention as attend`."""
-    source = """
-from foreign import SelfAttention
-from torch.nn.functional import scaled_dot_product_attention as attend
-class Bare(SelfAttention):
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        return self.out(attend(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-"""
-    module = types.ModuleType("users_bare_module")
-    sys.modules[module.__name__] = module
-    exec(source, module.__dict__)
-    return module.Bare
-
-
-@pytest.mark.parametrize("style", ["indirect", "positional", "bare"])
-def test_styles_of_calling_sdpa(style):
-    kind = {"indirect": Indirect, "positional": Positional}.get(style) or bare_import()
-    torch.manual_seed(0)
-    model = GPT()
-    with patch_attention(model, CONFIG, dense_layers=[]):
-        expected = run(model, tokens())
-    for block in model.blocks:
-        block.attn.__class__ = kind
-    with patch_attention(model, CONFIG, dense_layers=[]):
-        assert same(run(model, tokens()), expected)
-    assert all(value is not patch_module.routed_sdpa for value in vars(sys.modules[kind.__module__]).values())
-
-
 class Call(nn.Module):
     """One SDPA call with whatever arguments a test wants."""
 
@@ -230,19 +183,19 @@ def test_calls_that_are_not_plain_causal_stay_dense_and_say_why(arguments, reaso
     torch.manual_seed(1)
     expected = model(q, k, v, **arguments)
     with patch_attention(model, CONFIG, dense_layers=[]) as patch:
-        patch.audit = Audit(patch.targets)
         torch.manual_seed(1)
         assert torch.equal(model(q, k, v, **arguments), expected)
-        assert patch.audit.unrouted() == {"": reason}
-        assert reason in explain(patch.audit.unrouted(), 1)
+        assert patch.unrouted()[""].startswith(f"{reason} (")
+        assert f"the module itself: {reason}" in explain(patch.unrouted(), 1)
 
 
 def test_cross_attention_stays_dense():
     model = Call()
     q, k, v = heads(2), heads(2, 80, seed=1), heads(2, 80, seed=2)
     expected = model(q, k, v, is_causal=True)
-    with patch_attention(model, CONFIG, dense_layers=[]):
+    with patch_attention(model, CONFIG, dense_layers=[]) as patch:
         assert torch.equal(model(q, k, v, is_causal=True), expected)
+        assert patch.unrouted()[""].startswith("query and key lengths differ (cross-attention or a cache")
 
 
 def test_scale_grouped_heads_and_autocast_are_honoured():
@@ -268,9 +221,9 @@ def test_checkpoint_inside_attention_stays_dense_with_right_gradients():
     for block in model.blocks:
         block.attn.__class__ = CheckpointInside
     with patch_attention(model, CONFIG) as patch:
-        patch.audit = Audit(patch.targets)
         assert same(run(model, tokens()), expected, exact=False)
-        assert set(patch.audit.unrouted().values()) == {"checkpoint() inside the attention module"}
+        (line,) = set(patch.unrouted().values())
+        assert line.startswith("checkpoint() inside the attention module (call checkpoint() around the block")
 
 
 def test_a_reentrant_checkpoint_around_such_attention_is_refused():
@@ -280,9 +233,9 @@ def test_a_reentrant_checkpoint_around_such_attention_is_refused():
     for block in model.blocks:
         block.attn.__class__ = CheckpointInside
     with patch_attention(model, CONFIG) as patch:
-        patch.audit = Audit(patch.targets)
         run(model, tokens())
-        assert "checkpoint() inside" in explain(patch.audit.unrouted(), 2)
+        with pytest.raises(RuntimeError, match=r"blocks\.1\.attn, blocks\.2\.attn: checkpoint\(\) inside"):
+            patch.check()
 
 
 class TwoCalls(SelfAttention):
@@ -301,10 +254,9 @@ def test_attention_that_contains_attention_is_routed_too():
     model = nn.Sequential(TwoCalls(16, 2))
     patch = patch_attention(model, CONFIG, dense_layers=[])
     assert list(patch.targets) == ["0", "0.inner"]
-    patch.audit = Audit(patch.targets)
     patch.on()
     model(torch.randn(2, 96, 16))
-    assert patch.audit.unrouted() == {}
+    assert patch.unrouted() == {}
     patch.restore()
 
 
@@ -355,9 +307,8 @@ def test_compiled_models_follow_the_phase(what, frames, checkpointed):
     assert same(run(model, x), dense, exact=False)
     seen.append(counter.frame_count)
     patch.on()
-    patch.audit = Audit(patch.targets)
     assert same(run(model, x), routed, exact=False)
-    assert patch.audit.unrouted() == {}
+    assert patch.unrouted() == {}
     seen.append(counter.frame_count)
     patch.off()
     assert same(run(model, x), dense, exact=False)
@@ -371,24 +322,23 @@ def test_compiled_models_follow_the_phase(what, frames, checkpointed):
 def test_a_second_audit_of_a_compiled_model_remembers_the_first():
     model = GPT()
     model.compile(backend="eager", fullgraph=True)
-    with patch_attention(model, CONFIG) as patch:
-        patch.audit = Audit(patch.targets)
+    # the second time the graph is cached: nothing is traced, no note is left
+    for _ in range(2):
+        patch = patch_attention(model, CONFIG)
+        patch.on()
         model(tokens())
-        assert patch.audit.unrouted() == {}
-        # the graph is cached: nothing is traced, no note is left
-        patch.audit = Audit(patch.targets)
-        model(tokens())
-        assert patch.audit.unrouted() == {}
+        patch.check()
+        patch.restore()
 
 
 def test_a_layer_that_never_calls_sdpa_is_named():
     model = GPT()
     with patch_attention(model, CONFIG) as patch:
-        patch.audit = Audit(patch.targets)
         model.blocks[0](torch.randn(2, 64, 16))
         model.blocks[1](torch.randn(2, 64, 16))
-        missing = patch.audit.unrouted()
-    assert missing == {"blocks.2.attn": "no call of scaled_dot_product_attention was seen"}
+        missing = patch.unrouted()
+    assert list(missing) == ["blocks.2.attn"]
+    assert missing["blocks.2.attn"].startswith("its forward did not run")
     assert "blocks.2.attn" in explain(missing, 2)
 
 
@@ -443,9 +393,8 @@ def test_multi_head_attention_is_routed_in_eager():
 
     dense = call()
     with patch_attention(attention, CONFIG, dense_layers=[]) as patch:
-        patch.audit = Audit(patch.targets)
         assert not torch.allclose(call(), dense, atol=1e-4)
-        assert patch.audit.unrouted() == {}
+        assert patch.unrouted() == {}
     assert torch.equal(call(), dense)
 
 
@@ -461,5 +410,6 @@ def test_scope_is_left_after_an_exception():
         with pytest.raises(FloatingPointError):
             model(tokens())
         assert not patch.in_scope
+        patch.unrouted()
         q = heads(2)
         assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), stock_sdpa(q, q, q, is_causal=True))

@@ -12,6 +12,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lighthouse.reasons import (
+    DROPOUT,
+    EXTRA_KEYS,
+    NEED_WEIGHTS,
+    NO_CAUSAL_MASK,
+    NOT_BATCHED,
+    NOT_CAUSAL,
+    NOT_SELF,
+    PADDING,
+)
+
 
 def is_served(module: nn.Module) -> bool:
     """Whether `forward` may stand in: nn.MultiheadAttention, or a subclass that keeps its forward."""
@@ -29,26 +40,26 @@ def why_dense(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> str:
-    """The first rule that a call breaks, with the remedy, or "" for plain causal self-attention.
+    """The first rule that a call breaks, or "" for plain causal self-attention.
 
     The arguments are those of `nn.MultiheadAttention.forward`.
     """
     if need_weights:
-        return "need_weights is True (the default): pass need_weights=False"
+        return NEED_WEIGHTS
     if not is_causal:
-        return "is_causal is False"
+        return NOT_CAUSAL
     if attn_mask is None:
-        return "is_causal is only a hint to nn.MultiheadAttention: pass the causal attn_mask too"
+        return NO_CAUSAL_MASK
     if key_padding_mask is not None:
-        return "key_padding_mask was given"
+        return PADDING
     if module.dropout != 0 and module.training:
-        return "dropout_p is not 0"
+        return DROPOUT
     if query is not key or key is not value:
-        return "query, key and value are not the same tensor"
+        return NOT_SELF
     if query.dim() != 3 or query.is_nested:
-        return "the input is not batched: it must be a plain tensor of 3 dimensions"
+        return NOT_BATCHED
     if module.bias_k is not None or module.add_zero_attn:
-        return "add_bias_kv or add_zero_attn is set"
+        return EXTRA_KEYS
     return ""
 
 

@@ -1,0 +1,177 @@
+"""transformers builds no mask where the user states that it would be plain causal.
+
+transformers makes one mask for all layers, by the name of their attention. Here the name `lighthouse_sdpa` is entered
+in both of its tables: the attention is the entry "sdpa", which ends in a call of SDPA that is routed; the mask is
+`mask_or_none`. While a statement holds, that gives no mask, so that every layer, dense ones too, runs plain causal
+attention. Each batch is held to the statement: a mask that would differ from the causal one is an error, never ignored.
+In eager code the error is raised at once; in compiled code, where nothing can be read while a graph is traced, the
+graph carries the check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lighthouse.schedule import SettingError
+
+NAME = "lighthouse_sdpa"
+ORDINARY = "sdpa"
+# Where transformers keeps the name of the attention; never written to a saved config.
+_FIELD = "_attn_implementation_internal"
+
+_statements: list[CausalStatement] = []
+
+
+class CausalStatement:
+    """That every mask which a model's training batches lead to is plain causal.
+
+    Args:
+        model: Searched for transformers models.
+        assume: Whether the user says so of a model made with "sdpa"; one made with "lighthouse_sdpa" says so itself.
+
+    Raises:
+        SettingError: `assume` without a transformers model whose attention is "sdpa".
+    """
+
+    def __init__(self, model: nn.Module, assume: bool) -> None:
+        self.holds = False
+        found = {id(config): config for config in map(_config_of, model.modules()) if config is not None}
+        named = [config for config in found.values() if getattr(config, _FIELD) == NAME]
+        self._renamed = [config for config in found.values() if assume and getattr(config, _FIELD) == ORDINARY]
+        self.configs = named + self._renamed
+        if assume and not self.configs:
+            others = sorted({str(getattr(config, _FIELD)) for config in found.values()})
+            found_instead = f"attn_implementation={', '.join(others)}" if others else "none"
+            raise SettingError(
+                f"hf_assume_causal=True needs a transformers model made with attn_implementation='sdpa' in "
+                f"{type(model).__name__}, found {found_instead}"
+            )
+        if not self.configs:
+            return
+        register_lighthouse_sdpa()
+        for config in self._renamed:
+            setattr(config, _FIELD, NAME)
+        _statements.append(self)
+
+    def withdraw(self) -> None:
+        """Give every config its former name. Harmless when done before."""
+        self.holds = False
+        if self in _statements:
+            _statements.remove(self)
+        for config in self._renamed:
+            if getattr(config, _FIELD) == NAME:
+                setattr(config, _FIELD, ORDINARY)
+        self._renamed = []
+
+
+def register_lighthouse_sdpa() -> str:
+    """Enter `lighthouse_sdpa` in transformers' tables of attention functions and of masks.
+
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=register_lighthouse_sdpa())
+
+    Such a model is one of "sdpa", and states that its training batches are plain causal: without padding, without
+    restarting positions. It needs `patch_attention` or one of the callbacks to be routed. Saved configs do not
+    name the attention, so that the model loads anywhere.
+
+    Returns:
+        The name, "lighthouse_sdpa".
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(NAME, sdpa_attention_forward)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_or_none)
+    return NAME
+
+
+def mask_or_none(*args: Any, **settings: Any) -> Tensor | None:
+    """The mask of "sdpa", or None under a statement that holds; the arguments are those of transformers' `sdpa_mask`.
+
+    Windows, chunks, caches, bidirectional layers and masks with functions of the user's own get the mask of "sdpa".
+
+    Raises:
+        ValueError: The statement is wrong for this batch. RuntimeError in compiled code.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    config = settings.get("config")
+    stated = any(statement.holds and _is_among(config, statement.configs) for statement in _statements)
+    if args or not stated or not _covers_whole_sequence(settings):
+        return sdpa_mask(*args, **settings)
+    _check_padding(settings.get("attention_mask"))
+    _check_pattern(settings)
+    return None
+
+
+def _config_of(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, _FIELD) else None
+
+
+def _is_among(config: Any, configs: list[Any]) -> bool:
+    return any(config is candidate for candidate in configs)
+
+
+def _covers_whole_sequence(settings: dict[str, Any]) -> bool:
+    """Whether every token attends from the first to itself: no cache, no window, nothing that cannot be looked into."""
+    q_length, q_offset = settings.get("q_length"), settings.get("q_offset", 0)
+    if q_length is None:
+        # transformers before 5.3 gave the positions themselves
+        positions = settings.get("cache_position")
+        q_length = None if positions is None else positions.shape[0]
+    return (
+        q_length is not None
+        and q_length == settings.get("kv_length")
+        and not isinstance(q_offset, Tensor)
+        and q_offset == 0
+        and settings.get("local_size") is None
+        and not settings.get("use_vmap", False)
+        and "allow_is_bidirectional_skip" not in settings
+    )
+
+
+def _check_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        _require(attention_mask.bool().all(), "the attention_mask of this batch masks tokens (padding)")
+
+
+def _check_pattern(settings: dict[str, Any]) -> None:
+    """Look along the first column, the diagonal and both its neighbours, which costs N and not N x N.
+
+    Packed documents do not see the first token; tokens of a bidirectional block see the next.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    sees = settings.get("mask_function", causal_mask_function)
+    if sees is causal_mask_function:
+        return
+    device = settings.get("device", "cpu")
+    row = torch.arange(settings["batch_size"], device=device)[:, None]
+    head = torch.zeros(1, 1, dtype=torch.long, device=device)
+    token = torch.arange(settings["kv_length"], device=device)[None, :]
+    past = sees(row, head, token, torch.zeros_like(token)) & sees(row, head, token, token)
+    past = past & sees(row, head, token, (token - 1).clamp(min=0))
+    next_ones = sees(row, head, token[:, :-1], token[:, 1:])
+    _require(
+        past.all() & ~next_ones.any(),
+        "this batch's mask differs from the causal one (documents packed by restarting position_ids, or blocks)",
+    )
+
+
+def _require(condition: Tensor, fault: str) -> None:
+    line = (
+        f"masks were stated to be plain causal (hf_assume_causal=True, or attn_implementation={NAME!r}), but {fault}: "
+        "train without padding and with positions that do not restart, or drop the statement; no mask was ignored"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, line)
+    elif not bool(condition):
+        raise ValueError(line)

@@ -1,0 +1,40 @@
+"""What a strategy must not do in silence: let ranks train copies of a model that differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_lighthouse.schedule import SettingError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def check_tensor_parallel(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a tensor-parallel group that no parameter is spread over.
+
+    ModelParallelStrategy puts all ranks of a node into one such group unless it is told the sizes. A model that only
+    FSDP2 shards then has one copy on each rank, and nothing keeps them equal.
+
+    Args:
+        trainer: At fit start, when the model is sharded.
+        module: The model.
+
+    Raises:
+        SettingError: The group has several ranks, and every parameter is whole on each of them.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    from torch.distributed.tensor import DTensor
+
+    sizes = {name: trainer.strategy.device_mesh[name].size() for name in ("data_parallel", "tensor_parallel")}
+    meshes = [parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)]
+    is_used = any("tensor_parallel" in (mesh.mesh_dim_names or ()) for mesh in meshes)
+    if sizes["tensor_parallel"] > 1 and not is_used:
+        raise SettingError(
+            f"ModelParallelStrategy has data_parallel_size={sizes['data_parallel']} and tensor_parallel_size="
+            f"{sizes['tensor_parallel']}, but no parameter is spread over the tensor-parallel ranks: each would train "
+            f"a copy of its own; give data_parallel_size={trainer.world_size} and tensor_parallel_size=1"
+        )

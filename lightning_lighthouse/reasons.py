@@ -1,0 +1,114 @@
+"""Why a call of SDPA was not routed, and what to do about it: every reason with its remedy.
+
+A layer of transformers knows its config, so that its remedy can name the setting to change and its value.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+ROUTED = "routed"
+ENTERED = "entered"
+
+MASK = "attn_mask was given"
+NOT_CAUSAL = "is_causal is False"
+DROPOUT = "dropout_p is not 0"
+LAYOUT = "q, k and v are not plain [batch, heads, tokens, head dim] tensors"
+LENGTHS = "query and key lengths differ"
+SIZES = "batch sizes or head dims of q, k and v differ"
+HEADS = "query heads are not a multiple of key/value heads"
+CHECKPOINT_INSIDE = "checkpoint() inside the attention module"
+INFERENCE = "it ran without gradients in eval mode"
+NO_CALL = "no call of scaled_dot_product_attention was seen"
+NOT_RUN = "its forward did not run"
+NEED_WEIGHTS = "need_weights is True"
+NO_CAUSAL_MASK = "is_causal was given without attn_mask"
+PADDING = "key_padding_mask was given"
+NOT_SELF = "query, key and value are not the same tensor"
+NOT_BATCHED = "the input is not a plain tensor of 3 dimensions"
+EXTRA_KEYS = "add_bias_kv or add_zero_attn is set"
+
+LEAVE_DENSE = "leave it dense with dense_layers"
+
+REMEDIES = {
+    MASK: "a mask is never ignored; where it is only the causal one, pass attn_mask=None and is_causal=True",
+    NOT_CAUSAL: f"pass is_causal=True if the layer is causal; else it cannot be routed, {LEAVE_DENSE}",
+    DROPOUT: "set the dropout of the attention weights to 0; other dropout may stay",
+    LAYOUT: "pass q, k and v as plain tensors of 4 dimensions, heads before tokens",
+    LENGTHS: f"cross-attention or a cache, which cannot be routed: {LEAVE_DENSE}",
+    SIZES: f"q, k and v must have one batch size and one head dim (latent attention has two): {LEAVE_DENSE}",
+    HEADS: f"{LEAVE_DENSE}",
+    CHECKPOINT_INSIDE: "call checkpoint() around the block, not inside its attention",
+    INFERENCE: f"a frozen part of the model: {LEAVE_DENSE}; to route it all the same: on(inference=True)",
+    NO_CALL: "attention is written out, or runs another kernel: call torch.nn.functional.scaled_dot_product_attention "
+    "or lightning_lighthouse.causal_attention in its forward",
+    NOT_RUN: f"the model did not call this module, or called another of its methods: {LEAVE_DENSE}, or choose the "
+    "modules with select",
+    NEED_WEIGHTS: "that is the default of nn.MultiheadAttention: pass need_weights=False",
+    NO_CAUSAL_MASK: "to nn.MultiheadAttention is_causal is a hint about attn_mask: pass the causal attn_mask too",
+    PADDING: "a padding mask is never ignored: train without padding",
+    NOT_SELF: f"pass one tensor as query, key and value; cross-attention cannot be routed, {LEAVE_DENSE}",
+    NOT_BATCHED: "pass [batch, tokens, dim], or [tokens, batch, dim] with batch_first=False",
+    EXTRA_KEYS: f"such a layer cannot be routed: make it without, or {LEAVE_DENSE}",
+}
+
+# Fields of a transformers config that hold the dropout of the attention weights.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+
+
+def remedy(reason: str, layer: nn.Module) -> str:
+    """What to do about `reason` in `layer`; "" for a reason that says so itself."""
+    config = getattr(layer, "config", None)
+    if hasattr(config, "_attn_implementation"):
+        return _remedy_of_transformers(reason, layer, config) or REMEDIES.get(reason, "")
+    return REMEDIES.get(reason, "")
+
+
+def _remedy_of_transformers(reason: str, layer: nn.Module, config: Any) -> str:
+    if reason == MASK:
+        window = _window(layer, config)
+        windowed = (
+            f"sequences longer than sliding_window={window} cannot be routed: {LEAVE_DENSE}; else " if window else ""
+        )
+        return windowed + (
+            "call the model without attention_mask, or with one of ones: neither padding nor documents packed by "
+            "position_ids can be routed; where there are none and the model is compiled as a whole, transformers makes "
+            "a mask because it cannot look: compile the blocks instead, or set hf_assume_causal=True"
+        )
+    if reason == DROPOUT:
+        values = {name: getattr(config, name, None) for name in _DROPOUTS}
+        named = [f"{name}=0 (now {value})" for name, value in values.items() if value]
+        return f"set {', '.join(named)} in the model's config" if named else ""
+    if reason == NO_CALL:
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        if softcap is not None:
+            return (
+                f"attn_logit_softcapping={softcap} is beyond SDPA, and so beyond Lighthouse: such a model cannot be "
+                "routed, choose one without softcapping"
+            )
+        name = config._attn_implementation
+        if not _has_sdpa(layer):
+            return "transformers has no attn_implementation='sdpa' for this family: it cannot be routed"
+        if name not in ("sdpa", "lighthouse_sdpa"):
+            return f"the model was made with attn_implementation={name!r}: make it with attn_implementation='sdpa'"
+    return ""
+
+
+def _window(layer: nn.Module, config: Any) -> int | None:
+    """How many tokens back the layer sees; None for all."""
+    if hasattr(layer, "sliding_window"):
+        return layer.sliding_window  # type: ignore[return-value]
+    kinds, number = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
+    if kinds and isinstance(number, int) and kinds[number] == "full_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _has_sdpa(layer: nn.Module) -> bool:
+    """Whether a model made of such layers may be made with "sdpa": its class says so, in the file of the layer's."""
+    kinds = vars(sys.modules[type(layer).__module__]).values()
+    answers = [kind._supports_sdpa for kind in kinds if isinstance(kind, type) and hasattr(kind, "_supports_sdpa")]
+    return any(answers) or not answers
