@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_lighthouse.attention import check_backend
-from lightning_lighthouse.audit import Audit, explain
+from lightning_lighthouse.audit import explain
 from lightning_lighthouse.config import LighthouseConfig, check_type
-from lightning_lighthouse.curves import LOSS, RATE, PhaseCurves
+from lightning_lighthouse.curves import PhaseCurves
 from lightning_lighthouse.export import is_sharded, write_final
-from lightning_lighthouse.ledger import Ledger, Stopwatch, count_tokens
-from lightning_lighthouse.patch import Patch, patch_attention
-from lightning_lighthouse.schedule import (
-    DENSE,
-    LIGHTHOUSE,
-    SettingError,
-    SwitchState,
-    check_switch_at,
-    resolve_switch_step,
-    resume_switch,
-)
+from lightning_lighthouse.guard import FiniteGuard, restart_spike_detection
+from lightning_lighthouse.ledger import Stopwatch, count_tokens
+from lightning_lighthouse.parallel import check_tensor_parallel
+from lightning_lighthouse.patch import Patch, patch_attention, room_to_recompile
+from lightning_lighthouse.plateau import PlateauRule
+from lightning_lighthouse.report import describe_spike, shown_settings, tell_summary, write_report
+from lightning_lighthouse.resume import mend_resume
+from lightning_lighthouse.rewarm import Rewarm
+from lightning_lighthouse.run_state import RunState
+from lightning_lighthouse.schedule import DENSE, SettingError, SwitchState, check_count, check_switch_at
 from lightning_lighthouse.sdpa import sdpa_priority
+from lightning_lighthouse.switching import apply_rule, describe_start, describe_switch, resolve_switch
 from lightning_lighthouse.targets import check_layers
-
-STATE_VERSION = 1
 
 
 class LighthouseCallback(Callback):
@@ -45,7 +42,7 @@ class LighthouseCallback(Callback):
     The model is patched when a fit starts and restored when it ends, however it ends. Lighthouse Attention runs inside
     training batches only: validation is dense in both phases, and its loss is the one to watch, because the training
     loss of the Lighthouse phase is not that of a language model (docs/design.md). At the end the weights are written
-    to `final.pt` in the log folder, and a summary is printed.
+    to `final.pt` in the log folder, beside `lighthouse.json` (docs/switch.md), and a summary is printed.
 
     Args:
         switch_at: When to switch: an int is an optimizer step, a float above 0 and up to 1.0 a fraction of the
@@ -56,14 +53,25 @@ class LighthouseCallback(Callback):
         select: Glob over module names that chooses the attention layers, for example "*.attn". None finds them.
         enabled: False trains the dense baseline: nothing is patched, and the curves go to the run `dense`.
         on_unroutable: What happens when a layer that should be routed stayed dense in the first routed batch.
-        allow_return: Let a resumed run that has switched go back to Lighthouse where a later switch_at says so.
-        validation_metric: Name under which the model logs its validation loss, for the summary.
+        allow_return: Let a resumed run that has switched, or has begun to hand layers back, go back to Lighthouse
+            where changed settings say so.
+        validation_metric: Name under which the model logs its validation loss.
+        plateau: Switch earlier where the dense validation loss stops gaining. None: at `switch_at`.
+        return_steps: Hand the routed layers back to dense attention in up to 4 groups, the last layers first, over
+            this many optimizer steps before the switch; 0: all of them at the switch.
+        rewarm_steps: After the switch raise the learning rate linearly to what the schedule says, over this many
+            optimizer steps; 0: none. Every optimizer's groups are scaled during their update alone.
+        stop_on_nonfinite: Stop before an optimizer step whose loss or gradients are NaN or infinite on any rank, and
+            name the layer (docs/reliability.md).
+        hf_assume_causal: Your statement that no training batch of a transformers model has padding or packed
+            documents, so that no mask is built (docs/models.md). A batch that has them is an error.
 
     Raises:
         TypeError: A value has the wrong type.
         ValueError: A value is out of range. At fit start: no attention to route, or the model is patched already.
         SettingError: At train start: the switch step cannot be derived, or a resumed run would return unasked.
         RuntimeError: After the first routed batch: a layer stayed dense, with the reason.
+        NonFiniteError: Before an optimizer step: a loss or a gradient is not finite; a RuntimeError.
     """
 
     def __init__(
@@ -76,6 +84,11 @@ class LighthouseCallback(Callback):
         on_unroutable: Literal["raise", "warn"] = "raise",
         allow_return: bool = False,
         validation_metric: str = "val/loss",
+        plateau: PlateauRule | None = None,
+        return_steps: int = 0,
+        rewarm_steps: int = 0,
+        stop_on_nonfinite: bool = True,
+        hf_assume_causal: bool = False,
     ) -> None:
         check_type("attention", attention, LighthouseConfig)
         check_type("select", select, str | None)
@@ -83,8 +96,14 @@ class LighthouseCallback(Callback):
         check_type("on_unroutable", on_unroutable, Literal["raise", "warn"])
         check_type("allow_return", allow_return, bool)
         check_type("validation_metric", validation_metric, str)
+        check_type("plateau", plateau, PlateauRule | None)
+        check_type("stop_on_nonfinite", stop_on_nonfinite, bool)
+        check_type("hf_assume_causal", hf_assume_causal, bool)
         check_layers(dense_layers)
         self.switch_at = check_switch_at(switch_at)
+        self.plateau = plateau
+        self.return_steps = check_count("return_steps", return_steps)
+        self.rewarm_steps = check_count("rewarm_steps", rewarm_steps)
         self.attention = attention
         self.dense_layers = dense_layers
         self.select = select
@@ -92,23 +111,24 @@ class LighthouseCallback(Callback):
         self.on_unroutable = on_unroutable
         self.allow_return = allow_return
         self.validation_metric = validation_metric
+        self.stop_on_nonfinite = stop_on_nonfinite
+        self.hf_assume_causal = hf_assume_causal
 
-        self._switch: SwitchState | None = None
-        self._ledger = Ledger()
+        self._run = RunState()
         # the checkpoint's, until the Trainer knows its step
-        self._loaded: tuple[SwitchState | None, Ledger] | None = None
+        self._loaded: RunState | None = None
         self._is_fitting = True
         self._trainer: ReferenceType[Trainer] | None = None
         self._patch: Patch | None = None
         self._curves: PhaseCurves | None = None
         self._stopwatch = Stopwatch()
-        self._sdpa = ExitStack()
-        self._audited = False
+        self._rewarm: Rewarm | None = None
+        self._guard = FiniteGuard(stop_on_nonfinite)
+        self._contexts = ExitStack()
         self._step = 0
+        # whether the last batch left an optimizer step unfinished
+        self._mid_step = False
         self._phase = DENSE
-        self._losses: list[Tensor] = []
-        self._meets_at_switch = False
-        self._told_of_metric = False
         # where the final weights go, once the training has ended
         self._folder: Path | None = None
 
@@ -119,21 +139,42 @@ class LighthouseCallback(Callback):
         return "LighthouseCallback"
 
     def state_dict(self) -> dict[str, Any]:
-        """The switch, None for a dense baseline, and the ledger."""
-        switch = self._switch.state_dict() if self._switch else None
-        return {"version": STATE_VERSION, "switch": switch, "ledger": self._ledger.state_dict()}
+        """The switch, None for a dense baseline, the ledger, and the settings shown."""
+        return self._run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the checkpoint's state for a fit; a validation or test with a checkpoint leaves the run's own alone."""
-        if not self._is_fitting:
-            return
-        version = state_dict.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint's LighthouseCallback state must have version {STATE_VERSION}, got {version}"
-            )
-        switch = state_dict["switch"]
-        self._loaded = SwitchState(**switch) if switch else None, Ledger.from_state_dict(state_dict["ledger"])
+        if self._is_fitting:
+            self._loaded = RunState.from_state_dict(state_dict)
+
+    @property
+    def _switch(self) -> SwitchState | None:
+        """The switch that this run follows; none for a dense baseline, also one that goes on from another run."""
+        return self._run.switch if self.enabled else None
+
+    def phase_at(self, step: int) -> str:
+        """LIGHTHOUSE or DENSE: how the batch trains that begins after `step` optimizer steps."""
+        return DENSE if self._patch is None or self._switch is None else self._switch.phase(step)
+
+    @contextmanager
+    def lend_patch(self, trainer: Trainer) -> Iterator[Patch]:
+        """Hand out the patch, off, to set the phase by hand outside of training batches; the time is not training's.
+
+        Raises:
+            RuntimeError: No model is patched: outside of a fit, or in a dense baseline.
+        """
+        patch = self._patch
+        if patch is None:
+            raise RuntimeError("there is a patch to lend only while a fit runs, and none with enabled=False")
+        self._stopwatch.drain(self._run.ledger.totals(self._phase), self._phase, trainer.strategy.root_device)
+        patch.hand_back(())
+        # what is routed here says nothing of the training batch
+        audit, patch.audit = patch.audit, None
+        try:
+            with self._stopwatch.stopped(), patch.paused():
+                yield patch
+        finally:
+            patch.audit = audit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know what a checkpoint is loaded for."""
@@ -144,46 +185,84 @@ class LighthouseCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Patch the model, off, and prefer the configured SDPA backend in every phase."""
         self._restore()
-        self._sdpa.enter_context(sdpa_priority(self.attention.sdpa))
-        self._audited = False
+        check_tensor_parallel(trainer, pl_module)
+        self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
+        if self.enabled and self.return_steps:
+            self._contexts.enter_context(room_to_recompile())
         self._folder = None
         if self.enabled:
             try:
                 check_backend(self.attention, pl_module.device)
             except ValueError as error:
                 raise SettingError(str(error)) from None
-            self._patch = patch_attention(pl_module, self.attention, dense_layers=self.dense_layers, select=self.select)
+            self._patch = patch_attention(
+                pl_module,
+                self.attention,
+                dense_layers=self.dense_layers,
+                select=self.select,
+                hf_assume_causal=self.hf_assume_causal,
+            )
 
     # The first hook at which the step and the callback's state are right under every strategy.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the switch step, against that of the checkpoint when resumed; open the curves."""
+        mend_resume(trainer)
         self._stopwatch = Stopwatch()
-        self._losses = []
         continues = self._trainer is not None and self._trainer() is trainer and trainer.global_step > 0
         if self._loaded is not None:
-            self._switch, self._ledger = self._loaded
+            self._run = self._loaded
         elif not continues:
-            self._switch, self._ledger = None, Ledger()
+            self._run = RunState()
         self._loaded, self._trainer = None, ref(trainer)
         self._curves = PhaseCurves(trainer, trainer.global_step, self.validation_metric)
         if self.enabled:
-            self._switch = self._resolve_switch(trainer, pl_module)
-            self._announce(trainer)
+            assert self._patch is not None
+            self._run.switch = resolve_switch(
+                trainer,
+                pl_module,
+                self._run.switch,
+                switch_at=self.switch_at,
+                plateau=self.plateau,
+                return_steps=self.return_steps,
+                rewarm_steps=self.rewarm_steps,
+                allow_return=self.allow_return,
+            )
+            self._rewarm = Rewarm(trainer.optimizers) if self.rewarm_steps else None
+            names = [name or type(pl_module).__name__ for name in self._patch.targets]
+            self._curves.text(trainer.global_step, describe_start(trainer, self._run.switch, self.plateau, names))
+        values = shown_settings(self, self._switch)
+        self._run.shown = self._curves.hyperparameters(values, self._run.shown)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the phase by the optimizer step; switch when its time has come."""
         self._stopwatch.start()
+        self._guard.start_batch(pl_module, batch, batch_idx)
         self._step = trainer.global_step
         if self._patch is None or self._switch is None:
             return
         self._phase = self._switch.phase(self._step)
+        if self._rewarm is not None:
+            self._rewarm.start_batch(self._switch.rate_factor(self._step))
         if self._phase == DENSE:
             if not self._switch.switched:
                 self._switch_to_dense(trainer)
+            self._patch.dense()
             return
-        if not self._audited:
-            self._patch.audit = Audit(self._patch.targets)
+        self._patch.set_step(self._step)
         self._patch.on()
+        names = list(self._patch.targets)
+        num_returned = self._switch.layers_returned(self._step, len(names))
+        self._patch.hand_back(names[len(names) - num_returned :])
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss for the check."""
+        self._guard.note_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Stop if the losses or the gradients of this step are not finite."""
+        self._guard.check(trainer, pl_module, optimizer, self._phase)
+        if self._rewarm is not None:
+            self._rewarm.on_closure_end(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -193,38 +272,39 @@ class LighthouseCallback(Callback):
         if self._patch is not None and self._patch.audit is not None:
             self._finish_audit(self._patch)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        assert self._curves is not None
         if isinstance(loss, Tensor):
             # Lightning hands out the part of the loss that this batch adds to an accumulated step
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._losses.append(loss.detach() * scale)
+            self._curves.add_loss(loss * scale)
+        totals = self._run.ledger.totals(self._phase)
         steps_done = trainer.global_step - self._step
+        self._mid_step = steps_done == 0
         if steps_done:
-            self._log_step(trainer)
-        totals = self._ledger.totals(self._phase)
+            next_phase = self._switch.phase(trainer.global_step) if self._switch else DENSE
+            self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
         totals.steps += steps_done
         self._stopwatch.stop(totals, self._phase, count_tokens(batch) * trainer.world_size)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is dense, and its time is not training time."""
         self._leave_phase()
+        self._stopwatch.drain(self._run.ledger.totals(self._phase), self._phase, trainer.strategy.root_device)
         self._stopwatch.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the dense validation loss."""
         if trainer.sanity_checking or not self._is_fitting:
             return
-        loss = trainer.callback_metrics.get(self.validation_metric)
-        if loss is None:
-            if self._ledger.last_validation is None and not self._told_of_metric:
-                self._told_of_metric = True
-                logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-                rank_zero_warn(
-                    f"Lighthouse: validation_metric={self.validation_metric!r} was not logged, the summary will lack "
-                    f"it; logged: {logged}"
-                )
-            return
-        switch_step = self._switch.switch_step if self._switch else None
-        self._ledger.add_validation(trainer.global_step, float(loss), switch_step)
+        assert self._curves is not None
+        loss = self._curves.validation_loss(trainer)
+        if loss is not None:
+            self._run.ledger.add_validation(trainer.global_step, self._phase, loss)
+            if line := describe_spike(trainer, self._run.ledger):
+                rank_zero_info(f"Lighthouse: {line}")
+                self._curves.text(trainer.global_step, line)
+        if self.plateau is not None and self._switch is not None:
+            apply_rule(trainer, self.plateau, self._switch, self._run.ledger, mid_step=self._mid_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The time of a checkpoint is not training time."""
@@ -238,16 +318,13 @@ class LighthouseCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum up; sharded weights are gathered here, while the ranks still work together."""
         self._leave_phase()
-        rank_zero_info("\n".join(f"Lighthouse: {line}" for line in self._ledger.summary()))
-        if self._switch is not None and not self._switch.switched:
-            rank_zero_warn(
-                f"Lighthouse: the training ended at step {trainer.global_step}, before the switch to dense attention "
-                f"at step {self._switch.switch_step}: the model has not recovered from Lighthouse"
-            )
+        self._stopwatch.drain(self._run.ledger.totals(self._phase), self._phase, trainer.strategy.root_device)
+        tell_summary(trainer, self._switch, self._run.ledger)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # log_dir is broadcast: every rank asks
         folder = Path(trainer.log_dir or trainer.default_root_dir)
+        write_report(trainer, self, self._switch, self._run.ledger, folder)
         wrapped = trainer.strategy.model
         if wrapped is not None and is_sharded(wrapped):
             rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, wrapped, folder)}")
@@ -269,104 +346,34 @@ class LighthouseCallback(Callback):
         """Restore the model."""
         self._restore()
 
-    def _resolve_switch(self, trainer: Trainer, pl_module: LightningModule) -> SwitchState:
-        is_fraction = isinstance(self.switch_at, float)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
-        if is_fraction and any(scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers):
-            raise SettingError(
-                f"switch_at={self.switch_at} is a fraction, but Lightning's count of steps ignores the "
-                "GradientAccumulationScheduler: give switch_at as a step (an int)"
-            )
-        if is_fraction and not pl_module.automatic_optimization:
-            rank_zero_warn(
-                f"Lighthouse: under manual optimization Lightning's count of steps may be wrong, and switch_at="
-                f"{self.switch_at} with it: better give switch_at as a step (an int)"
-            )
-        total = trainer.estimated_stepping_batches
-        asked = SwitchState(self.switch_at, resolve_switch_step(self.switch_at, total))
-        step = trainer.global_step
-        if self._switch is not None:
-            switch, line = resume_switch(self._switch, asked, step, self.allow_return)
-            if line:
-                rank_zero_warn(f"Lighthouse: {line}")
-            return switch
-        if step > 0:
-            rank_zero_warn(
-                f"Lighthouse: resumed at step {step} from a checkpoint without Lighthouse state; the phase follows "
-                f"from the step: {asked.phase(step)} (switch at step {asked.switch_step})"
-            )
-        # already past: the run starts dense, and no switch happens in it
-        return SwitchState(asked.switch_at, asked.switch_step, switched=step > 0 and step >= asked.switch_step)
-
-    def _announce(self, trainer: Trainer) -> None:
-        assert self._switch is not None
-        assert self._patch is not None
-        assert self._curves is not None
-        names = [name or type(trainer.lightning_module).__name__ for name in self._patch.targets]
-        total = trainer.estimated_stepping_batches
-        phase = self._switch.phase(trainer.global_step)
-        line = f"{phase} phase from step {trainer.global_step}; switch to dense at step {self._switch.switch_step}"
-        rank_zero_info(
-            f"Lighthouse: {line} of {total}; {len(names)} attention layers routed, {names[0]} .. {names[-1]}"
-        )
-        if not self._switch.switched and self._switch.switch_step >= total:
-            rank_zero_warn(f"Lighthouse: {total} steps end before the switch at step {self._switch.switch_step}")
-        self._curves.text(trainer.global_step, line)
-        settings = {"switch_at": self.switch_at, "switch_step": self._switch.switch_step, **asdict(self.attention)}
-        named = {f"lighthouse/{name}": value for name, value in settings.items()}
-        self._curves.hyperparameters(named)
-
     def _switch_to_dense(self, trainer: Trainer) -> None:
         assert self._switch is not None
-        self._switch.switched = self._meets_at_switch = True
+        assert self._curves is not None
+        self._switch.switched = True
+        self._curves.meet()
         if isinstance(trainer.strategy, FSDPStrategy):
             # FSDP1 cannot recompile while gradients are kept; the step before has used them
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         if self._step > 0:
-            line = f"switched from Lighthouse to dense attention at step {self._step}"
+            line = describe_switch(self._switch)
             rank_zero_info(f"Lighthouse: {line}")
-            if self._curves is not None:
-                self._curves.text(self._step, line)
+            self._curves.text(self._step, line)
+            if restart_spike_detection(trainer.callbacks):  # type: ignore[attr-defined]
+                self._curves.text(self._step, "the window of SpikeDetection starts anew")
 
     def _leave_phase(self) -> None:
         if self._patch is not None:
             self._patch.off()
+            self._patch.hand_back(())
 
     def _finish_audit(self, patch: Patch) -> None:
-        assert patch.audit is not None
-        missing = patch.audit.unrouted()
-        patch.audit = None
-        self._audited = True
+        missing = patch.unrouted()
         if not missing:
             return
         if self.on_unroutable == "raise":
             raise RuntimeError(explain(missing, len(patch.targets)))
         rank_zero_warn(f"Lighthouse: {explain(missing, len(patch.targets))}")
-
-    def _log_step(self, trainer: Trainer) -> None:
-        """Write the curves of the optimizer step just done: every `log_every_n_steps`, and around the switch."""
-        losses, self._losses = self._losses, []
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_due = every > 0 and self._step % every == 0
-        is_last = (
-            self._phase == LIGHTHOUSE and self._switch is not None and self._switch.phase(trainer.global_step) == DENSE
-        )
-        meets, self._meets_at_switch = self._meets_at_switch, False
-        if self._curves is None or not (is_due or is_last or meets):
-            return
-        values = {}
-        if losses:
-            # every rank logs the same steps, so all of them are here
-            values[LOSS] = float(trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
-        rate = self._ledger.totals(self._phase).window_rate()
-        if rate is not None:
-            values[RATE] = rate
-        self._curves.scalars(self._phase, self._step, values)
-        if meets and self._step > 0 and LOSS in values:
-            # both curves have a point at the switch, so that they meet
-            self._curves.scalars(LIGHTHOUSE, self._step, {LOSS: values[LOSS]})
 
     def _restore(self) -> None:
         if self._patch is not None:
@@ -375,4 +382,8 @@ class LighthouseCallback(Callback):
         if self._curves is not None:
             self._curves.close()
             self._curves = None
-        self._sdpa.close()
+        if self._rewarm is not None:
+            self._rewarm.remove()
+            self._rewarm = None
+        self._guard.clear()
+        self._contexts.close()

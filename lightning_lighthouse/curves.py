@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
+from lightning_lighthouse.ledger import PhaseTotals
 from lightning_lighthouse.schedule import DENSE, LIGHTHOUSE
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ class PhaseCurves:
         self._writers: dict[str, SummaryWriter] = {}
         self._first_step = first_step
         self._validation_metric = validation_metric
+        self._losses: list[Tensor] = []
+        self._meets = False
+        self._told_of_metric = False
+        self._settings_run = DENSE
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self._others = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
         self._board = boards[0] if boards else None
@@ -55,29 +62,93 @@ class PhaseCurves:
         for logger in self._others:
             logger.log_metrics({**values, "phase": float(phase == LIGHTHOUSE)}, step)
 
+    def add_loss(self, loss: Tensor) -> None:
+        """Note the training loss of a batch, a scalar on its device; a step shows the mean of its batches."""
+        self._losses.append(loss.detach())
+
+    def meet(self) -> None:
+        """Give both curves a point at the next step, so that they meet at the switch."""
+        self._meets = True
+
+    def step_done(self, trainer: Trainer, step: int, phase: str, next_phase: str, totals: PhaseTotals) -> None:
+        """Write the curves of a step: every `log_every_n_steps`, and around the switch. Every rank calls it.
+
+        Args:
+            trainer: Its setting and its ranks.
+            step: Optimizer steps done before this one.
+            phase: The phase it ran in.
+            next_phase: That of the step to come.
+            totals: Those of `phase`, for the throughput.
+        """
+        losses, self._losses = self._losses, []
+        meets, self._meets = self._meets, False
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = every > 0 and step % every == 0
+        is_last = phase == LIGHTHOUSE and next_phase == DENSE
+        if not (is_due or is_last or meets):
+            return
+        values = {}
+        if losses:
+            # every rank logs the same steps, so all of them are here
+            values[LOSS] = float(trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
+        rate = totals.window_rate()
+        if rate is not None:
+            values[RATE] = rate
+        self.scalars(phase, step, values)
+        if meets and step > 0 and LOSS in values:
+            self.scalars(LIGHTHOUSE, step, {LOSS: values[LOSS]})
+
+    def validation_loss(self, trainer: Trainer) -> float | None:
+        """What the model logged in the validation that ends; None, with one warning, if it did not."""
+        loss = trainer.callback_metrics.get(self._validation_metric)
+        if loss is None and not self._told_of_metric:
+            self._told_of_metric = True
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            rank_zero_warn(
+                f"Lighthouse: validation_metric={self._validation_metric!r} was not logged, the summary will lack it; "
+                f"logged: {logged}"
+            )
+        if loss is not None and self._active and self._board is not None:
+            self._writer(self._settings_run).add_scalar(f"hparams/{self._validation_metric}", loss, trainer.global_step)
+        return None if loss is None else float(loss)
+
     def text(self, step: int, text: str) -> None:
         """Write a line on the phases to the dense run, which every run has."""
         if self._active and self._board is not None:
             self._writer(DENSE).add_text("phase", text, step)
 
-    def hyperparameters(self, values: dict[str, Any]) -> None:
-        """Add settings to every logger's hyperparameters.
+    def hyperparameters(self, values: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]:
+        """Add settings to every logger's hyperparameters; in TensorBoard with the validation loss as their metric.
 
-        In TensorBoard they stand beside the dense run: the logger's own, written before, would hide them, and would
-        add a point to the validation curve.
+        There they stand beside the dense run: the logger's own, written before, would hide them. TensorBoard shows the
+        first settings that it finds in a run, and looks for metrics there and below. So a copy of the validation loss
+        goes to the same run as `hparams/<its name>`, and settings that were changed before a resume get a run, and a
+        row, of their own: `dense/from_step_<n>`.
+
+        Args:
+            values: By name.
+            told: What this method returned to the part of the run before; None at its start.
+
+        Returns:
+            What a checkpoint should keep.
         """
-        if not self._active:
-            return
-        for logger in self._others:
+        for logger in self._others if self._active else []:
             logger.log_hyperparams(values)
-        if self._board is not None:
+        shown = {name: _shown(value) for name, value in values.items()}
+        self._settings_run = told["run"] if told else DENSE
+        if told and told["values"] != shown:
+            self._settings_run = f"{DENSE}/from_step_{self._first_step}"
+        if self._active and self._board is not None:
             # not its api module, which wants TensorFlow
             from tensorboard.plugins.hparams import summary_v2 as hparams
 
-            shown = {name: _shown(value) for name, value in {**self._board.hparams, **values}.items()}
-            file_writer: Any = self._writer(DENSE).file_writer
-            file_writer.add_summary(hparams.hparams_config_pb([hparams.HParam(name) for name in shown], metrics=[]))
-            file_writer.add_summary(hparams.hparams_pb(shown))
+            every = {name: _shown(value) for name, value in self._board.hparams.items()} | shown
+            names = [hparams.HParam(name) for name in every]
+            metric = hparams.Metric(f"hparams/{self._validation_metric}", display_name=self._validation_metric)
+            file_writer: Any = self._writer(self._settings_run).file_writer
+            file_writer.add_summary(hparams.hparams_config_pb(names, metrics=[metric]))
+            file_writer.add_summary(hparams.hparams_pb(every))
+        return {"run": self._settings_run, "values": shown}
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -92,21 +163,20 @@ class PhaseCurves:
         start = Event(step=self._first_step, session_log=SessionLog(status=SessionLog.START))
         board.experiment.file_writer.event_writer.add_event(start)
 
-    def _writer(self, phase: str) -> SummaryWriter:
-        if phase not in self._writers:
+    def _writer(self, run: str) -> SummaryWriter:
+        if run not in self._writers:
             # tensorboard is slow to import, and not every run has it
             from torch.utils.tensorboard import SummaryWriter
 
             assert self._board is not None
-            purge_step = self._first_step or None
-            writer = SummaryWriter(str(Path(self._board.log_dir) / phase), purge_step=purge_step)
+            writer = SummaryWriter(str(Path(self._board.log_dir) / run), purge_step=self._first_step or None)
             charts = {
                 "loss": ["Multiline", [LOSS, self._validation_metric]],
                 "tokens per second": ["Multiline", [RATE]],
             }
             writer.add_custom_scalars({"Lighthouse": charts})
-            self._writers[phase] = writer
-        return self._writers[phase]
+            self._writers[run] = writer
+        return self._writers[run]
 
 
 def _shown(value: Any) -> bool | int | float | str:

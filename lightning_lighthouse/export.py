@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from lightning_lighthouse.saving import save_whole
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -25,13 +25,7 @@ def write_final(trainer: Trainer, module: nn.Module, folder: Path) -> Path:
     path = folder / FINAL
     weights = _gather_weights(module)
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        try:
-            torch.save(weights, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_whole(weights, path)
     return path
 
 

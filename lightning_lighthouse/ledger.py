@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_lighthouse.schedule import DENSE, LIGHTHOUSE
@@ -19,6 +21,7 @@ class PhaseTotals:
     Args:
         steps: Optimizer steps.
         seconds: Training time, validation and checkpoints left out.
+        tokens: Tokens of all batches.
         paced_tokens: Tokens of the batches whose time counts for throughput: all but the first of a phase and of a
             run, which compile.
         paced_seconds: Time of those batches.
@@ -26,6 +29,7 @@ class PhaseTotals:
 
     steps: int = 0
     seconds: float = 0.0
+    tokens: int = 0
     paced_tokens: int = 0
     paced_seconds: float = 0.0
     _window_start: tuple[int, float] = (0, 0.0)
@@ -44,41 +48,80 @@ class PhaseTotals:
         return (self.paced_tokens - tokens) / (self.paced_seconds - seconds)
 
 
+class Validation(NamedTuple):
+    """One dense validation.
+
+    Args:
+        step: Optimizer steps done.
+        seconds: Training time spent until then, both phases.
+        phase: Phase of the last training batch.
+        loss: Validation loss.
+    """
+
+    step: int
+    seconds: float
+    phase: str
+    loss: float
+
+
 @dataclass
 class Ledger:
-    """Totals of both phases, and the validations that frame the switch: `(step, loss)` each."""
+    """Totals of both phases, and every dense validation."""
 
     lighthouse: PhaseTotals = field(default_factory=PhaseTotals)
     dense: PhaseTotals = field(default_factory=PhaseTotals)
-    before_switch: tuple[int, float] | None = None
-    after_switch: tuple[int, float] | None = None
-    last_validation: tuple[int, float] | None = None
+    validations: list[Validation] = field(default_factory=list)
 
     def totals(self, phase: str) -> PhaseTotals:
         """The totals of LIGHTHOUSE or DENSE."""
         return {LIGHTHOUSE: self.lighthouse, DENSE: self.dense}[phase]
 
-    def add_validation(self, step: int, loss: float, switch_step: int | None) -> None:
-        """Record a dense validation after `step` optimizer steps."""
-        self.last_validation = (step, loss)
-        if switch_step is None:
-            return
-        if step <= switch_step:
-            self.before_switch = (step, loss)
-        elif self.after_switch is None:
-            self.after_switch = (step, loss)
+    @property
+    def seconds(self) -> float:
+        """Training time of both phases."""
+        return self.lighthouse.seconds + self.dense.seconds
+
+    @property
+    def lighthouse_validations(self) -> list[Validation]:
+        """Those of the Lighthouse phase, since the last return to it."""
+        dense = [index for index, validation in enumerate(self.validations) if validation.phase == DENSE]
+        return self.validations[dense[-1] + 1 if dense else 0 :]
+
+    @property
+    def before_switch(self) -> Validation | None:
+        """The last validation of the Lighthouse phase."""
+        return next((v for v in reversed(self.validations) if v.phase == LIGHTHOUSE), None)
+
+    @property
+    def after_switch(self) -> Validation | None:
+        """The first validation after that with dense training behind it; None for a dense baseline."""
+        before = self.before_switch
+        if before is None:
+            return None
+        return next((v for v in self.validations[self.validations.index(before) :] if v.phase == DENSE), None)
+
+    @property
+    def last_validation(self) -> Validation | None:
+        """The newest."""
+        return self.validations[-1] if self.validations else None
+
+    def add_validation(self, step: int, phase: str, loss: float) -> None:
+        """Record a dense validation after `step` optimizer steps, the last of them in `phase`."""
+        self.validations.append(Validation(step, self.seconds, phase, loss))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return asdict(self)
+        return {
+            LIGHTHOUSE: asdict(self.lighthouse),
+            DENSE: asdict(self.dense),
+            "validations": [tuple(validation) for validation in self.validations],
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Ledger:
-        """The ledger of a checkpoint."""
-        values = {item.name: state[item.name] for item in fields(cls) if item.name in state}
-        for phase in (LIGHTHOUSE, DENSE):
-            values[phase] = PhaseTotals(**values[phase])
-        return cls(**values)
+        """The ledger of a checkpoint; one of an older version has no list of validations."""
+        validations = [Validation(*values) for values in state.get("validations", [])]
+        return cls(PhaseTotals(**state[LIGHTHOUSE]), PhaseTotals(**state[DENSE]), validations)
 
     def summary(self) -> list[str]:
         """The run in a few lines."""
@@ -96,7 +139,7 @@ class Ledger:
         }
         for name, validation in validations.items():
             if validation is not None:
-                lines.append(f"dense validation loss, {name}: {validation[1]:.4f} (step {validation[0]})")
+                lines.append(f"dense validation loss, {name}: {validation.loss:.4f} (step {validation.step})")
         return lines
 
 
@@ -104,7 +147,7 @@ class Stopwatch:
     """Times batches into a ledger; stands still while the Trainer validates.
 
     A GPU works behind the clock, but the sums are right wherever the host waited for it, which it does at each logged
-    step and at the switch.
+    step, at the switch, and before each validation.
     """
 
     def __init__(self) -> None:
@@ -123,14 +166,38 @@ class Stopwatch:
         seconds = now - self._mark
         self._mark = now
         totals.seconds += seconds
+        totals.tokens += tokens
         if self._paced_phase == phase:
             totals.paced_seconds += seconds
             totals.paced_tokens += tokens
         self._paced_phase = phase
 
+    def drain(self, totals: PhaseTotals, phase: str, device: torch.device) -> None:
+        """Wait for the batches that the device still works on; the wait is training time."""
+        if device.type != "cuda":
+            return
+        start = time.perf_counter()
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        totals.seconds += seconds
+        if self._paced_phase == phase:
+            totals.paced_seconds += seconds
+        if self._mark is not None:
+            self._mark += seconds
+
     def pause(self) -> None:
         """Something else than training begins."""
         self._mark = None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The time inside does not count."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._mark is not None:
+                self._mark += time.perf_counter() - start
 
 
 def count_tokens(batch: Any) -> int:

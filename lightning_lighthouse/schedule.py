@@ -6,19 +6,23 @@ Pure Python. The phase is a function of the optimizer step alone, so all ranks a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from lightning_lighthouse.config import check_type
 
 LIGHTHOUSE = "lighthouse"
 DENSE = "dense"
+# Each group is one recompile of a compiled model
+RETURN_GROUPS = 4
 
 
 class SettingError(ValueError):
     """A setting that only the running Trainer can show to be wrong."""
 
 
-def check_switch_at(switch_at: int | float) -> int | float:
-    """Return `switch_at` if it is a step (an int >= 0) or a fraction (a float in (0, 1]).
+def check_switch_at(switch_at: int | float, name: str = "switch_at") -> int | float:
+    """Return `switch_at` if it is a step (an int >= 0) or a fraction (a float in (0, 1]); `name` is for the error.
 
     Raises:
         TypeError: Neither an int nor a float.
@@ -26,19 +30,33 @@ def check_switch_at(switch_at: int | float) -> int | float:
     """
     allowed = "a step (an int >= 0) or a fraction of the steps (a float above 0, at most 1.0)"
     if type(switch_at) not in (int, float):
-        raise TypeError(f"switch_at must be {allowed}, got {switch_at!r}")
+        raise TypeError(f"{name} must be {allowed}, got {switch_at!r}")
     in_range = switch_at >= 0 if isinstance(switch_at, int) else 0 < switch_at <= 1
     if not in_range:
-        raise ValueError(f"switch_at must be {allowed}, got {switch_at!r}")
+        raise ValueError(f"{name} must be {allowed}, got {switch_at!r}")
     return switch_at
 
 
-def resolve_switch_step(switch_at: int | float, total_steps: int | float) -> int:
+def check_count(name: str, value: int) -> int:
+    """Return `value` if it is a number of steps.
+
+    Raises:
+        TypeError: Not an int.
+        ValueError: Below 0.
+    """
+    check_type(name, value, int)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
+
+
+def resolve_switch_step(switch_at: int | float, total_steps: int | float, name: str = "switch_at") -> int:
     """The first optimizer step that trains dense.
 
     Args:
         switch_at: A step, or a fraction of `total_steps`, rounded up to a whole step.
         total_steps: Optimizer steps of the whole training; inf or -1 where the Trainer cannot know them.
+        name: Of the setting, for the error.
 
     Raises:
         SettingError: A fraction of an unknown number of steps.
@@ -47,8 +65,8 @@ def resolve_switch_step(switch_at: int | float, total_steps: int | float) -> int
         return switch_at
     if not math.isfinite(total_steps) or total_steps < 0:
         raise SettingError(
-            f"switch_at={switch_at} is a fraction, but the number of steps is unknown: "
-            "set trainer.max_steps, or give switch_at as a step (an int)"
+            f"{name}={switch_at} is a fraction, but the number of steps is unknown: "
+            f"set trainer.max_steps, or give {name} as a step (an int)"
         )
     # 0.55 * 100 is 55.00000000000001 in floating point, and step 55 is meant
     return math.ceil(round(switch_at * total_steps, 6))
@@ -66,51 +84,121 @@ class SwitchState:
         switch_at: The setting it was resolved from.
         switch_step: The first optimizer step that trains dense.
         switched: Whether that step was reached.
+        return_steps: Steps before `switch_step` over which layers are handed back; 0 for all of them at the switch.
+        rewarm_steps: Steps from `switch_step` on with a lower learning rate.
+        by_plateau: Whether a plateau rule moved `switch_step` ahead.
     """
 
     switch_at: int | float
     switch_step: int
     switched: bool = False
+    return_steps: int = 0
+    rewarm_steps: int = 0
+    by_plateau: bool = False
 
     def phase(self, step: int) -> str:
         """LIGHTHOUSE or DENSE for the optimizer step about to run; dense for good once switched."""
         return DENSE if self.switched or step >= self.switch_step else LIGHTHOUSE
+
+    @property
+    def return_step(self) -> int:
+        """The first optimizer step with layers handed back."""
+        return self.switch_step - self.return_steps
+
+    def layers_returned(self, step: int, num_layers: int) -> int:
+        """How many of the routed layers train dense at optimizer step `step`.
+
+        The layers form up to RETURN_GROUPS groups of about equal size. All but one are handed back one after the other
+        over `return_steps`, the first group at once; the last group follows at the switch.
+        """
+        if self.phase(step) == DENSE:
+            return num_layers
+        if step < self.return_step:
+            return 0
+        groups = min(RETURN_GROUPS, num_layers, self.return_steps + 1)
+        stage = (step - self.return_step) * (groups - 1) // self.return_steps
+        return num_layers * (stage + 1) // groups if groups > 1 else 0
+
+    def rate_factor(self, step: int) -> float:
+        """The share of the scheduled learning rate that optimizer step `step` gets.
+
+        With n = `rewarm_steps` the steps from the switch on get 1/(n + 1), 2/(n + 1), .., n/(n + 1), and 1 after them.
+        A run that is dense from step 0 on has no switch, and no re-warm.
+        """
+        done = step - self.switch_step
+        rewarms = self.switch_step > 0 and 0 <= done < self.rewarm_steps
+        return (done + 1) / (self.rewarm_steps + 1) if rewarms else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return asdict(self)
 
 
-def resume_switch(saved: SwitchState, asked: SwitchState, step: int, allow_return: bool) -> tuple[SwitchState, str]:
+def resume_switch(
+    saved: SwitchState, asked: SwitchState, step: int, allow_return: bool, has_rule: bool = False
+) -> tuple[SwitchState, str]:
     """Decide between the switch in a checkpoint and the one that the settings ask for now.
 
     Args:
         saved: From the checkpoint.
         asked: From the settings of this run.
         step: Optimizer steps done.
-        allow_return: Let a run that has switched go back to Lighthouse if the new settings say so.
+        allow_return: Let a run that has switched, or has begun to hand layers back, go back to Lighthouse if the new
+            settings say so.
+        has_rule: Whether the settings have a plateau rule.
 
     Returns:
         The switch to follow, and a line for the user, empty if nothing changed.
 
     Raises:
-        ResumeError: The run has switched, `switch_at` was changed to a later step, and going back is not allowed.
+        ResumeError: The settings were changed, following them means going back to Lighthouse, and that is not allowed.
     """
-    if not saved.switched:
-        moved = asked.switch_step != saved.switch_step
-        line = f"the switch to dense attention moves from step {saved.switch_step} to step {asked.switch_step}"
-        return asked, line if moved else ""
-    if step >= asked.switch_step:
-        return saved, ""
-    if asked.switch_at == saved.switch_at:
-        return saved, (
+    changes = _changes(saved, asked, has_rule)
+    kept = replace(saved, rewarm_steps=asked.rewarm_steps)
+    if saved.by_plateau and not changes:
+        return kept, _moved(saved, kept)
+    # what a rule decided holds from then on, also where its step is still one ahead
+    returned = saved.layers_returned(step, RETURN_GROUPS) or saved.by_plateau
+    if asked.layers_returned(step, RETURN_GROUPS) >= returned:
+        followed = kept if saved.switched else asked
+        return followed, _moved(saved, followed)
+    done = f"switched to dense attention at step {saved.switch_step}"
+    if not saved.switched and saved.return_steps:
+        done = f"hands its layers back from step {saved.return_step} on, all of them by step {saved.switch_step},"
+    elif not saved.switched:
+        done = f"is to switch to dense attention at step {saved.switch_step}"
+    if not changes:
+        longer = (
             f"the training got longer: switch_at={asked.switch_at} now means step {asked.switch_step}, but this run "
-            f"switched to dense attention at step {saved.switch_step} and stays dense"
+            f"{done} and stays {'dense' if saved.switched else 'with that'}"
         )
+        return kept, longer
     if not allow_return:
         raise ResumeError(
-            f"switch_at was changed from {saved.switch_at} to {asked.switch_at} (step {asked.switch_step}), but this "
-            f"run switched to dense attention at step {saved.switch_step} and is at step {step}: keep "
-            f"switch_at={saved.switch_at}, or set allow_return to true to train with Lighthouse again"
+            f"{changes} (step {asked.switch_step}), but this run {done} and is at step {step}: undo the change, or "
+            "set allow_return to true to train with Lighthouse again"
         )
     return asked, f"returning to Lighthouse attention until step {asked.switch_step}, as allow_return asks"
+
+
+def _moved(saved: SwitchState, asked: SwitchState) -> str:
+    lines = []
+    if asked.switch_step != saved.switch_step:
+        lines.append(f"the switch to dense attention moves from step {saved.switch_step} to step {asked.switch_step}")
+    for name in ("return_steps", "rewarm_steps"):
+        before, now = getattr(saved, name), getattr(asked, name)
+        if now != before:
+            lines.append(f"{name} changes from {before} to {now}")
+    return ", ".join(lines)
+
+
+def _changes(saved: SwitchState, asked: SwitchState, has_rule: bool) -> str:
+    """The settings that differ, in words."""
+    changes = []
+    if asked.switch_at != saved.switch_at:
+        changes.append(f"switch_at was changed from {saved.switch_at} to {asked.switch_at}")
+    if asked.return_steps != saved.return_steps:
+        changes.append(f"return_steps was changed from {saved.return_steps} to {asked.return_steps}")
+    if saved.by_plateau and not has_rule:
+        changes.append("the plateau rule was taken away")
+    return ", ".join(changes)
