@@ -1,0 +1,93 @@
+"""What the killed runs of test_resume.py carry: a log of every batch, and the fault that strikes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+
+from lightning.pytorch import Callback
+
+
+class StepLog(Callback):
+    """Appends a line to `steps-<rank>.jsonl` for every batch: its place, its digest, the exact loss."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        tokens = batch["tokens"].cpu().numpy()
+        line = {
+            "batch": trainer.fit_loop.epoch_loop.total_batch_idx,
+            "epoch": trainer.current_epoch,
+            "sha": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            "loss": outputs["loss"].item().hex(),
+        }
+        with open(f"steps-{trainer.global_rank}.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+class Fault(Callback):
+    """Strikes once, as the environment variable FAULT says: `{"kind": ..., "batch": ..., "hook": ..., "ranks": [...]}`.
+
+    `kind` is the name of a signal, "exception", "nan", or one of the ways to fail inside a save. With `"busy": true`
+    the other ranks are then busy with something else than waiting for these.
+    """
+
+    def __init__(self) -> None:
+        self.fault = json.loads(os.environ.get("FAULT", "{}"))
+
+    def strike(self, trainer, hook, pl_module=None):
+        if not self.fault or self.fault["hook"] != hook or trainer.sanity_checking:
+            return
+        batch = trainer.fit_loop.epoch_loop.total_batch_idx
+        if batch != self.fault["batch"]:
+            return
+        if trainer.global_rank not in self.fault["ranks"]:
+            if self.fault.get("busy"):
+                time.sleep(60)
+            return
+        if self.fault["kind"] == "exception":
+            raise ArithmeticError("a fault of the test")
+        if self.fault["kind"] == "nan":
+            pl_module.blocks[1].attention.qkv.register_forward_hook(lambda module, args, out: out * float("nan"))
+        else:
+            os.kill(os.getpid(), getattr(signal, self.fault["kind"]))
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.strike(trainer, "start", pl_module)
+
+    def on_before_backward(self, trainer, *_):
+        self.strike(trainer, "backward")
+
+    def on_train_batch_end(self, trainer, *_):
+        self.strike(trainer, "end")
+
+    def on_validation_start(self, trainer, *_):
+        self.strike(trainer, "validation")
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        kind = self.fault.get("kind")
+        is_now = trainer.fit_loop.epoch_loop.total_batch_idx >= self.fault.get("batch", 0)
+        if kind == "kill in the file" and is_now:
+            checkpoint["bomb"] = Bomb()
+        elif kind == "kill before the rename" and is_now:
+            os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "disk full" and is_now:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+class Bomb:
+    """Kills the process that pickles it."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+        return (str, ())
+
+
+class Planted:
+    """Makes a file when it is unpickled as code."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("planted",))
