@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_lighthouse.data import prepare as prepare_module
+from lightning_lighthouse.data import packing
 from lightning_lighthouse.data.integrity import Manifest, check, main, verify
 from lightning_lighthouse.data.prepare import prepare
 
@@ -23,7 +23,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(47):
         (folder / f"{i:02d}.txt").write_text(f"document {i} " * 53)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "CHUNK_BYTES", 101 * (SEQ_LEN + 1))
+        patch.setattr(packing, "CHUNK_BYTES", 101 * (SEQ_LEN + 1))
         prepare(str(folder / "out"), seq_len=SEQ_LEN, source=str(folder))
     return folder / "out"
 
@@ -66,7 +66,7 @@ def test_a_damaged_manifest_is_one_line(folder: Path) -> None:
     fields = json.loads(whole)
     altered = json.dumps({**fields, "sha256": "0" * 64})
     elsewhere = {**fields, "files": {**fields["files"], "../index.json": {"bytes": 1, "sha256": ""}}}
-    damaged = ["", "[]", "{}", whole[:100], altered, json.dumps(elsewhere), json.dumps({**fields, "format": 2})]
+    damaged = ["", "[]", "{}", whole[:100], altered, json.dumps(elsewhere), json.dumps({**fields, "format": 3})]
     for content in damaged:
         path.write_text(content)
         with pytest.raises(

@@ -16,62 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from recorded import Recorder, fit, name_of, trainer
 
 from lightning_lighthouse import LighthouseRecipe
-from lightning_lighthouse.data import prepare as prepare_module
+from lightning_lighthouse.data import packing
 from lightning_lighthouse.data.prepare import prepare
 
 SEQ_LEN = 127
 END = 256
-
-
-class Recorder(LightningModule):
-    """Learns one number, and writes down the batches that it saw."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-        self.seen: list[str] = []
-        self.validated = 0
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Record the batch."""
-        self.seen.append(name_of(batch["tokens"]))
-        return self.weight * batch["tokens"].double().mean().float() / 257
-
-    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        """Count the sequences."""
-        self.validated += len(batch["tokens"])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-
-def name_of(tokens: torch.Tensor) -> str:
-    return f"{hash(tuple(tokens.flatten().tolist())):x}"
-
-
-def trainer(folder: Path | None = None, **options: Any) -> Trainer:
-    """A quiet Trainer on CPU; with a folder it keeps a checkpoint of every step there."""
-    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1) if folder else None
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=saving is not None,
-        callbacks=[saving] if saving else [],
-        **{"max_epochs": 3, "num_sanity_val_steps": 0, **options},
-    )
-
-
-def fit(recipe: LighthouseRecipe, folder: Path | None = None, resume: Path | None = None, **options: Any) -> Recorder:
-    model = Recorder()
-    trainer(folder, **options).fit(model, datamodule=recipe, ckpt_path=resume)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +95,7 @@ def test_document_ids_and_positions_restart_with_each_document(prepared: str) ->
 
 def test_the_order_does_not_depend_on_the_file_system(text: Path, tmp_path: Path, monkeypatch: Any) -> None:
     # litdata shuffles chunks within a small window on network file systems: many chunks are needed to see it
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(packing, "CHUNK_BYTES", 1)
     prepare(str(tmp_path / "out"), seq_len=SEQ_LEN, source=str(text), validation_fraction=0)
     orders = []
     for forced in (False, True):
@@ -157,13 +109,29 @@ def test_the_order_does_not_depend_on_the_file_system(text: Path, tmp_path: Path
     assert len(set(orders[0])) == data._load_manifest().train.sequences
 
 
-def test_sequences_full_of_ends_and_without_any() -> None:
+@pytest.mark.parametrize("tokens", [[END, END, END], [7], [7, END], [1, 2, END, END, 3, 4, 5], [END, 1]])
+def test_sequences_full_of_ends_and_without_any(tokens: list[int]) -> None:
     from lightning_lighthouse.data.streaming import locate_documents
 
-    ids, positions = locate_documents(np.array([END, END, END]), END)
-    assert (ids.tolist(), positions.tolist()) == ([0, 1, 2], [0, 0, 0])
-    ids, positions = locate_documents(np.array([7]), END)
-    assert (ids.tolist(), positions.tolist()) == ([0], [0])
+    found = np.full((2, len(tokens)), -1)
+    locate_documents(np.array(tokens, dtype=np.uint16), END, *found)
+    document, position, expected = 0, 0, []
+    for token in tokens:
+        expected.append([document, position])
+        document, position = (document + 1, 0) if token == END else (document, position + 1)
+    assert found.T.tolist() == expected
+
+
+def test_ids_of_every_size_are_delivered_as_they_are_stored() -> None:
+    from lightning_lighthouse.data.streaming import SIGNED, widen
+
+    for dtype in (np.uint16, np.uint32):
+        largest = np.iinfo(dtype).max
+        stored = np.array([[0, 1, largest // 2, largest // 2 + 1], [5, largest - 1, largest, 5]], dtype=dtype)
+        batch = widen(torch.from_numpy(stored.view(SIGNED[stored.dtype.itemsize])), 5)
+        assert batch["tokens"].tolist() == stored.tolist()
+        assert batch["document_ids"].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
+        assert batch["positions"].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -331,9 +299,9 @@ def test_importing_stays_light(module: str, absent: str) -> None:
 def test_every_documented_promise_names_a_test() -> None:
     tests = Path(__file__).parent
     promises = (tests.parent / "docs" / "data.md").read_text()
-    named = set(re.findall(r"\btest_\w+", promises)) - {path.stem for path in tests.glob("test_*.py")}
-    written = set(
-        re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in tests.glob("test_data_*.py")), re.M)
-    )
+    others = {path.stem for path in tests.glob("test_*.py")} | set(inspect.signature(LighthouseRecipe).parameters)
+    named = set(re.findall(r"\btest_\w+", promises)) - others
+    files = [*tests.glob("test_data_*.py"), tests / "test_cli_trust.py"]
+    written = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in files), re.M))
     assert len(named) > 20
     assert named <= written

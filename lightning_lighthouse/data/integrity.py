@@ -8,44 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_lighthouse.arguments import Parser
+from lightning_lighthouse.data.settings import Settings, weighted_sources
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
-# Raised when the layout of the folder changes
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked of the preparation: equal settings and equal text give equal files.
-
-    Args:
-        source: As given by the user; None: Python's standard library.
-        text_field: Field of JSONL and Parquet that holds the text.
-        tokenizer: From `identify_tokenizer`.
-        end_of_document: As given by the user.
-        seq_len: Tokens a model sees of a sequence; one more is stored.
-        validation_source: As given by the user; None: `source`.
-        validation_fraction: Share of the documents of `source`.
-        seed: Of the choice of validation documents.
-    """
-
-    source: str | None
-    text_field: str
-    tokenizer: str
-    end_of_document: str | None
-    seq_len: int
-    validation_source: str | None
-    validation_fraction: float
-    seed: int
+# Raised when the layout of the folder changes; 2 records more than 1
+FORMAT = 2
+READABLE_FORMATS = (1, FORMAT)
 
 
 @dataclass(frozen=True)
@@ -57,8 +33,11 @@ class Counts:
         text_bytes: Bytes of their text, UTF-8.
         tokens: Tokens of all documents, ends of documents included.
         sequences: Sequences of `seq_len + 1` tokens.
-        dropped_tokens: Tokens of the last, incomplete sequence.
+        dropped_tokens: Tokens of the last, incomplete sequence (of each source).
         longest_document: Tokens of the longest document, its end included.
+        cut_documents: Documents that would fit into one sequence and are spread over several.
+        long_sequences: Sequences that begin with a long document (only with documents "whole").
+        left_out_sequences: Sequences that were read and that the proportions of a mix left no place for.
     """
 
     documents: int = 0
@@ -67,6 +46,32 @@ class Counts:
     sequences: int = 0
     dropped_tokens: int = 0
     longest_document: int = 0
+    cut_documents: int = 0
+    long_sequences: int = 0
+    left_out_sequences: int = 0
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What one of several sources gave to the training split.
+
+    Args:
+        path: As given by the user.
+        weight: As given by the user.
+        documents: Documents that were read.
+        tokens: Tokens of these.
+        sequences: Sequences that were taken.
+        left_out_sequences: Sequences that were read and not taken.
+        read_to_end: Whether all of the source was read.
+    """
+
+    path: str
+    weight: float
+    documents: int
+    tokens: int
+    sequences: int
+    left_out_sequences: int
+    read_to_end: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class Manifest:
         train: Counts of the training split.
         validation: Counts of the validation split, all 0 where there is none.
         files: By path within the folder, "train/index.json".
+        test: Counts of the test split, all 0 where there is none.
+        sources: Of several sources, what each gave to the training split.
     """
 
     settings: Settings
@@ -96,6 +103,8 @@ class Manifest:
     train: Counts
     validation: Counts
     files: dict[str, FileRecord]
+    test: Counts = field(default_factory=Counts)
+    sources: tuple[SourceCounts, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -109,22 +118,37 @@ class Manifest:
         return _digest([self.sha256, self.settings.tokenizer, self.settings.seq_len])
 
     @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text that one token stands for, both splits together."""
-        return (self.train.text_bytes + self.validation.text_bytes) / (self.train.tokens + self.validation.tokens)
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text that one token stands for, all splits together; None where tokens were read and no text."""
+        splits = (self.train, self.validation, self.test)
+        text_bytes = sum(split.text_bytes for split in splits)
+        return text_bytes / sum(split.tokens for split in splits) if text_bytes else None
 
     def summary(self) -> str:
         """One line."""
-        counts = f"{self.train.sequences:,} training and {self.validation.sequences:,} validation sequences"
-        return f"{counts} of {self.settings.seq_len:,} tokens, sha256 {self.sha256}"
+        train, validation, test = (f"{split.sequences:,}" for split in (self.train, self.validation, self.test))
+        counts = f"{train} training and {validation} validation"
+        if self.test.sequences:
+            counts = f"{train} training, {validation} validation and {test} test"
+        return f"{counts} sequences of {self.settings.seq_len:,} tokens, sha256 {self.sha256}"
 
     def report(self) -> str:
         """Every count, for the screen."""
-        lines = [f"{'':18}{'training':>16}{'validation':>16}"]
-        for field in fields(Counts):
-            values = (getattr(split, field.name) for split in (self.train, self.validation))
-            lines.append(f"{field.name.replace('_', ' '):18}" + "".join(f"{value:16,}" for value in values))
-        lines.append(f"{'bytes per token':18}{self.bytes_per_token:16.4f}")
+        splits = {"training": self.train, "validation": self.validation}
+        if self.test.documents:
+            splits["test"] = self.test
+        lines = [f"{'':18}" + "".join(f"{name:>16}" for name in splits)]
+        for count in fields(Counts):
+            values = (getattr(split, count.name) for split in splits.values())
+            lines.append(f"{count.name.replace('_', ' '):18}" + "".join(f"{value:16,}" for value in values))
+        if self.bytes_per_token is not None:
+            lines.append(f"{'bytes per token':18}{self.bytes_per_token:16.4f}")
+        for source in self.sources:
+            share = source.sequences / self.train.sequences
+            lines.append(
+                f"{source.path}: {share:.1%} of the training sequences, {source.left_out_sequences:,} left out, "
+                f"read {'to its end' if source.read_to_end else f'up to document {source.documents:,}'}"
+            )
         lines.append(
             f"tokenizer {self.settings.tokenizer}: {self.vocab_size:,} tokens, {self.end_of_document} ends a document"
         )
@@ -148,15 +172,18 @@ class Manifest:
             raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it was not prepared by lighthouse prepare")
         try:
             content = json.loads(path.read_bytes())
-            if content["format"] != FORMAT:
+            if content["format"] not in READABLE_FORMATS:
                 raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+            settings = content["settings"]
             manifest = cls(
-                settings=Settings(**content["settings"]),
+                settings=Settings(**{**settings, "sources": weighted_sources(settings.get("sources") or None)}),
                 vocab_size=content["vocab_size"],
                 end_of_document=content["end_of_document"],
                 train=Counts(**content["train"]),
                 validation=Counts(**content["validation"]),
                 files={_inside(name): FileRecord(**record) for name, record in content["files"].items()},
+                test=Counts(**content.get("test", {})),
+                sources=tuple(SourceCounts(**source) for source in content.get("sources", ())),
             )
             if content["sha256"] != manifest.sha256:
                 raise ValueError("its sha256 does not fit its files")
@@ -204,8 +231,10 @@ def check(folder: Path) -> Manifest:
         size = path.stat().st_size
         if size != record.bytes:
             raise ValueError(f"{path} has {size:,} bytes, expected {record.bytes:,}; {_fix(folder)}")
-        if path.name == INDEX and sha256_of_file(path) != record.sha256:
-            raise ValueError(f"{path} is not the index that was prepared; {_fix(folder)}")
+        if path.name == INDEX:
+            if sha256_of_file(path) != record.sha256:
+                raise ValueError(f"{path} is not the index that was prepared; {_fix(folder)}")
+            _check_chunks(path, manifest)
     return manifest
 
 
@@ -239,16 +268,6 @@ def byte_bar(description: str, total: int) -> Any:
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
 
 
-def prepare_command(settings: Settings, output_dir: Path, tokenizer: str, *, overwrite: bool) -> str:
-    """The command line that prepares `output_dir` with these settings, as the user would type it."""
-    asked = {**asdict(settings), "tokenizer": tokenizer}
-    words = ["lighthouse", "prepare", "--output_dir", str(output_dir)]
-    for name, value in asked.items():
-        if value is not None:
-            words += [f"--{name}", str(value)]
-    return shlex.join([*words, "--overwrite"] if overwrite else words)
-
-
 def main(argv: list[str] | None = None) -> int:
     """`lighthouse verify`: hash a prepared folder again.
 
@@ -280,6 +299,14 @@ def _inside(name: str) -> str:
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"file {name!r} lies outside the folder")
     return name
+
+
+def _check_chunks(index: Path, manifest: Manifest) -> None:
+    """Refuse an index that names other files than the manifest: litdata opens whatever stands there."""
+    split = index.parent.name
+    for chunk in json.loads(index.read_bytes())["chunks"]:
+        if f"{split}/{chunk['filename']}" not in manifest.files:
+            raise ValueError(f"{index} names the file {chunk['filename']!r}, which was not prepared")
 
 
 def _fix(folder: Path) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lightning_lighthouse.data.integrity import byte_bar
 from lightning_lighthouse.data.sources import Document, find_files, read_documents
+from lightning_lighthouse.data.token_folder import is_token_folder, read_token_documents, token_files
 from lightning_lighthouse.data.tokenizers import ByteTokenizer, Tokenizer
 
 # Text that one task hands to a tokenizing process: enough to hide what the hand-over costs
@@ -19,23 +23,51 @@ TASK_BYTES = 2**20
 Tokenized = tuple[int, np.ndarray]
 
 
-def tokenize(source: str | None, text_field: str, tokenizer: Tokenizer, num_workers: int) -> Iterator[Tokenized]:
+class Processes(NamedTuple):
+    """The processes that tokenize, shared by all sources.
+
+    Args:
+        executor: Runs tasks in them; None tokenizes in this process.
+        num_workers: How many there are.
+    """
+
+    executor: ProcessPoolExecutor | None
+    num_workers: int
+
+
+@contextmanager
+def start_processes(tokenizer: Tokenizer, num_workers: int) -> Iterator[Processes]:
+    """Processes that tokenize with `tokenizer`, none with 0 workers; they end with the context."""
+    # byte tokens cost less to make than to hand from process to process
+    if num_workers == 0 or isinstance(tokenizer, ByteTokenizer):
+        yield Processes(None, 0)
+        return
+    executor = ProcessPoolExecutor(num_workers, initializer=_start_process, initargs=(tokenizer,))
+    try:
+        yield Processes(executor, num_workers)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def tokenize(source: str | None, text_field: str, tokenizer: Tokenizer, processes: Processes) -> Iterator[Tokenized]:
     """Tokenize the documents of a source that are not empty.
 
     Args:
         source: As `find_files` takes it.
-        text_field: Field of JSONL and Parquet that holds the text.
+        text_field: Field of JSONL and tables that holds the text.
         tokenizer: What makes the tokens.
-        num_workers: Processes that tokenize; 0 for this one.
+        processes: From `start_processes`.
 
     Returns:
-        For each document the bytes of its text, and its tokens `[n]`.
+        For each document the bytes of its text, and its tokens `[n]`. Where the source holds tokens of an unknown
+        text, the bytes are 0.
     """
+    if source is not None and is_token_folder(Path(source)):
+        return _stored_tokens(Path(source), tokenizer)
     documents = _documents(source, text_field)
-    # byte tokens cost less to make than to hand from process to process
-    if num_workers == 0 or isinstance(tokenizer, ByteTokenizer):
+    if processes.executor is None:
         return (_encode(tokenizer, document) for document in documents)
-    return _tokenize_parallel(documents, tokenizer, num_workers)
+    return _tokenize_parallel(documents, processes.executor, processes.num_workers)
 
 
 def _documents(source: str | None, text_field: str) -> Iterator[Document]:
@@ -46,6 +78,15 @@ def _documents(source: str | None, text_field: str) -> Iterator[Document]:
             if document.text:
                 yield document
             bar.update(document.bytes_read)
+
+
+def _stored_tokens(folder: Path, tokenizer: Tokenizer) -> Iterator[Tokenized]:
+    """All documents of a litdata folder that are not empty."""
+    with byte_bar("Preparing", sum(file.stat().st_size for file in token_files(folder))) as bar:
+        for tokens, bytes_read in read_token_documents(folder, tokenizer):
+            if tokens.size:
+                yield tokens.size - 1 if isinstance(tokenizer, ByteTokenizer) else 0, tokens
+            bar.update(bytes_read)
 
 
 def _encode(tokenizer: Tokenizer, document: Document) -> Tokenized:
@@ -68,24 +109,23 @@ def _run_task(documents: list[Document]) -> list[Tokenized]:
     return [_encode(_process_tokenizer, document) for document in documents]
 
 
-def _tokenize_parallel(documents: Iterator[Document], tokenizer: Tokenizer, num_workers: int) -> Iterator[Tokenized]:
-    with ProcessPoolExecutor(num_workers, initializer=_start_process, initargs=(tokenizer,)) as pool:
-        pending: deque[Future[list[Tokenized]]] = deque()
-        try:
-            for task in _tasks(documents):
-                pending.append(pool.submit(_run_task, task))
-                # twice as many tasks as processes keep them busy and memory small
-                if len(pending) > 2 * num_workers:
-                    yield from pending.popleft().result()
-            while pending:
+def _tokenize_parallel(documents: Iterator[Document], executor: Executor, count: int) -> Iterator[Tokenized]:
+    pending: deque[Future[list[Tokenized]]] = deque()
+    try:
+        for task in _tasks(documents):
+            pending.append(executor.submit(_run_task, task))
+            # twice as many tasks as processes keep them busy and memory small
+            if len(pending) > 2 * count:
                 yield from pending.popleft().result()
-        except BrokenExecutor:
-            raise ChildProcessError(
-                f"one of {num_workers} tokenizing processes died, most likely for lack of memory; lower num_workers"
-            ) from None
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenExecutor:
+        raise ChildProcessError(
+            f"one of {count} tokenizing processes died, most likely for lack of memory; lower num_workers"
+        ) from None
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def _tasks(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -7,16 +7,17 @@ position within the data; the recipe sees to it that it is the same data.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_lighthouse.data.integrity import Manifest, Settings, check, is_prepared
-from lightning_lighthouse.data.prepare import TRAIN, VALIDATION, check_prepared, check_settings, prepare
+from lightning_lighthouse.data.integrity import Manifest, check, is_prepared
+from lightning_lighthouse.data.prepare import check_prepared, check_workers, prepare
+from lightning_lighthouse.data.settings import Settings, WeightedSource, weighted_sources
+from lightning_lighthouse.data.splits import TEST, TRAIN, VALIDATION
 from lightning_lighthouse.data.tokenizers import BYTES, identify_tokenizer, load_tokenizer
 
 logger = logging.getLogger("lightning_lighthouse")
@@ -31,10 +32,11 @@ class LighthouseRecipe(LightningDataModule):
     Args:
         seq_len: Tokens of a sequence that the model sees; a property of the prepared data.
         batch_size: Sequences of a batch, on each rank.
-        source: Text file, JSONL, Parquet, a folder of these, a glob pattern, or a folder that was prepared before.
-            None: the source files of Python's standard library.
+        source: Text file, JSONL, Parquet, Arrow, a folder of these, a glob pattern, a data set saved by Hugging Face's
+            `datasets`, a litdata folder of tokens, or a folder that was prepared before. None: the source files of
+            Python's standard library.
         output_dir: Where the prepared data goes, and is found again. Not used if `source` is prepared already.
-        text_field: Field of JSONL and Parquet that holds the text.
+        text_field: Field of JSONL, Parquet and Arrow that holds the text.
         tokenizer: "bytes" (256 bytes and id 256 for the end of a document), or the path of a `tokenizer.json`.
         end_of_document: Token of `tokenizer.json` that ends a document; None finds the usual one.
         validation_source: Where validation documents come from, like `source`; None: from `source`.
@@ -44,6 +46,13 @@ class LighthouseRecipe(LightningDataModule):
         num_workers: Processes that read batches on each rank, and that tokenize during preparation; 0 for none.
         document_ids: Add "document_ids" and "positions", each `[batch, seq_len + 1]`: the document of a token, counted
             from 0 in each sequence, and the position within that document.
+        sources: Several sources instead of `source`, each a path and a weight: their shares of the training sequences.
+            Nothing comes twice: the data ends where the first of them runs out.
+        test_source: Where test documents come from, like `source`; None: there is no test data.
+        documents: "pack" cuts the stream of all documents at each `seq_len + 1`; "whole" lets each document of more
+            than half a sequence begin one, and fills up with shorter documents.
+        long_fraction: Share of the training sequences that begin with such a long document, in (0, 1], with "whole";
+            None takes them as they come.
 
     Raises:
         ValueError: A value is out of range.
@@ -63,9 +72,13 @@ class LighthouseRecipe(LightningDataModule):
         seed: int = 42,
         num_workers: int = 2,
         document_ids: bool = False,
+        sources: list[WeightedSource] | None = None,
+        test_source: str | None = None,
+        documents: Literal["pack", "whole"] = "pack",
+        long_fraction: float | None = None,
     ) -> None:
         super().__init__()
-        check_settings(seq_len, validation_fraction, num_workers)
+        check_workers(num_workers)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.seq_len = seq_len
@@ -80,7 +93,13 @@ class LighthouseRecipe(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.document_ids = document_ids
+        self.sources = weighted_sources(sources)
+        self.test_source = test_source
+        self.documents = documents
+        self.long_fraction = long_fraction
         self._manifest: Manifest | None = None
+        # refuses what cannot be; the tokenizer's file is looked at where it is needed
+        self._settings(tokenizer)
 
     @property
     def source_is_prepared(self) -> bool:
@@ -109,29 +128,24 @@ class LighthouseRecipe(LightningDataModule):
         if self.source_is_prepared or is_prepared(self.folder):
             print(f"{self.folder}: {check(self.folder).summary()}")
             return
-        manifest = prepare(
-            self.output_dir,
-            seq_len=self.seq_len,
-            source=self.source,
-            text_field=self.text_field,
-            tokenizer=self.tokenizer,
-            end_of_document=self.end_of_document,
-            validation_source=self.validation_source,
-            validation_fraction=self.validation_fraction,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        settings = self._settings(self.tokenizer)
+        asked = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        manifest = prepare(self.output_dir, num_workers=self.num_workers, **{**asked, "sources": self.sources or None})
         print(f"{self.folder}\n{manifest.report()}")
 
     def setup(self, stage: str) -> None:
         """Check that the data is whole, is what was asked for, and suffices for one batch on each rank."""
         self._manifest = self._check_settings()
-        splits = {"fit": (TRAIN, VALIDATION), "validate": (VALIDATION,)}
+        splits = {"fit": (TRAIN, VALIDATION), "validate": (VALIDATION,), "test": (TEST,)}
         for name in splits.get(stage, ()):
             sequences = getattr(self._manifest, name).sequences
             # without validation data fit trains without validation, as asked for by validation_fraction=0
             if name == VALIDATION and stage == "fit" and sequences == 0:
                 continue
+            if name == TEST and sequences == 0:
+                raise ValueError(
+                    f"{self.folder} has no test data; prepare it with a test_source, or run lighthouse validate"
+                )
             needed = self._ranks * self.batch_size
             if sequences < needed:
                 raise ValueError(
@@ -148,6 +162,10 @@ class LighthouseRecipe(LightningDataModule):
     def val_dataloader(self) -> Any:
         """In document order; empty without validation data."""
         return self._loader(VALIDATION, shuffle=False) if self._load_manifest().validation.sequences else []
+
+    def test_dataloader(self) -> Any:
+        """In document order."""
+        return self._loader(TEST, shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the batches."""
@@ -194,18 +212,25 @@ class LighthouseRecipe(LightningDataModule):
             self._manifest = Manifest.load(self.folder)
         return self._manifest
 
-    def _check_settings(self) -> Manifest:
-        """The manifest; ValueError if the folder was prepared with other settings than the recipe's."""
-        settings = Settings(
+    def _settings(self, tokenizer: str) -> Settings:
+        return Settings(
             source=self.source,
             text_field=self.text_field,
-            tokenizer=identify_tokenizer(self.tokenizer),
+            tokenizer=tokenizer,
             end_of_document=self.end_of_document,
             seq_len=self.seq_len,
             validation_source=self.validation_source,
             validation_fraction=self.validation_fraction,
             seed=self.seed,
+            sources=self.sources,
+            test_source=self.test_source,
+            documents=self.documents,
+            long_fraction=self.long_fraction,
         )
+
+    def _check_settings(self) -> Manifest:
+        """The manifest; ValueError if the folder was prepared with other settings than the recipe's."""
+        settings = self._settings(identify_tokenizer(self.tokenizer))
         if self.source_is_prepared:
             # only what the batches must agree with: where the text came from is no longer the recipe's business
             recorded = Manifest.load(self.folder).settings
@@ -215,20 +240,15 @@ class LighthouseRecipe(LightningDataModule):
     def _loader(self, split: str, *, shuffle: bool, limit: int | float = 1.0) -> Any:
         from lightning_lighthouse.data.streaming import SequenceDataset, SequenceLoader
 
-        dataset = SequenceDataset(
-            self.folder / split,
-            self._load_manifest(),
-            shuffle=shuffle,
-            seed=self.seed,
-            document_ids=self.document_ids,
-        )
+        manifest = self._load_manifest()
+        # pinned memory is the loader's own business: what the workers hand over is not what the model gets
         return SequenceLoader(
-            dataset,
+            SequenceDataset(self.folder / split, manifest, shuffle=shuffle, seed=self.seed),
+            end_of_document=manifest.end_of_document if self.document_ids else None,
             limit=limit,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             drop_last=True,
-            pin_memory=torch.cuda.is_available(),
         )
 
 

@@ -1,4 +1,4 @@
-"""Documents from the places where text lies: text files, JSONL, Parquet, or Python's own standard library.
+"""Documents from the places where text lies: text files, JSONL, tables, or Python's own standard library.
 
 `find_files` lists the files of a source in a fixed order, `read_documents` walks through them. A document is UTF-8
 bytes; its text is never normalised or trimmed.
@@ -17,12 +17,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from lightning_lighthouse.data.tables import TABLE_SUFFIXES, find_table_files, read_table
+
 logger = logging.getLogger("lightning_lighthouse")
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".rs", ".go")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET_SUFFIXES = (".parquet",)
-ALL_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES)
+ALL_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *TABLE_SUFFIXES)
 # Tests of the standard library hold generated tables and broken code on purpose, and installed packages are not its own
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -45,8 +46,9 @@ def find_files(source: str | None) -> list[Path]:
     """The files of a source, sorted by path.
 
     Args:
-        source: A file, a folder (all files of known kinds beneath it), or a glob pattern (all files that match). None:
-            the source files of Python's standard library.
+        source: A file, a folder (all files of known kinds beneath it, or those of a data set that Hugging Face's
+            `datasets` saved), or a glob pattern (all files that match). None: the source files of Python's standard
+            library.
 
     Returns:
         At least one file.
@@ -61,6 +63,8 @@ def find_files(source: str | None) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
+    if path.is_dir() and (tables := find_table_files(path)):
+        return tables
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file, path)]
         known = [file for file in files if file.name.endswith(ALL_SUFFIXES)]
@@ -86,8 +90,8 @@ def read_documents(files: list[Path], text_field: str) -> Iterator[Document]:
     """Walk through the documents of `files` in order.
 
     Args:
-        files: From `find_files`. A text file is one document; a line of JSONL or a row of Parquet is one.
-        text_field: The field that holds the text, in JSONL and Parquet.
+        files: From `find_files`. A text file is one document; a line of JSONL or a row of a table is one.
+        text_field: The field that holds the text, in JSONL and tables.
 
     Raises:
         ValueError: A file is damaged or lacks the field; the message names file and line.
@@ -95,8 +99,9 @@ def read_documents(files: list[Path], text_field: str) -> Iterator[Document]:
     for path in files:
         if path.name.endswith(JSONL_SUFFIXES):
             yield from _read_jsonl(path, text_field)
-        elif path.name.endswith(PARQUET_SUFFIXES):
-            yield from _read_parquet(path, text_field)
+        elif path.name.endswith(TABLE_SUFFIXES):
+            for number, (text, bytes_read) in enumerate(read_table(path, text_field), start=1):
+                yield Document(text, f"{path}, row {number}", bytes_read)
         else:
             text = path.read_bytes()
             # no text holds a zero byte, and nearly every archive or image does so early
@@ -162,32 +167,6 @@ def _text_of(line: bytes, text_field: str, origin: str) -> bytes:
         return record[text_field].encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{origin} holds half a surrogate pair, which is not Unicode text: {error}") from None
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
-    try:
-        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path} needs the pyarrow package: pip install pyarrow") from None
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is damaged or no Parquet file: {error}") from None
-    with file:
-        names = file.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{path} has no column {text_field!r}, found {', '.join(names)}; set text_field")
-        unread, num_rows = path.stat().st_size, file.metadata.num_rows
-        row = 0
-        # few rows at a time: a long document can hold megabytes
-        for batch in file.iter_batches(batch_size=64, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if not isinstance(text, str):
-                    raise ValueError(f"{path}, row {row} has no text in column {text_field!r}, found {text!r}")
-                share = unread // (num_rows - row + 1)
-                unread -= share
-                yield Document(text.encode(), f"{path}, row {row}", share)
 
 
 def _sorted(files: list[Path], root: Path) -> list[Path]:

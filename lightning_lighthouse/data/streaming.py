@@ -28,17 +28,16 @@ class DamagedDataError(ValueError):
 
 
 class SequenceDataset(StreamingDataset):
-    """Sequences of one split as dicts: `tokens` `[seq_len + 1]` int64, and their documents on request.
+    """Sequences of one split as they are stored: `[seq_len + 1]`, the bits of a narrow unsigned type.
 
     Args:
         folder: The split's folder.
         manifest: Of the prepared folder.
         shuffle: Whether the order changes from epoch to epoch.
         seed: Of that order.
-        document_ids: Whether to add `document_ids` and `positions`, like `tokens`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, shuffle: bool, seed: int, document_ids: bool) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, shuffle: bool, seed: int) -> None:
         super().__init__(
             str(folder.resolve()),
             item_loader=TokensLoader(block_size=manifest.settings.seq_len + 1),
@@ -52,8 +51,6 @@ class SequenceDataset(StreamingDataset):
             self.posix_fast = replace(profile, kind="posix")
         self._folder = folder
         self._vocab_size = manifest.vocab_size
-        self._end_of_document = manifest.end_of_document
-        self._document_ids = document_ids
 
     def __getitem__(self, index: Any) -> Any:
         """One sequence; ValueError, naming the chunk, if a token is no token of the vocabulary."""
@@ -64,40 +61,56 @@ class SequenceDataset(StreamingDataset):
                 f"{self._folder / chunk} holds token {stored.max()}, the vocabulary has {self._vocab_size}: the file "
                 f"is damaged (lighthouse verify {self._folder.parent} names every bad file)"
             )
-        sequence = {"tokens": torch.from_numpy(stored.astype(np.int64))}
-        if self._document_ids:
-            document_ids, positions = locate_documents(stored, self._end_of_document)
-            sequence |= {"document_ids": torch.from_numpy(document_ids), "positions": torch.from_numpy(positions)}
-        return sequence
+        # torch has no stack for unsigned types; a copy, for the chunk may be unmapped
+        return torch.from_numpy(stored.view(SIGNED[stored.dtype.itemsize]).copy())
 
 
-def locate_documents(tokens: np.ndarray, end_of_document: int) -> tuple[np.ndarray, np.ndarray]:
+# Stands for the unsigned type of as many bytes
+SIGNED = {2: np.int16, 4: np.int32}
+UNSIGNED = {torch.int16: np.uint16, torch.int32: np.uint32}
+
+
+def locate_documents(tokens: np.ndarray, end_of_document: int, document_ids: np.ndarray, positions: np.ndarray) -> None:
     """Where documents lie in a sequence. An end-of-document token belongs to the document that it ends.
 
     Args:
         tokens: `[n]`, of any integer type.
         end_of_document: The id behind each document.
-
-    Returns:
-        Document of each token, counted from 0, and position within it, or within what the sequence holds of it:
-        `[n]` int64 each.
+        document_ids: `[n]`, filled with the document of each token, counted from 0.
+        positions: `[n]`, filled with the position within that document, or within what the sequence holds of it.
     """
     starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == end_of_document) + 1))
     lengths = np.diff(starts, append=tokens.size)
-    return np.repeat(np.arange(starts.size), lengths), np.arange(tokens.size) - np.repeat(starts, lengths)
+    document_ids[:] = np.repeat(np.arange(starts.size), lengths)
+    # a running sum of ones that falls back to 0 at each start
+    positions[:] = 1
+    positions[starts] -= np.concatenate(([1], lengths[:-1]))
+    np.cumsum(positions, out=positions)
 
 
 class SequenceLoader(StreamingDataLoader):
     """litdata's loader, resumed so that the epochs after the resumed one are those of an unbroken run.
 
+    Batches are dicts: `tokens` `[batch_size, seq_len + 1]` int64, and on request `document_ids` and `positions` alike.
+    Workers hand over what is stored: int64 would be four times the bytes, and with documents twelve times.
+
     Args:
         dataset: What to load.
+        end_of_document: The id behind each document, where `document_ids` and `positions` are wanted; else None.
         limit: Batches of an epoch (int) or share of them (float), as Trainer's `limit_train_batches`.
         options: Those of litdata's loader.
     """
 
-    def __init__(self, dataset: SequenceDataset, *, limit: int | float = 1.0, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        *,
+        end_of_document: int | None,
+        limit: int | float = 1.0,
+        **options: Any,
+    ) -> None:
         super().__init__(dataset, **options)
+        self._end_of_document = end_of_document
         self._limit = limit
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,6 +125,8 @@ class SequenceLoader(StreamingDataLoader):
         # under other ranks litdata rounds the position down to a global batch, which would repeat sequences
         stride = self.dataset.distributed_env.world_size * self.batch_size
         dataset["sample_in_epoch"] = -(-dataset["sample_in_epoch"] // stride) * stride
+        # litdata would keep 1 there, and a run resumed twice within a later epoch get the order of the first
+        dataset["current_epoch"] = self.dataset.current_epoch = obj["current_epoch"]
         super().load_state_dict({**obj, "dataset": dataset})
         # litdata tells the end of an epoch by the number of its sequences, which a limit or other ranks can change
         if obj["epoch_is_over"]:
@@ -123,4 +138,27 @@ class SequenceLoader(StreamingDataLoader):
             # litdata forgets a loaded position when it sees the end of the epoch; Trainer counts batches and never asks
             # for the end, so the next epoch would repeat the rest of this one
             self.restore = False
-            yield batch
+            yield widen(batch, self._end_of_document)
+
+
+def widen(stored: torch.Tensor, end_of_document: int | None) -> dict[str, torch.Tensor]:
+    """Stored sequences as a model takes them.
+
+    Args:
+        stored: `[batch_size, n]`, from `SequenceDataset`.
+        end_of_document: Where `document_ids` and `positions` are wanted; else None.
+
+    Returns:
+        `tokens`, and on request `document_ids` and `positions`: `[batch_size, n]` int64 each, in pinned memory where
+        there is a GPU.
+    """
+    names = ("tokens",) if end_of_document is None else ("tokens", "document_ids", "positions")
+    pinned = torch.cuda.is_available()
+    batch = {name: torch.empty(stored.shape, dtype=torch.int64, pin_memory=pinned) for name in names}
+    rows = stored.numpy().view(UNSIGNED[stored.dtype])
+    np.copyto(batch["tokens"].numpy(), rows)
+    if end_of_document is not None:
+        document_ids, positions = batch["document_ids"].numpy(), batch["positions"].numpy()
+        for i, row in enumerate(rows):
+            locate_documents(row, end_of_document, document_ids[i], positions[i])
+    return batch
