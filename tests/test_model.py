@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_lighthouse import LighthouseConfig, patch_attention
-from lightning_lighthouse.model import Decoder, Head, chunked_loss, rotary_tables, rotate
+from lightning_lighthouse.decoder import Head, chunked_loss, rotary_tables, rotate
+from lightning_lighthouse.model import Decoder
 
 VOCAB = 61
 SIZES = {"num_layers": 2, "dim": 24, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 29, "vocab_size": VOCAB}
