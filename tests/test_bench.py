@@ -7,30 +7,24 @@ import math
 import re
 import time
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_lighthouse import attention, bench, bench_timing, patch, reference
-from lightning_lighthouse.bench_timing import (
-    Layer,
-    Timing,
-    crossover,
-    disagreement,
-    floor,
-    make_inputs,
-    measure,
-    measure_steps,
-    median_ms,
-)
+from lightning_lighthouse import attention, reference, routing
+from lightning_lighthouse.bench import command as bench
+from lightning_lighthouse.bench import layer as bench_layer
+from lightning_lighthouse.bench import steps as bench_steps
+from lightning_lighthouse.bench.arguments import PRESETS, complete, make_parser
+from lightning_lighthouse.bench.check import disagreement
+from lightning_lighthouse.bench.layer import STAGES
+from lightning_lighthouse.bench.steps import measure_steps
+from lightning_lighthouse.bench.timing import Layer
 from lightning_lighthouse.config import LighthouseConfig
 
 CPU = torch.device("cpu")
@@ -41,9 +35,9 @@ ARGUMENTS = [
     "cpu",
     "--heads",
     "3",
-    "--kv-heads",
+    "--kv_heads",
     "1",
-    "--head-dim",
+    "--head_dim",
     "16",
     "--repeats",
     "2",
@@ -69,9 +63,15 @@ def test_layer_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.Ca
         assert float(long[name]) > 0, name
     assert long["num_gathered"] == str(LighthouseConfig().pyramid(521).num_gathered)
     assert float(long["gathered_ms"]) < float(long["floor_ms"])
+    assert float(long["of_floor"]) == pytest.approx(float(long["lighthouse_ms"]) / float(long["floor_ms"]), rel=1e-4)
+    assert float(long["times_dense"]) == pytest.approx(float(long["dense_ms"]) / float(long["lighthouse_ms"]), rel=1e-4)
+    for name in ("dense_latency_ms", "lighthouse_latency_ms", *(f"{stage}_us" for stage in STAGES)):
+        assert float(long[name]) > 0, name
+    # the budget is written as it came out at this length
+    assert (long["top_k"], long["num_levels"]) == ("32", "3")
     # dense attention ran at 97 tokens, so there is nothing to say about Lighthouse; and a CPU's memory is not measured
     assert float(short["dense_ms"]) > 0
-    blank = ("lighthouse_ms", "lighthouse_forward_ms", "floor_ms", "num_gathered", "dense_peak_mib")
+    blank = ("lighthouse_ms", "lighthouse_forward_ms", "floor_ms", "num_gathered", "dense_peak_mib", "score_us")
     assert [short[name] for name in blank] == [""] * len(blank)
     assert long["torch"] == torch.__version__
     assert (long["heads"], long["kv_heads"], long["head_dim"], long["dtype"]) == ("3", "1", "16", "float32")
@@ -79,18 +79,62 @@ def test_layer_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.Ca
 
     shown = capsys.readouterr().out
     assert "on a CPU" in shown
-    assert "floor: SDPA on the S gathered entries alone + 16 N-rows and 16 S-rows of 16" in shown
+    assert "floor: SDPA alone on the S rows that the layer gathered + 16 N-rows and 16 S-rows of 16" in shown
+    assert re.search(
+        r"own rows alone .* ms; score .* select .* gather .* attend .* scatter .* scatter' .* gather' ", shown
+    )
     assert "forward + backward: Lighthouse" in shown
 
 
 def test_dense_attention_stays_blank_above_its_length(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    assert bench.main([*ARGUMENTS, "--max-dense-length", "97", "--csv", str(path)]) == 0
+    assert bench.main([*ARGUMENTS, "--dense_up_to", "97", "--csv", str(path)]) == 0
     short, long = read_rows(path)
     assert float(short["dense_ms"]) > 0
     assert long["dense_ms"] == long["dense_forward_ms"] == ""
     assert float(long["lighthouse_ms"]) > 0
     assert float(long["floor_ms"]) > 0
+
+
+def test_every_combination_is_a_row_and_scorers_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = ["--device", "cpu", "--heads", "1", "--head_dim", "8", "--repeats", "1", "--lengths", "261"]
+    arguments += ["--num_levels", "3", "2", "--top_k", "16", "8", "--scorer", "norm", "dilated"]
+    assert bench.main([*arguments, "--csv", str(path), "--commit", "1a2b3c4"]) == 0
+    rows = read_rows(path)
+    sizes = [(row["num_levels"], row["top_k"], row["scorer"]) for row in rows]
+    kinds = ("norm", "dilated")
+    assert sizes == [(levels, top_k, kind) for levels in ("3", "2") for top_k in ("16", "8") for kind in kinds]
+    for row in rows:
+        config = LighthouseConfig(int(row["num_levels"]), 4, int(row["top_k"]))
+        assert row["num_gathered"] == str(config.pyramid(261).num_gathered)
+        # one dense measurement serves all settings of a length
+        assert row["dense_ms"] == rows[0]["dense_ms"]
+        assert row["commit"] == "1a2b3c4"
+    norm, dilated = rows[:2]
+    share = float(dilated["lighthouse_ms"]) / float(norm["lighthouse_ms"])
+    assert f"261 tokens, 3 4 16: published/dilated takes {share:.3f} of published" in capsys.readouterr().out
+
+
+def test_options_are_spelled_like_the_keys_of_a_recipe() -> None:
+    parser = make_parser()
+    long = [option for option in parser._option_string_actions if option.startswith("--")]
+    assert [option for option in long if "-" in option.removeprefix("--")] == []
+    asked = [parser.parse_args(given).cover_prefix for given in ([], ["--cover_prefix"], ["--no_cover_prefix"])]
+    assert asked == [True, True, False]
+    assert [parser.parse_args(given).compile for given in ([], ["--compile"], ["--no_compile"])] == [None, True, False]
+
+
+def test_the_published_preset_is_the_table_of_the_documents() -> None:
+    asked = make_parser().parse_args(["--preset", "published", "--device", "cpu", "--selection", "published", "causal"])
+    _, settings = complete(asked)
+    published = [(n, c.num_levels, c.pooling_factor, c.top_k) for n, c in settings if c.selection == "published"]
+    assert published == PRESETS["published"]
+    assert [c.selection for _, c in settings] == ["published", "causal"] * 9
+    gathered = [config.pyramid(n).num_gathered for n, config in settings[::2]]
+    assert gathered == [10_240, 12_288, 18_432, 16_384, 24_576, 32_768, 40_960, 65_536, 65_536]
 
 
 def test_what_does_not_fit_into_memory_stays_blank(
@@ -101,8 +145,8 @@ def test_what_does_not_fit_into_memory_stays_blank(
             raise torch.OutOfMemoryError
         return stock(q, *others, **settings)
 
-    stock = bench.causal_sdpa
-    monkeypatch.setattr(bench, "causal_sdpa", too_large)
+    stock = bench_layer.causal_sdpa
+    monkeypatch.setattr(bench_layer, "causal_sdpa", too_large)
     path = tmp_path / "rows.csv"
     assert bench.main([*ARGUMENTS, "--csv", str(path)]) == 0
     assert read_rows(path)[1]["dense_ms"] == ""
@@ -145,8 +189,8 @@ def test_a_wrong_backend_is_not_timed(
 ) -> None:
     faulty = SimpleNamespace(**vars(reference))
     setattr(faulty, stage, fault(getattr(reference, stage)))
-    choose = attention._stages
-    monkeypatch.setattr(attention, "_stages", lambda c, *on: faulty if c.backend == "auto" else choose(c, *on))
+    choose = attention.choose_stages
+    monkeypatch.setattr(attention, "choose_stages", lambda c, *on: faulty if c.backend == "auto" else choose(c, *on))
     path = tmp_path / "rows.csv"
     assert bench.main([*ARGUMENTS, "--csv", str(path)]) == 1
     assert not path.exists()
@@ -175,93 +219,24 @@ def test_a_pyramid_that_cannot_be_checked_is_refused() -> None:
     assert "too large to check" in (disagreement(LAYER, LighthouseConfig(pooling_factor=1031)) or "")
 
 
-def test_inputs_are_views_as_a_model_makes_them() -> None:
-    q, k, v, weight = make_inputs(LAYER, 11, seed=1)
-    assert [tuple(x.shape) for x in (q, k, v, weight)] == [
-        (1, 3, 11, 16),
-        (1, 1, 11, 16),
-        (1, 1, 11, 16),
-        (1, 3, 11, 16),
-    ]
-    assert q.transpose(1, 2).is_contiguous()
-    assert not torch.equal(q, weight)
-    assert torch.equal(make_inputs(LAYER, 11, seed=1)[0], q)
-
-
-def test_inputs_take_turns_and_backward_is_part_of_the_second_time() -> None:
-    seen, gradients = [], []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.append(q.data_ptr())
-        out = q * k * v
-        out.register_hook(gradients.append)
-        return out
-
-    measured = measure(attend, LAYER, 7, repeats=5)
-    assert all(before != after for before, after in pairwise(seen[:8]))
-    assert len(set(seen)) == 2
-    assert len(seen) == 16
-    assert len(gradients) == 8
-    assert measured.peak_mib is None
-
-
-def test_time_is_the_median_of_what_comes_after_the_warm_up() -> None:
-    pauses = [0.03] * 3 + [0.002, 0.03, 0.002, 0.002, 0.03]
-    calls = iter(pauses)
-    assert 2 <= median_ms(lambda turn: time.sleep(next(calls)), CPU, repeats=5) < 25
-
-
-def test_floor_is_attention_and_every_row_once() -> None:
-    """8 N-rows and 8 S-rows of H D forward and backward with equal heads, half of them forward."""
-    layer = Layer(heads=8, kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=CPU)
-    num_tokens, num_gathered = 98_304, 18_432
-    least = floor(layer, num_tokens, num_gathered, Timing(1.28, 4.66), 4300.0)
-    moved_ms = 8 * (num_tokens + num_gathered) * 8 * 128 * 2 / 4.3e12 * 1e3
-    assert least.both_ms == pytest.approx(4.66 + moved_ms)
-    assert least.forward_ms == pytest.approx(1.28 + moved_ms / 2)
-    # the figure that the project's targets give for an H200
-    assert least.both_ms == pytest.approx(5.10, abs=0.01)
-    grouped = replace(layer, kv_heads=2)
-    assert grouped.moved_bytes(1) * 16 == layer.moved_bytes(1) * 10
-    assert floor(layer, 10, 5, Timing(), 1.0) == Timing()
-
-
-@given(
-    exponents=st.tuples(st.floats(1.5, 2.5), st.floats(0.5, 1.2)),
-    crossing=st.floats(600, 60_000),
-    lengths=st.lists(st.integers(64, 10**6), min_size=2, max_size=9, unique=True),
-)
-def test_crossover_of_power_laws_is_found_exactly(
-    exponents: tuple[float, float], crossing: float, lengths: list[int]
-) -> None:
-    lengths = sorted(lengths)
-    points = [(n, (n / crossing) ** exponents[0], (n / crossing) ** exponents[1]) for n in lengths]
-    measured, estimate = crossover(points)
-    winning = [n for n in lengths if n > crossing]
-    assert measured == (winning[0] if winning else None)
-    if winning and winning[0] != lengths[0]:
-        assert estimate == pytest.approx(crossing, rel=1e-6)
-    else:
-        assert estimate is None
-
-
 def test_step_of_a_model_is_measured_with_and_without_lighthouse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
-    routed = patch.lighthouse_attention
-    monkeypatch.setattr(patch, "lighthouse_attention", lambda *x, **kw: calls.append(x[0].shape) or routed(*x, **kw))
+    routed = routing.lighthouse_attention
+    monkeypatch.setattr(routing, "lighthouse_attention", lambda *x, **kw: calls.append(x[0].shape) or routed(*x, **kw))
     path = tmp_path / "steps.csv"
     arguments = ["--device", "cpu", "--model", "toy", "--lengths", "523", "--repeats", "2", "--csv", str(path)]
-    assert bench.main([*arguments, "--dense-layers", "0", "-1"]) == 0
-    dense, lighthouse = read_rows(path)
-    assert (dense["attention"], lighthouse["attention"]) == ("dense", "Lighthouse")
-    for row in (dense, lighthouse):
+    assert bench.main([*arguments, "--dense_layers", "0", "-1", "--selection", "published", "strided"]) == 0
+    rows = read_rows(path)
+    assert [row["attention"] for row in rows] == ["dense", "Lighthouse", "Lighthouse"]
+    assert [row["selection"] for row in rows[1:]] == ["published", "strided"]
+    for row in rows:
         assert float(row["tokens_per_second"]) == pytest.approx(523e3 / float(row["step_ms"]), rel=1e-4)
         assert (row["model"], row["num_tokens"], row["dense_layers"]) == ("toy", "523", "0 -1")
-    # two of four layers, in every step of one of the two runs
-    num_steps = bench_timing.WARMUP_STEPS + 2 + 1
-    assert calls == [(1, 4, 523, 32)] * 2 * num_steps
+    # two of four layers, in every step of two of the three runs
+    num_steps = bench_steps.WARMUP_STEPS + 2 + 1
+    assert calls == [(1, 4, 523, 32)] * 2 * 2 * num_steps
     shown = capsys.readouterr()
     assert "layers that stay dense with Lighthouse: 0 -1" in shown.out
     assert shown.err == ""
@@ -270,7 +245,7 @@ def test_step_of_a_model_is_measured_with_and_without_lighthouse(
 def test_first_steps_do_not_count() -> None:
     class SlowStart(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            time.sleep(1.0 if batch_idx < bench_timing.WARMUP_STEPS else 0.0)
+            time.sleep(1.0 if batch_idx < bench_steps.WARMUP_STEPS else 0.0)
 
     step_ms, peak_gib = measure_steps("toy", 13, torch.float32, CPU, 2, False, SlowStart())
     assert 0 < step_ms < 900
@@ -280,19 +255,23 @@ def test_first_steps_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--num-level 3", "--num-level is not an option; did you mean --num-levels?"),
-        ("--num-levels 1", "num_levels must be at least 2, got 1"),
-        ("--top-k many", "argument --top-k: invalid int value: 'many'"),
-        ("--heads 3 --kv-heads 2", "--heads must be a multiple of --kv-heads, got 3 and 2"),
-        ("--head-dim 0", "--head-dim must be at least 1, got 0"),
+        ("--num_level 3", "--num_level is not an option; did you mean --num_levels?"),
+        # spelled as everywhere else: with underscores
+        ("--top-k 3", "--top-k is not an option; did you mean --top_k?"),
+        ("--preset published --lengths 64", "--lengths does not go with --preset; leave it out"),
+        ("--model toy --preset published", "--preset does not go with --model; leave it out"),
+        ("--num_levels 1", "num_levels must be at least 2, got 1"),
+        ("--top_k many", "argument --top_k: invalid int value: 'many'"),
+        ("--heads 3 --kv_heads 2", "--heads must be a multiple of --kv_heads, got 3 and 2"),
+        ("--head_dim 0", "--head_dim must be at least 1, got 0"),
         ("--lengths 64 0", "--lengths must be at least 1, got 0"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),
         ("--model toy --heads 2", "--heads does not go with --model; leave it out"),
         ("--model toy --lengths 64 128", "--model takes one length, got 2"),
         ("--model toy --dtype float16", "--dtype float16 does not go with --model; use bfloat16 or float32"),
-        ("--dense-layers 1", "--dense-layers does not go without --model; leave it out"),
+        ("--dense_layers 1", "--dense_layers does not go without --model; leave it out"),
         (
-            "--pooling-factor 2048 --num-levels 4",
+            "--pooling_factor 2048 --num_levels 4",
             "a pyramid over 512 tokens with num_levels=4 and pooling_factor=2048 has 8594130945 entries, at most "
             "2147483647 can be numbered; choose fewer levels",
         ),
@@ -327,8 +306,9 @@ def test_layer_is_measured_on_a_gpu(tmp_path: Path) -> None:
     rows = read_rows(path)
     assert [row["num_tokens"] for row in rows] == ["8192", "32768"]
     # which of the times is the shorter is a result, not a promise
-    measured = ("dense_forward_ms", "dense_ms", "lighthouse_forward_ms", "lighthouse_ms", "floor_ms", "gathered_ms",
-                "dense_peak_mib", "lighthouse_peak_mib")  # fmt: skip
+    measured = ("dense_forward_ms", "dense_ms", "dense_latency_ms", "lighthouse_forward_ms", "lighthouse_ms",
+                "lighthouse_latency_ms", "floor_ms", "gathered_ms", "dense_peak_mib", "lighthouse_peak_mib",
+                *(f"{stage}_us" for stage in STAGES))  # fmt: skip
     for row in rows:
         for name in measured:
             assert 0 < float(row[name]) < math.inf, name
