@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,12 +26,14 @@ COMMANDS = {
     "prepare": "Turn documents into packed tokens for training.",
     "verify": "Compare prepared data with its manifest.",
     "bench": "Measure Lighthouse and dense attention on this machine.",
+    "compare": "Show runs side by side: seconds, speed, dense validation losses: RUN_FOLDER [...].",
 }
 # Commands with a main of their own, which returns the exit status
 PROGRAMS = {
     "prepare": "lightning_lighthouse.data.prepare",
     "verify": "lightning_lighthouse.data.integrity",
-    "bench": "lightning_lighthouse.bench",
+    "bench": "lightning_lighthouse.bench.command",
+    "compare": "lightning_lighthouse.compare",
 }
 
 
@@ -45,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("LIGHTHOUSE_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if _is_launched():
+        _end_with_parent()
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -52,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _status(stop)
     except Exception as error:
+        if type(error).__name__ == "NonFiniteError" and _is_launched():
+            # the main process says the same, and has its status; see _status
+            return DONE
         lines, status = _explain(error)
         if debug or not lines:
             traceback.print_exception(error)
@@ -99,6 +108,7 @@ def _help() -> str:
         "Several recipes can be layered, -c BASE.yaml -c MORE.yaml: later ones win, and flags win over all.\n"
         "lighthouse COMMAND --help shows what a command takes, lighthouse fit --model.help CLASS_PATH what a class\n"
         "takes, and lighthouse fit ... --print_config what a run would use.\n"
+        "--trusted_classes_only refuses recipes that name classes of other packages than this one and Lightning.\n"
         "--debug, or LIGHTHOUSE_DEBUG=1, shows where an error comes from."
     )
 
@@ -119,6 +129,18 @@ def _status(stop: SystemExit) -> int:
 def _is_launched() -> bool:
     """Whether Lightning started this process, for another rank of the main one."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _end_with_parent() -> None:
+    """End this rank soon after the main process, which may be killed while this one waits for it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(FAILED)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def _explain(error: Exception) -> tuple[Sequence[str], int]:

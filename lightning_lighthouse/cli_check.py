@@ -12,12 +12,14 @@ import importlib
 import types
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from enum import EnumType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_lighthouse.cli_recipe import Raw, Section, UsageError, load, located, plain
+from lightning_lighthouse.cli_trust import RULE, is_trusted, names_code, strings_in, untrusted_classes
 
 # A recipe writes this where only the user knows the value
 REQUIRED = "???"
@@ -31,10 +33,12 @@ class Checker:
 
     Args:
         parser: The parser of one command.
+        trusted_only: Whether a class must be this package's or Lightning's.
     """
 
-    def __init__(self, parser: ArgumentParser) -> None:
+    def __init__(self, parser: ArgumentParser, *, trusted_only: bool = False) -> None:
         self.parser = parser
+        self.trusted_only = trusted_only
         self.problems: list[str] = []
         # dotted key -> where a recipe asks the user for its value
         self.required: dict[str, str] = {}
@@ -50,7 +54,7 @@ class Checker:
 
     def recipe(self, recipe: Section) -> dict[str, Any]:
         """Check a file; return it without the keys that are wrong."""
-        return self._section(recipe, self.parser, "")
+        return self._trusted_section(recipe)
 
     def flag(self, key: str, text: Raw) -> dict[str, Any]:
         """Check a flag; return it as nested mappings, empty if it is wrong."""
@@ -69,7 +73,7 @@ class Checker:
                 parts.insert(size, "init_args")
         for part in reversed(parts):
             value = Section.of(part, value)
-        return self._section(value, self.parser, "")
+        return self._trusted_section(value)
 
     def missing(self) -> None:
         """Note the values that were asked for and not given."""
@@ -79,6 +83,13 @@ class Checker:
                     self.required[f"{path}.init_args.{name}"] = ""
         for key, where in self.required.items():
             self._note(where, f"{key} is required; give --{key} VALUE, or write it in the recipe")
+
+    def _trusted_section(self, section: Section) -> dict[str, Any]:
+        untrusted = list(untrusted_classes(section)) if self.trusted_only else []
+        for where, problem in untrusted:
+            self._note(where, problem)
+        # to look closer would import what is not trusted
+        return {} if untrusted else self._section(section, self.parser, "")
 
     def _note(self, where: str, problem: str) -> None:
         self.problems.append(located(where, problem))
@@ -94,7 +105,7 @@ class Checker:
             elif any(other.startswith(name + ".") for other in known):
                 if isinstance(value, Section):
                     good[key] = self._section(value, parser, full + ".", name + ".")
-                elif not isinstance(value, str) or isinstance(value, Raw):
+                elif not isinstance(value, str) or isinstance(value, Raw) or self.trusted_only:
                     # a plain string may name a file that holds the group
                     self._note(where, f"{full} must be a group of keys, got {value!r}")
             else:
@@ -115,11 +126,22 @@ class Checker:
         self.required.pop(full, None)
         hint = getattr(action, "_typehint", action.type)
         bases = tuple(_classes(hint))
+        if self.trusted_only and (untrusted := self._untrusted_name(value, hint, bases)):
+            self._note(where, f"{full} {RULE}, got {untrusted!r}")
+            return {}
+        records = [base for base in bases if is_dataclass(base)]
+        items = value if isinstance(value, list) else [value]
+        if records and all(isinstance(item, Section) and not set(item) & set(SPEC_KEYS) for item in items):
+            numbered = [f"{full}[{i}]" for i in range(len(items))] if isinstance(value, list) else [full]
+            count = len(self.problems)
+            good = [self._record(item, records[0], name) for item, name in zip(items, numbered, strict=True)]
+            # built without what is wrong in it, it would be wrong in another way
+            return {} if len(self.problems) > count else {key: good if isinstance(value, list) else good[0]}
         if isinstance(value, Section) and bases and (set(value) & set(SPEC_KEYS) or full in self.classes):
             return {key: self._spec(value, bases, full)}
         if isinstance(value, list) and bases and any(isinstance(item, Section) for item in value):
-            items = enumerate(value)
-            return {key: [self._spec(x, bases, f"{full}[{i}]") if isinstance(x, Section) else x for i, x in items]}
+            specs = enumerate(value)
+            return {key: [self._spec(x, bases, f"{full}[{i}]") if isinstance(x, Section) else x for i, x in specs]}
         no_class = _why_no_class(value, bases) if isinstance(value, str) and bases else ""
         if isinstance(value, str) and bases and not no_class:
             # the import path alone, without class_path
@@ -128,6 +150,31 @@ class Checker:
             self._note(where, f"{full} {no_class or refusal}")
             return {}
         return {key: plain(value)}
+
+    def _untrusted_name(self, value: Any, hint: Any, bases: tuple[type, ...]) -> str:
+        """A string in a value that a parser would import, and that is not trusted; else nothing."""
+        if names_code(hint):
+            # which function of a trusted package does no harm is not known
+            return next((text for text in strings_in(value) if "." in text), "")
+        items = value if isinstance(value, list) else [value]
+        return next((text for text in items if bases and isinstance(text, str) and not is_trusted(text)), "")
+
+    def _record(self, section: Section, record: type, full: str) -> dict[str, Any]:
+        """Check a mapping that stands for a dataclass."""
+        count = len(self.problems)
+        good = self._section(section, _class_parser(record), f"{full}.")
+        missing = [name for name, action in _known(_class_parser(record)).items() if action.required]
+        where = next(iter(section.where.values()), "")
+        for name in missing:
+            if name not in section:
+                self._note(where, f"{full}.{name} is required")
+        if len(self.problems) == count:
+            try:
+                record(**_values(section, record))
+            except (ValueError, TypeError) as error:
+                name = str(error).partition(" ")[0]
+                self._note(section.where.get(name, where), f"{full}.{error}")
+        return good
 
     def _spec(self, spec: Section, bases: tuple[type, ...], full: str) -> dict[str, Any]:
         """Check `class_path` and `init_args`."""
@@ -146,6 +193,15 @@ class Checker:
         if isinstance(init_args, Section) and full in self.classes:
             good["init_args"] = self._section(init_args, _class_parser(self.classes[full]), f"{full}.init_args.")
         return good
+
+
+def _values(section: Section, record: type) -> dict[str, Any]:
+    """The fields of a dataclass as the parser that builds it reads them: `1e-4` in a recipe, text in a flag."""
+    flags = {name: value for name, value in section.items() if isinstance(value, Raw)}
+    parser = _class_parser(record)
+    values = vars(parser.parse_object({name: plain(value) for name, value in section.items() if name not in flags}))
+    given = vars(parser.parse_args([f"--{name}={value}" for name, value in flags.items()]))
+    return values | {name: given[name] for name in flags}
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

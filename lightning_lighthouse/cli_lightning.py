@@ -18,8 +18,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lighthouse.callback import LighthouseCallback
 from lightning_lighthouse.cli_check import Checker
-from lightning_lighthouse.cli_checkpoint import Checkpoint, resolve_checkpoint
-from lightning_lighthouse.cli_recipe import UsageError, read, split
+from lightning_lighthouse.cli_checkpoint import Checkpoint, loaded_as_data, resolve_checkpoint
+from lightning_lighthouse.cli_logs import no_trace_of_a_refusal
+from lightning_lighthouse.cli_recipe import SWITCHES, TRUSTED_ONLY, UsageError, read, split
+from lightning_lighthouse.cli_trust import deny_imports
+from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.targets import choose_routed, find_targets
 
 MODEL = "lightning_lighthouse.model.Decoder"
@@ -84,6 +87,10 @@ class LighthouseCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
+        self.trusted_only = TRUSTED_ONLY in arguments
+        arguments = [argument for argument in arguments if argument != TRUSTED_ONLY]
+        if self.trusted_only:
+            deny_imports()
         files = [] if _asks_help(arguments) else split(arguments)[0]
         logger = {
             "class_path": LOGGER,
@@ -142,7 +149,7 @@ class LighthouseCLI(LightningCLI):
             self.config = parser.parse_args(args)
             return
         files, flags = split(arguments)
-        checker = Checker(self._parser(command))
+        checker = Checker(self._parser(command), trusted_only=self.trusted_only)
         good: dict[str, Any] = {}
         for file in files:
             _merge(good, checker.recipe(read(file)))
@@ -177,7 +184,6 @@ class LighthouseCLI(LightningCLI):
         # a copy: what is written to config.yaml stays as it was asked for
         self.built = self.config[self.command].clone()
         resolve_checkpoint(self.command, self.built)
-        # Lightning would trust a checkpoint that it downloads
         self.built.weights_only = True
         if torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
@@ -202,7 +208,8 @@ class LighthouseCLI(LightningCLI):
 
     def _check_layers(self, callback: LighthouseCallback) -> None:
         """Refuse before any folder is made what the callback would refuse at fit start."""
-        if self.command != "fit" or not callback.enabled:
+        # `check` goes on when the callback was refused
+        if self.command != "fit" or not isinstance(callback, LighthouseCallback) or not callback.enabled:
             return
         num_tokens = getattr(self.datamodule, "seq_len", None)
         if num_tokens is not None:
@@ -215,6 +222,10 @@ class LighthouseCLI(LightningCLI):
         if callback.select is not None:
             targets = find_targets(self.model, callback.select)
         choose_routed(targets, callback.dense_layers)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with no_trace_of_a_refusal(self.trainer), loaded_as_data(self.built.ckpt_path):
+            super()._run_subcommand(subcommand)
 
     def _set_seed(self) -> None:
         seed = self.config[self.command].seed_everything
@@ -309,14 +320,12 @@ def check(arguments: Sequence[str]) -> int:
         )
         return 0
     _drop_notices()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     given: list[str] = []
     for argument in arguments:
-        is_value = bool(given) and given[-1].startswith("-") and "=" not in given[-1]
+        is_value = bool(given) and given[-1].startswith("-") and "=" not in given[-1] and given[-1] not in SWITCHES
         given += [argument] if argument.startswith("-") or is_value else ["-c", argument]
     # the model is built without memory
-    with torch.device("meta"):
+    with quiet_lightning(), torch.device("meta"):
         RecipeCheck(given)
     print("ok")
     return 0
@@ -334,10 +343,24 @@ def _instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespac
 
 def _strays(config: Namespace) -> Iterator[str]:
     """Names that would leave the folder they stand for."""
-    for key in ("trainer.logger.init_args.name", "trainer.logger.init_args.version", "checkpoint.filename"):
+    runs = Path(str(config.get("trainer.logger.init_args.save_dir") or "."))
+    folders = {
+        "trainer.logger.init_args.name": runs,
+        "trainer.logger.init_args.version": runs / str(config.get("trainer.logger.init_args.name") or ""),
+        "checkpoint.filename": Path(str(config.get("checkpoint.dirpath") or ".")),
+    }
+    for key, folder in folders.items():
         name = config.get(key)
-        if isinstance(name, str) and (Path(name).is_absolute() or ".." in Path(name).parts):
+        # a link may lead out as well
+        if isinstance(name, str) and (
+            ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder.resolve())
+        ):
             yield f"{key} must stay inside its folder, got {name!r}"
+    if config.get("checkpoint.save_on_exception"):
+        yield (
+            "checkpoint.save_on_exception must be false, got True: after an exception a step is incomplete, and a run "
+            "resumed from it would skip a batch; set checkpoint.every_n_train_steps"
+        )
     if config.get("weights_only") is False:
         yield "weights_only must be true or null, got False: no checkpoint is loaded as code"
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+TRUSTED_ONLY = "--trusted_classes_only"
+# Options that take no value
+SWITCHES = ("--print_config", TRUSTED_ONLY)
+
 
 class UsageError(Exception):
     """Mistakes in the arguments or in a recipe.
@@ -136,7 +140,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Raw]]]:
     rest = list(arguments)
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
-        if flag == "--print_config":
+        if flag == TRUSTED_ONLY and equals:
+            raise UsageError(f"{flag} takes no value, got {text!r}")
+        if flag in SWITCHES:
             continue
         if flag != "-c" and not flag.startswith("--"):
             raise UsageError(f"unexpected argument {flag!r}; a recipe is given as -c FILE, a value as --KEY VALUE")
