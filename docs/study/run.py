@@ -1,0 +1,163 @@
+"""Run the rows of `rows.yaml` that `rows.csv` lacks, one training on each GPU at a time, through the command line.
+
+    python docs/study/run.py --source books-train.jsonl.gz --validation_source books-val.jsonl.gz
+
+Each finished training appends its row to `rows.csv` and its validations to `validations.csv`; a run that died leaves
+nothing there and is done again. `python docs/study/table.py` makes the tables and plots of `docs/study.md` from both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lighthouse.compare import read_report, summarize
+from lightning_lighthouse.probe import TABLE
+
+HERE = Path(__file__).parent
+# every worker appends to the same two files
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the study.
+
+    Args:
+        name: Of its row.
+        seed: Of its weights and batches.
+        flags: What `lighthouse fit` is given.
+        minutes: It should not take longer, start and validation included.
+    """
+
+    name: str
+    seed: int
+    flags: str
+    minutes: float
+
+
+def read_trainings(path: Path) -> list[Training]:
+    """The trainings of `rows.yaml` in their order: `groups` of rows that share flags."""
+    trainings = []
+    for group in yaml.safe_load(path.read_text())["groups"]:
+        for row in group["rows"]:
+            flags = " ".join([group["flags"], row.get("flags", "")]).strip()
+            minutes = row.get("minutes", group["minutes"])
+            trainings += [Training(row["name"], seed, flags, minutes) for seed in row.get("seeds", [42])]
+    return trainings
+
+
+def is_done(training: Training, table: Path) -> bool:
+    """Whether the table has the row."""
+    if not table.exists():
+        return False
+    with table.open(newline="") as stream:
+        return any((row["name"], row["seed"]) == (training.name, str(training.seed)) for row in csv.DictReader(stream))
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a table; the first makes its header."""
+    with _lock, path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        if stream.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_probe(folder: Path) -> dict[str, Any]:
+    """The last result of the FutureLeakProbe, which is that right before the switch; empty without one."""
+    path, names = folder / TABLE, ("leak_nats", "leak_stderr", "lighthouse_loss", "spike_nats")
+    if not path.exists():
+        return dict.fromkeys(names)
+    with path.open(newline="") as stream:
+        *_, last = csv.DictReader(stream)
+    return {name: last[name] for name in names}
+
+
+def run(training: Training, arguments: argparse.Namespace, gpu: str | None) -> bool:
+    """Train, and append what came out; whether it ended well."""
+    name = f"{training.name}-seed{training.seed}"
+    command = ["lighthouse", "fit", *shlex.split(training.flags), "--seed_everything", str(training.seed)]
+    where = ["--data.source", arguments.source, "--data.validation_source", arguments.validation_source]
+    where += ["--trainer.logger.init_args.save_dir", str(arguments.runs), "--trainer.logger.init_args.name", name]
+    where += ["--trainer.logger.init_args.version", "0"]
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with (arguments.runs / f"{name}.log").open("w") as log:
+        program = [sys.executable, "-m", "lightning_lighthouse.cli", *command[1:], *where]
+        status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    seconds = time.monotonic() - started
+    print(f"{name}: status {status} after {seconds:.0f} s", flush=True)
+    if status:
+        return False
+    report = read_report(arguments.runs / name / "version_0")
+    key = {"name": training.name, "seed": training.seed}
+    summary = asdict(summarize(name, report))
+    # made by the table, against the dense run of the same length
+    del summary["run"], summary["seconds_to_reference"]
+    probe = read_probe(arguments.runs / name / "version_0")
+    row = {**key, **summary, **probe, "commit": arguments.commit, "torch": report["versions"]["torch"]}
+    append(arguments.out / "validations.csv", [{**key, **validation} for validation in report["validations"]])
+    append(arguments.out / "rows.csv", [{**row, "command": shlex.join(command)}])
+    print(f"{name}: final {summary['final_loss']}, at the switch {summary['loss_at_switch']}", flush=True)
+    return True
+
+
+def main() -> int:
+    """Run what is missing; 1 if a training failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="texts to train on")
+    parser.add_argument("--validation_source", required=True, help="texts to validate on")
+    parser.add_argument("--rows", type=Path, default=HERE / "rows.yaml", help="what to run (default: %(default)s)")
+    parser.add_argument("--only", nargs="*", default=["*"], help="patterns of the names of rows to run")
+    parser.add_argument("--gpus", nargs="*", default=[None], help="GPUs, one training on each (default: all to one)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="log folders (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the two tables (default: %(default)s)")
+    parser.add_argument("--commit", default="", help="what is noted in the table")
+    arguments = parser.parse_args()
+
+    deadline = time.monotonic() + 60 * arguments.minutes
+    waiting: queue.Queue[Training] = queue.Queue()
+    for training in read_trainings(arguments.rows):
+        is_asked = any(fnmatch.fnmatch(training.name, pattern) for pattern in arguments.only)
+        if is_asked and not is_done(training, arguments.out / "rows.csv"):
+            waiting.put(training)
+    failed = []
+
+    def work(gpu: str | None) -> None:
+        while True:
+            try:
+                training = waiting.get_nowait()
+            except queue.Empty:
+                return
+            if time.monotonic() + 60 * training.minutes > deadline:
+                print(f"{training.name}-seed{training.seed}: no time left", flush=True)
+            elif not run(training, arguments, gpu):
+                failed.append(training.name)
+
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in arguments.gpus]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

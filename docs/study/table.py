@@ -1,0 +1,72 @@
+"""Print the tables of `docs/study.md` from `rows.csv` and `validations.csv`, and draw its plots; needs matplotlib.
+
+python docs/study/table.py
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from lightning_lighthouse.compare import seconds_to
+
+HERE = Path(__file__).parent
+HEAD = (
+    "| row | seed | steps | seconds | at the switch | spike | leak | **final** | seconds to dense's final loss | GiB |"
+)
+CONTEXTS = {"32k": "32,768 tokens", "98k": "98,304 tokens"}
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a table."""
+    with (HERE / name).open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def rounded(text: str, digits: int) -> str:
+    """A number of a table, or a dash."""
+    return f"{float(text):.{digits}f}" if text else "-"
+
+
+def main() -> None:
+    """Print and draw."""
+    rows = read("rows.csv")
+    curves = defaultdict(list)
+    for point in read("validations.csv"):
+        if point["loss"]:
+            curves[point["name"], point["seed"]].append((float(point["seconds"]), float(point["loss"])))
+    for context, title in CONTEXTS.items():
+        here = [row for row in rows if row["name"].startswith(context)]
+        if not here:
+            continue
+        dense = {row["seed"]: row for row in here if row["name"] == f"{context}-dense"}
+        print(f"\n{title}\n\n{HEAD}\n|{'---|' * 10}")
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for row in sorted(here, key=lambda row: float(row["final_loss"])):
+            curve = curves[row["name"], row["seed"]]
+            reference = dense.get(row["seed"]) or next(iter(dense.values()), None)
+            reached = seconds_to(float(reference["final_loss"]), curve) if reference else None
+            seconds = float(row["lighthouse_seconds"]) + float(row["dense_seconds"])
+            leak = f"{rounded(row['leak_nats'], 3)} ± {rounded(row['leak_stderr'], 3)}" if row["leak_nats"] else "-"
+            cells = [row["name"], row["seed"], f"{row['lighthouse_steps']} + {row['dense_steps']}", f"{seconds:.0f}",
+                     rounded(row["loss_at_switch"], 3), rounded(row["spike_nats"], 3), leak,
+                     f"**{rounded(row['final_loss'], 3)}**", "-" if reached is None else f"{reached:.0f}",
+                     rounded(row["peak_gib"], 1)]  # fmt: skip
+            print(f"| {' | '.join(cells)} |")
+            axes.plot(*zip(*curve, strict=True), label=f"{row['name']}, seed {row['seed']}", linewidth=1)
+        axes.set(xlabel="seconds of training", ylabel="dense validation loss, nats per byte", title=title)
+        axes.set_ylim(top=min(3.5, axes.get_ylim()[1]))
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(HERE / f"{context}.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
