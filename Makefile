@@ -12,11 +12,14 @@ train: .venv/installed
 	@echo "Curves and checkpoints: $(LOG)"
 	@echo "Look at the curves:     $(BIN)/tensorboard --logdir $(LOG)"
 
+# a worker a core, each with one thread: torch's threads would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -30,7 +33,9 @@ lint: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: pyproject.toml .venv/installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev,hf]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,models]"
+# its pins exclude ours, and only its model is tested
+	$(BIN)/python -m pip install --quiet --no-deps litgpt
 	touch $@
 
 clean:
