@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_lighthouse.data.forking import worker_context
 from lightning_lighthouse.data.integrity import byte_bar
 from lightning_lighthouse.data.sources import Document, find_files, read_documents
 from lightning_lighthouse.data.token_folder import is_token_folder, read_token_documents, token_files
@@ -42,7 +43,9 @@ def start_processes(tokenizer: Tokenizer, num_workers: int) -> Iterator[Processe
     if num_workers == 0 or isinstance(tokenizer, ByteTokenizer):
         yield Processes(None, 0)
         return
-    executor = ProcessPoolExecutor(num_workers, initializer=_start_process, initargs=(tokenizer,))
+    executor = ProcessPoolExecutor(
+        num_workers, mp_context=worker_context(), initializer=_start_process, initargs=(tokenizer,)
+    )
     try:
         yield Processes(executor, num_workers)
     finally:

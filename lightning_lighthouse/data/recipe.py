@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_lighthouse.data.forking import worker_context
 from lightning_lighthouse.data.integrity import Manifest, check, is_prepared
 from lightning_lighthouse.data.prepare import check_prepared, check_workers, prepare
 from lightning_lighthouse.data.settings import Settings, WeightedSource, weighted_sources
@@ -248,6 +249,7 @@ class LighthouseRecipe(LightningDataModule):
             limit=limit,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            multiprocessing_context=worker_context() if self.num_workers else None,
             drop_last=True,
         )
 
