@@ -273,11 +273,15 @@ def test_a_frozen_part_without_gradients_is_named():
 
 
 def test_a_model_that_never_calls_sdpa_is_refused_with_what_was_found():
-    settings = {"n_embd": 24, "n_layer": LAYERS, "n_head": 3, "n_positions": 160, "rotary_dim": 8}
-    model = build_transformers("GPTJConfig", None, **settings)
-    with pytest.raises(ValueError, match="no module calls SDPA in Logits") as caught:
+    class WrittenOutAttention(nn.Module):
+        def forward(self, x):
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            return (x @ x.mT).masked_fill(later, -torch.inf).softmax(-1) @ x
+
+    model = nn.Sequential(nn.Linear(24, 24), WrittenOutAttention())
+    with pytest.raises(ValueError, match="no module calls SDPA in Sequential") as caught:
         patch_attention(model, CONFIG)
-    assert "that look like attention: model.transformer.h.0.attn (GPTJAttention); call it, or" in str(caught.value)
+    assert "that look like attention: 1 (WrittenOutAttention); call it, or" in str(caught.value)
     with pytest.raises(ValueError, match=r"no module calls SDPA in Sequential: .* that look like attention: none"):
         patch_attention(nn.Sequential(nn.Linear(2, 2)), CONFIG)
 

@@ -8,6 +8,7 @@ does not begin is killed and forked again. To be removed with support for Python
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from typing import Any
 
-from lightning_lighthouse.notices import logger
+logger = logging.getLogger("lightning_lighthouse")
 
 FIRST_SOUND_PYTHON = (3, 11, 10)
 # Patience with one child: far more than a busy machine takes to let it begin, which is all it has to do.
