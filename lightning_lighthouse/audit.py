@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from types import CodeType
 from weakref import WeakSet
 
 from torch import nn
@@ -54,6 +55,8 @@ class Audit:
         missing = {}
         for name, layer in self._targets.items():
             notes = self._by_layer.get(layer) or self._traced
+            if notes == {ENTERED}:
+                notes = notes | self._of_shared_code(layer)
             reasons = notes - {ENTERED}
             # several layers share a traced frame: one dense call among them leaves all of them in doubt
             doubtful = layer not in self._by_layer and reasons != {ROUTED}
@@ -66,6 +69,21 @@ class Audit:
             elif layer not in _seen_routed:
                 missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
         return missing
+
+    def _of_shared_code(self, layer: nn.Module) -> set[str]:
+        """Notes of the layers with whose compiled forwards that of this one shares a frame."""
+        code = _compiled_code(layer)
+        others = [
+            notes for other, notes in self._by_layer.items() if code is not None and _compiled_code(other) is code
+        ]
+        return set().union(*others)
+
+
+def _compiled_code(layer: nn.Module) -> CodeType | None:
+    """The code of a layer's forward where torch.compile was called with that alone: layers share its frames."""
+    former = layer.__dict__.get("_lighthouse_chained") or type(layer).forward
+    function = getattr(former, "_torchdynamo_orig_callable", None)
+    return getattr(function, "__code__", None)
 
 
 def _explained(reason: str, layer: nn.Module) -> str:

@@ -52,6 +52,11 @@ class Patch:
         # A tensor: compiled frames read it anew each time. On the CPU: kernels get its value without a synchronisation.
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
 
+    @property
+    def is_patched(self) -> bool:
+        """Whether the model is patched still; False once it was restored."""
+        return self in patches
+
     def set_step(self, step: int) -> None:
         """Tell the number of the training step, for which selection="random" draws; 0 at first.
 
@@ -108,7 +113,7 @@ class Patch:
             self.audit.excuse(layers)
 
     def _require_patched(self) -> None:
-        if self not in patches:
+        if not self.is_patched:
             raise RuntimeError("this patch was restored; patch the model anew")
 
     def unrouted(self) -> dict[str, str]:
@@ -152,14 +157,14 @@ class Patch:
         try:
             yield
         finally:
-            if self in patches:
+            if self.is_patched:
                 self.is_on, self._statement.holds = before
 
     def restore(self) -> None:
         """Undo the patch: the model is as it was. Harmless when already restored."""
         self.is_on = self.in_scope = False
         self.layer = self.audit = None
-        if self not in patches:
+        if not self.is_patched:
             return
         patches.remove(self)
         self._statement.withdraw()

@@ -70,6 +70,9 @@ def patch_of(module: nn.Module) -> Patch | None:
 
 def bind(module: nn.Module, patch: Patch) -> None:
     """Give `module` the instance forward of `patch`, and replace copies of SDPA that it keeps."""
+    if patch_of(module) is not None:
+        # a copy made while the original was patched, which has been restored since
+        unbind(module)
     module.__dict__["_lighthouse_patch"] = patch
     module.__dict__["_lighthouse_route"] = Route()
     module.__dict__["_lighthouse_chained"] = module.__dict__.get("forward")

@@ -57,6 +57,20 @@ def test_generate_is_dense_while_on(training, compiled):
     assert model.generate == own
 
 
+def test_generate_is_dense_under_two_patches_until_the_last_is_gone():
+    model = llama().eval()
+    dense = generate(model)
+    patches = [patch_attention(model, CONFIG, select=f"*.layers.{i}.self_attn", dense_layers=[]) for i in (1, 2)]
+    for patch in patches:
+        patch.on(inference=True)
+    for patch in patches:
+        assert same(generate(model), dense)
+        assert "generate" in vars(model)
+        patch.restore()
+    assert "generate" not in vars(model)
+    assert same(generate(model), dense)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_prompt_by_hand_and_its_next_tokens_are_dense_while_on(mode):
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")

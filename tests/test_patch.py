@@ -319,6 +319,34 @@ def test_compiled_models_follow_the_phase(what, frames, checkpointed):
     assert seen == frames
 
 
+def test_forwards_compiled_before_share_a_frame_and_its_note():
+    model = GPT(6)
+    x = tokens()
+    with patch_attention(model, CONFIG):
+        routed = run(model, x)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.attn.forward = torch.compile(block.attn.forward, backend=counter, fullgraph=True)
+    dense = run(model, x)
+    patch = patch_attention(model, CONFIG)
+    patch.on()
+    assert same(run(model, x), routed, exact=False)
+    patch.check()
+    patch.restore()
+    assert same(run(model, x), dense)
+    # dense in all, then dense in bare modules and routed in the others: of one code
+    assert counter.frame_count == 3
+
+    # a frame of their own that does not call SDPA is no routed one
+    for block in model.blocks[1:3]:
+        block.attn.forward = torch.compile(types.MethodType(lambda self, x: x, block.attn), backend="eager")
+    patch = patch_attention(model, CONFIG)
+    patch.on()
+    run(model, x)
+    assert list(patch.unrouted()) == ["blocks.1.attn", "blocks.2.attn"]
+    patch.restore()
+
+
 def test_a_second_audit_of_a_compiled_model_remembers_the_first():
     model = GPT()
     model.compile(backend="eager", fullgraph=True)
@@ -355,6 +383,19 @@ def test_a_deep_copy_follows_and_then_runs_dense():
     assert not torch.equal(average(x), model(x))
     patch.restore()
     torch.testing.assert_close(average(x), dense + 1)
+
+
+def test_a_copy_of_a_patched_model_is_patched_anew_once_the_first_patch_is_gone():
+    model = GPT()
+    x = tokens()
+    dense = run(model, x)
+    with patch_attention(model, CONFIG):
+        routed = run(model, x)
+        average = copy.deepcopy(model)
+    with patch_attention(average, CONFIG):
+        assert same(run(average, x), routed)
+    assert same(run(average, x), dense)
+    assert not any("lighthouse" in name or name == "forward" for module in average.modules() for name in vars(module))
 
 
 def test_a_pickled_module_comes_back_unpatched():
