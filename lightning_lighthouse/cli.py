@@ -90,9 +90,13 @@ def _run(arguments: list[str]) -> int:
     if command in PROGRAMS:
         return int(import_module(PROGRAMS[command]).main(rest))
     # Lightning takes seconds to import
+    if command == "check":
+        from lightning_lighthouse import cli_rehearsal
+
+        return cli_rehearsal.check(rest)
     from lightning_lighthouse import cli_lightning
 
-    return cli_lightning.check(rest) if command == "check" else cli_lightning.run(command, rest)
+    return cli_lightning.run(command, rest)
 
 
 def _refuse(problem: str) -> int:
@@ -159,11 +163,17 @@ def _explain(error: Exception) -> tuple[Sequence[str], int]:
 
 
 def _ours(error: Exception) -> bool:
-    """Whether this package raised the error itself, and so says in it what the user can do."""
+    """Whether this package, or Lightning, raised the error itself, and so says in it what the user can do."""
+    if type(error).__module__.startswith("lightning_lighthouse."):
+        # a worker's error is raised a second time by torch
+        return True
     if not isinstance(error, (ValueError, TypeError, RuntimeError, ModuleNotFoundError)):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning_lighthouse.")
+    where = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    # Lightning's own ValueErrors are sentences about a setting
+    is_lightnings = isinstance(error, ValueError) and where.startswith("lightning.pytorch.")
+    return is_lightnings or where.startswith("lightning_lighthouse.")
 
 
 if __name__ == "__main__":

@@ -200,6 +200,9 @@ def _values(section: Section, record: type) -> dict[str, Any]:
     flags = {name: value for name, value in section.items() if isinstance(value, Raw)}
     parser = _class_parser(record)
     values = vars(parser.parse_object({name: plain(value) for name, value in section.items() if name not in flags}))
+    if not flags:
+        # without them the parser would miss what the recipe gives
+        return values
     given = vars(parser.parse_args([f"--{name}={value}" for name, value in flags.items()]))
     return values | {name: given[name] for name in flags}
 

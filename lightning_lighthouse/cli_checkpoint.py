@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_lighthouse.cli_recipe import UsageError
-from lightning_lighthouse.saving import WholeCheckpointIO
+from lightning_lighthouse.saving import WholeCheckpointIO, check_writable, is_remote
 
 # torch.load listens to these
 FORCE_DATA, FORCE_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -48,8 +48,14 @@ class Checkpoint(ModelCheckpoint):
     _kept_time = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write files that appear whole or not at all, unless the Trainer has a CheckpointIO of its own."""
+        """Write files that appear whole or not at all, unless the Trainer has a CheckpointIO of its own.
+
+        Raises:
+            SavingError: No file can be written to the folder of the checkpoints.
+        """
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None and not is_remote(self.dirpath):
+            check_writable(Path(self.dirpath))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
@@ -163,7 +169,7 @@ def loaded_as_data(path: str | None) -> Iterator[None]:
         path: What is loaded inside, for the message; None for nothing.
 
     Raises:
-        ValueError: It holds more than data.
+        ValueError: It holds more than data, no training, or the weights of another model.
     """
     kept = {name: os.environ.pop(name, None) for name in (FORCE_DATA, FORCE_CODE)}
     os.environ[FORCE_DATA] = "1"
@@ -176,6 +182,17 @@ def loaded_as_data(path: str | None) -> Iterator[None]:
             f"checkpoint {path} holds more than tensors and plain values{what}: loading it could run code, and is "
             "refused; no setting allows it"
         ) from error
+    except RuntimeError as error:
+        head, _, problems = str(error).partition("\n")
+        if not head.startswith("Error(s) in loading state_dict"):
+            raise
+        first, *more = problems.strip().splitlines()
+        and_more = f", and {len(more)} more such lines" if more else ""
+        raise ValueError(f"checkpoint {path} does not fit the model: {first.strip()}{and_more}") from error
+    except KeyError as error:
+        if error.args != ("pytorch-lightning_version",):
+            raise
+        raise ValueError(f"{path} is no checkpoint of a training: it holds no state to go on from") from error
     finally:
         del os.environ[FORCE_DATA]
         os.environ.update({name: value for name, value in kept.items() if value is not None})
@@ -191,7 +208,7 @@ def resolve_checkpoint(command: str, config: Namespace) -> None:
     Raises:
         UsageError: auto, for another command than fit; or the logger's folders are not known here.
         FileNotFoundError: There is no such checkpoint; auto starts afresh instead.
-        ValueError: The checkpoint is not complete.
+        ValueError: The checkpoint is not complete, or damaged.
     """
     asked = config.ckpt_path
     if asked in ("auto", "last", "best"):
@@ -208,7 +225,7 @@ def resolve_checkpoint(command: str, config: Namespace) -> None:
         elif found is None:
             raise FileNotFoundError(f"ckpt_path {asked}: there is no {root / pattern}; give a file, or no ckpt_path")
     if config.ckpt_path is not None:
-        _check_complete(Path(config.ckpt_path))
+        _check_complete(str(config.ckpt_path))
 
 
 def _checkpoints(config: Namespace) -> tuple[Path, str]:
@@ -229,15 +246,33 @@ def _checkpoints(config: Namespace) -> tuple[Path, str]:
     return Path(settings.save_dir) / (settings.name or ""), f"{version or '*'}/checkpoints/"
 
 
-def _check_complete(checkpoint: Path) -> None:
-    """Refuse a file that was cut short; a folder is the business of its strategy."""
-    # torch writes a zip archive, whose table of contents comes last
-    if not checkpoint.is_file() or zipfile.is_zipfile(checkpoint):
+def _check_complete(path: str) -> None:
+    """Refuse a file that was cut short or altered; a folder is the business of its strategy."""
+    checkpoint = Path(path)
+    if is_remote(path) or checkpoint.is_dir():
         return
-    others = [path for path in checkpoint.parent.glob("*.ckpt") if path.is_file() and zipfile.is_zipfile(path)]
-    newest = max(others, key=_written, default=None)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+    fault = _fault(checkpoint)
+    if not fault:
+        return
+    others = (path for path in checkpoint.parent.glob("*.ckpt") if path.is_file() and path != checkpoint)
+    newest = next((path for path in sorted(others, key=_written, reverse=True) if not _fault(path)), None)
     fix = f"the newest complete one beside it is {newest}" if newest else "there is no complete one beside it"
-    raise ValueError(f"checkpoint {checkpoint} is not complete ({checkpoint.stat().st_size} bytes); {fix}")
+    raise ValueError(f"checkpoint {checkpoint} is {fault}; {fix}")
+
+
+def _fault(checkpoint: Path) -> str:
+    """What is wrong with the zip archive that torch writes, or nothing. Reads all of it: each part has a checksum."""
+    # the table of contents comes last
+    if not zipfile.is_zipfile(checkpoint):
+        return f"not complete ({checkpoint.stat().st_size} bytes)"
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return f"damaged ({error})"
+    return f"damaged (the checksum of {bad} is another)" if bad else ""
 
 
 def _written(path: Path) -> float:

@@ -1,4 +1,4 @@
-"""The commands that train, on top of LightningCLI: `fit`, `validate`, `test`, and `check`, which stops before."""
+"""The commands `fit`, `validate` and `test`, on top of LightningCLI."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_lighthouse import cli_names as names
 from lightning_lighthouse.callback import LighthouseCallback
 from lightning_lighthouse.cli_check import Checker
 from lightning_lighthouse.cli_checkpoint import Checkpoint, loaded_as_data, resolve_checkpoint
 from lightning_lighthouse.cli_logs import no_trace_of_a_refusal
-from lightning_lighthouse.cli_recipe import SWITCHES, TRUSTED_ONLY, UsageError, read, split
+from lightning_lighthouse.cli_recipe import TRUSTED_ONLY, UsageError, read, split
 from lightning_lighthouse.cli_trust import deny_imports
-from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.targets import choose_routed, find_targets
 
 MODEL = "lightning_lighthouse.model.Decoder"
@@ -35,6 +35,10 @@ TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "val_check_interval": (lambda value: not isinstance(value, int | float) or value > 0, "greater than 0"),
     "log_every_n_steps": (lambda value: value >= 0, "at least 0"),
     "gradient_clip_val": (lambda value: value >= 0, "at least 0"),
+    "accumulate_grad_batches": (lambda value: value >= 1, "at least 1"),
+    "check_val_every_n_epoch": (lambda value: value >= 1, "at least 1"),
+    "num_nodes": (lambda value: value >= 1, "at least 1"),
+    "devices": (lambda value: value not in (0, "0", []), "at least 1"),
 }
 
 # Lightning's and torch's notices that ask nothing of the user, word for word
@@ -57,11 +61,15 @@ WARNED_NOTICES = (
 class SaveRecipe(SaveConfigCallback):
     """Writes the resolved recipe into the log folder of a training run."""
 
+    # until then a run may be refused, and leaves nothing
+    has_started = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a run that is refused leaves the recipe of the one before."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml`."""
+        self.has_started = True
         # without a logger the folder is the current one, and config.yaml there is the user's
         if trainer.loggers:
             super().setup(trainer, pl_module, "fit")
@@ -91,7 +99,7 @@ class LighthouseCLI(LightningCLI):
         arguments = [argument for argument in arguments if argument != TRUSTED_ONLY]
         if self.trusted_only:
             deny_imports()
-        files = [] if _asks_help(arguments) else split(arguments)[0]
+        files = [] if asks_help(arguments) else split(arguments)[0]
         logger = {
             "class_path": LOGGER,
             "init_args": {
@@ -145,7 +153,7 @@ class LighthouseCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check every key and value, then parse: recipes first, so that flags win wherever they stand."""
         command, *arguments = args
-        if _asks_help(arguments):
+        if asks_help(arguments):
             self.config = parser.parse_args(args)
             return
         files, flags = split(arguments)
@@ -168,7 +176,7 @@ class LighthouseCLI(LightningCLI):
             return
         layers = [item for file in files for item in ("--config", file)]
         self.config = parser.parse_args([command, *layers, *(f"--{key}={text}" for key, text in flags), *printing])
-        self.refuse(*_strays(self.config[command]))
+        self.refuse(*names.strays(self.config[command]), *_risks(self.config[command]))
 
     def refuse(self, *problems: str) -> None:
         """Stop at the first problem; `check` goes on to the next."""
@@ -208,8 +216,10 @@ class LighthouseCLI(LightningCLI):
 
     def _check_layers(self, callback: LighthouseCallback) -> None:
         """Refuse before any folder is made what the callback would refuse at fit start."""
-        # `check` goes on when the callback was refused
-        if self.command != "fit" or not isinstance(callback, LighthouseCallback) or not callback.enabled:
+        # `check` goes on when the callback or the model was refused
+        if not isinstance(callback, LighthouseCallback) or not isinstance(self.model, LightningModule):
+            return
+        if self.command != "fit" or not callback.enabled:
             return
         num_tokens = getattr(self.datamodule, "seq_len", None)
         if num_tokens is not None:
@@ -260,36 +270,6 @@ class LighthouseCLI(LightningCLI):
             self.refuse(f"{group}.{keys[0]} {rest}" if keys else f"{group}: {name} {rest}")
 
 
-class RecipeCheck(LighthouseCLI):
-    """Parses and builds what `fit` would, notes every problem, and trains nothing."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.problems: list[str] = []
-        super().__init__("fit", arguments)
-
-    def refuse(self, *problems: str) -> None:
-        """Note the problems and go on."""
-        self.problems.extend(problems)
-
-    def before_instantiate_classes(self) -> None:
-        """Look for no checkpoint: which there are is not the recipe's matter."""
-        self.built = self.config[self.command].clone()
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the Trainer for one CPU: a recipe is right or wrong wherever it is checked."""
-        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
-        alone = dict.fromkeys(("callbacks", "plugins", "profiler"))
-        return Trainer(**{**vars(self.built.trainer), **here, **alone, "logger": False})
-
-    def after_instantiate_classes(self) -> None:
-        """Say what was noted."""
-        if self.problems:
-            raise UsageError(*self.problems)
-
-    def fit(self, **kwargs: Any) -> None:
-        """Train nothing."""
-
-
 def run(command: str, arguments: Sequence[str]) -> int:
     """Run `fit`, `validate` or `test`.
 
@@ -300,38 +280,13 @@ def run(command: str, arguments: Sequence[str]) -> int:
     Returns:
         0; everything else is an exception.
     """
-    _drop_notices()
+    drop_notices()
     LighthouseCLI(command, arguments)
     return 0
 
 
-def check(arguments: Sequence[str]) -> int:
-    """Run `check`: print "ok", or raise UsageError with every problem found.
-
-    Args:
-        arguments: Recipes, with or without `-c`, and flags.
-
-    Returns:
-        0.
-    """
-    if _asks_help(arguments):
-        print(
-            "usage: lighthouse check RECIPE.yaml [-c MORE.yaml ...] [--KEY VALUE ...]\n\nKeys: lighthouse fit --help."
-        )
-        return 0
-    _drop_notices()
-    given: list[str] = []
-    for argument in arguments:
-        is_value = bool(given) and given[-1].startswith("-") and "=" not in given[-1] and given[-1] not in SWITCHES
-        given += [argument] if argument.startswith("-") or is_value else ["-c", argument]
-    # the model is built without memory
-    with quiet_lightning(), torch.device("meta"):
-        RecipeCheck(given)
-    print("ok")
-    return 0
-
-
-def _asks_help(arguments: Sequence[str]) -> bool:
+def asks_help(arguments: Sequence[str]) -> bool:
+    """Whether arguments ask for help, of a command or of a class."""
     return any(item in ("-h", "--help") or item.partition("=")[0].endswith(".help") for item in arguments)
 
 
@@ -341,26 +296,15 @@ def _instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespac
     return instantiate(config)
 
 
-def _strays(config: Namespace) -> Iterator[str]:
-    """Names that would leave the folder they stand for."""
-    runs = Path(str(config.get("trainer.logger.init_args.save_dir") or "."))
-    folders = {
-        "trainer.logger.init_args.name": runs,
-        "trainer.logger.init_args.version": runs / str(config.get("trainer.logger.init_args.name") or ""),
-        "checkpoint.filename": Path(str(config.get("checkpoint.dirpath") or ".")),
-    }
-    for key, folder in folders.items():
-        name = config.get(key)
-        # a link may lead out as well
-        if isinstance(name, str) and (
-            ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder.resolve())
-        ):
-            yield f"{key} must stay inside its folder, got {name!r}"
-    if config.get("checkpoint.save_on_exception"):
-        yield (
-            "checkpoint.save_on_exception must be false, got True: after an exception a step is incomplete, and a run "
-            "resumed from it would skip a batch; set checkpoint.every_n_train_steps"
-        )
+def _risks(config: Namespace) -> Iterator[str]:
+    """Settings that would spoil a resumed run, or load code."""
+    callbacks = names.classes("trainer.callbacks", config.trainer.callbacks)
+    for key, group in [("checkpoint", config.checkpoint), *callbacks]:
+        if group.get("save_on_exception"):
+            yield (
+                f"{key}.save_on_exception must be false, got True: after an exception a step is incomplete, and a run "
+                "resumed from it would skip a batch; set checkpoint.every_n_train_steps"
+            )
     if config.get("weights_only") is False:
         yield "weights_only must be true or null, got False: no checkpoint is loaded as code"
 
@@ -374,7 +318,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
             base[key] = value
 
 
-def _drop_notices() -> None:
+def drop_notices() -> None:
+    """Keep from the screen what asks nothing of the user."""
     for module in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
         logging.getLogger(f"lightning.{module}").addFilter(_is_news)
     for notice in WARNED_NOTICES:

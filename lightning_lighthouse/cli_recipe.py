@@ -105,7 +105,8 @@ def load(text: str, file: str = "") -> Any:
         where = f"{file}:{mark.line + 1}" if file and mark else file
         hint = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
         raise UsageError(located(where, f"not readable as YAML: {error.problem}{hint}")) from error
-    except yaml.YAMLError as error:
+    # ValueError, RecursionError: a value that looks like a date or a number and is none; brackets without end
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(located(file, f"not readable as YAML: {' '.join(str(error).split())}")) from error
 
 

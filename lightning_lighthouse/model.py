@@ -145,10 +145,14 @@ class Decoder(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Ask the data module for its vocabulary, and refuse one too large; and for the bytes of a token."""
         data = getattr(self.trainer, "datamodule", None)
-        needed, given = getattr(data, "vocab_size", None), self.hparams["vocab_size"]
+        self.check_vocabulary(getattr(data, "vocab_size", None))
+        self.bytes_per_token = getattr(data, "bytes_per_token", None)
+
+    def check_vocabulary(self, needed: int | None) -> None:
+        """Refuse data of more tokens than the model has; None: unknown. Raises SettingError."""
+        given = self.hparams["vocab_size"]
         if needed is not None and needed > given:
             raise SettingError(f"vocab_size must be at least the {needed} of the data's tokenizer, got {given}")
-        self.bytes_per_token = getattr(data, "bytes_per_token", None)
 
     def configure_model(self) -> None:
         """Compile the blocks and the head in place; shard under ModelParallelStrategy. Parameters keep their names."""

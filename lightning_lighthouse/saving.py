@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,6 +55,27 @@ def save_whole(content: Any, path: Path) -> None:
         if not isinstance(cause, OSError):
             raise
         raise SavingError(f"{path} could not be written: {_explain(cause, content, path)}") from cause
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that a file can be written to a local folder, which may not exist yet; nothing is left there.
+
+    Raises:
+        SavingError: It cannot.
+    """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    probe = folder / f".probe-{os.getpid()}{PARTIAL}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SavingError(f"nothing can be written to {folder}: {error.strerror}; choose another folder") from error
+    finally:
+        for part in made:
+            # another rank or run may have begun to use it
+            with suppress(OSError):
+                part.rmdir()
 
 
 def _explain(error: OSError, content: Any, path: Path) -> str:

@@ -72,6 +72,12 @@ def resolve_switch_step(switch_at: int | float, total_steps: int | float, name: 
     return math.ceil(round(switch_at * total_steps, 6))
 
 
+def check_return(return_steps: int, switch_step: int) -> None:
+    """Refuse a gradual return that would begin before the training. Raises SettingError."""
+    if return_steps > switch_step:
+        raise SettingError(f"return_steps={return_steps} must end at the switch, which is at step {switch_step}")
+
+
 class ResumeError(ValueError):
     """The settings contradict what the resumed run has done."""
 

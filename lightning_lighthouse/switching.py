@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lighthouse.ledger import Ledger
 from lightning_lighthouse.plateau import PlateauRule
-from lightning_lighthouse.schedule import SettingError, SwitchState, resolve_switch_step, resume_switch
+from lightning_lighthouse.schedule import SettingError, SwitchState, check_return, resolve_switch_step, resume_switch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -50,8 +50,8 @@ def resolve_switch(
         return_steps=return_steps,
         rewarm_steps=rewarm_steps,
     )
-    if return_steps > asked.switch_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        raise SettingError(f"return_steps={return_steps} must end at the switch, which is at step {asked.switch_step}")
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        check_return(return_steps, asked.switch_step)
     if plateau is not None:
         _check_rule(trainer, plateau)
     step = trainer.global_step

@@ -51,6 +51,11 @@ BAD_FLAGS = {
         ["--trainer.log_every_n_steps", "-1"],
         "trainer.log_every_n_steps must be at least 0, got -1",
     ),
+    "Trainer would divide by nothing": (
+        ["--trainer.accumulate_grad_batches", "0"],
+        "trainer.accumulate_grad_batches must be at least 1, got 0",
+    ),
+    "no devices": (["--trainer.devices", "0"], "trainer.devices must be at least 1, got 0"),
     "out of range, refused by a dataclass": (
         ["--lighthouse.attention.num_levels", "1"],
         "lighthouse.attention.num_levels must be at least 2, got 1",
@@ -133,6 +138,19 @@ BAD_RECIPES = {
         "bad.yaml:2: not readable as YAML: found character '\\t' that cannot start any token; indent with spaces, not "
         "tabs",
     ),
+    "no such day": (
+        "trainer:\n  max_steps: 2024-99-99\n",
+        "bad.yaml: not readable as YAML: month must be in 1..12",
+    ),
+    "brackets without end": (
+        "trainer: " + 3000 * "[",
+        "bad.yaml: not readable as YAML: maximum recursion depth exceeded while calling a Python object",
+    ),
+    "callback that saves inside a step": (
+        "trainer:\n  callbacks:\n  - class_path: ModelCheckpoint\n    init_args: {save_on_exception: true}\n",
+        "trainer.callbacks[0].init_args.save_on_exception must be false, got True: after an exception a step is "
+        "incomplete, and a run resumed from it would skip a batch; set checkpoint.every_n_train_steps",
+    ),
     "not a mapping": ("- trainer\n", "bad.yaml: a recipe must be a mapping of keys to values, got list"),
     "empty": ("", "bad.yaml: a recipe must be a mapping of keys to values, got nothing"),
     "duplicate key": (
@@ -199,6 +217,28 @@ def test_a_name_that_leaves_its_folder_is_refused_and_makes_nothing(capsys, tmp_
     assert list(elsewhere.iterdir()) == []
 
 
+LOGGER = "{{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {{save_dir: runs, {}}}}}"
+MORE_STRAYS = {
+    "one of several loggers": (
+        ["--trainer.logger", f"[{LOGGER.format('name: ../../out')}]"],
+        "trainer.logger[0].init_args.name must stay inside its folder, got '../../out'",
+    ),
+    "folder below a run": (
+        ["--trainer.logger", LOGGER.format("sub_dir: ../../../../out")],
+        "trainer.logger.init_args.sub_dir must stay inside its folder, got '../../../../out'",
+    ),
+    "file of a callback": (
+        ["--trainer.callbacks+", "{class_path: ModelCheckpoint, init_args: {filename: ../../../../../out}}"],
+        "trainer.callbacks[0].init_args.filename must stay inside its folder, got '../../../../../out'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "line"), MORE_STRAYS.values(), ids=MORE_STRAYS)
+def test_so_is_that_of_any_logger_or_callback(capsys, flags, line):
+    assert refusal(capsys, "fit", "-c", "recipe.yaml", *flags) == line
+
+
 def test_the_folder_of_all_runs_may_be_a_link(tmp_path_factory):
     Path("runs").symlink_to(tmp_path_factory.mktemp("large-disk"))
     assert cli.main(["fit", "-c", "recipe.yaml", "--trainer.max_steps", "1"]) == 0
@@ -236,6 +276,48 @@ def test_check_names_every_problem(capsys):
         "lighthouse: model.init_args.width",
         "lighthouse: trainer: You",
     ]
+
+
+ONE_SOURCE = "[{path: text.txt, weight: 0.7}, {path: text.txt}]"
+CHECKED = {
+    "sources": ([f"--data.sources={ONE_SOURCE}"], None),
+    "weight": (
+        ["--data.sources=[{path: text.txt, weight: 0}]"],
+        "data.init_args.sources[0].weight must be greater than 0, got 0.0 for text.txt",
+    ),
+    "source and sources": (
+        [f"--data.sources={ONE_SOURCE}", "--data.source", "text.txt"],
+        "data.init_args.source must be left out beside sources, got 'text.txt'",
+    ),
+    "model": (["--model.learning_rate", "-1"], "model.init_args.learning_rate must be greater than 0, got -1.0"),
+    "vocabulary": (
+        ["--model.vocab_size", "100"],
+        "model.init_args.vocab_size must be at least the 257 of the data's tokenizer, got 100",
+    ),
+    "fraction of nothing": (
+        ["--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:05"],
+        "switch_at=0.9 is a fraction, but the number of steps is unknown: set trainer.max_steps, or give switch_at as "
+        "a step (an int)",
+    ),
+    "return": (
+        ["--lighthouse.return_steps", "19"],
+        "return_steps=19 must end at the switch, which is at step 18",
+    ),
+    "accelerator": (["--trainer.accelerator", "gpuu"], "trainer.accelerator must be one of auto, cpu, cuda, gpu"),
+    "strategy": (["--trainer.strategy", "dpp"], "trainer.strategy must be one of auto, ddp"),
+}
+
+
+@pytest.mark.parametrize(("flags", "line"), CHECKED.values(), ids=CHECKED)
+def test_check_refuses_what_fit_would(capsys, flags, line):
+    settings = ["--data.seq_len", "128", "--trainer.max_steps", "20", "--lighthouse.attention.top_k", "8"]
+    status = cli.main(["check", *settings, *flags])
+    out, err = capsys.readouterr()
+    if line is None:
+        assert (status, out, err) == (0, "ok\n", "")
+    else:
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith(f"lighthouse: {line}")
 
 
 def test_the_process_says_one_line_and_ends_with_status_2():
@@ -280,8 +362,10 @@ def test_a_refused_resume_leaves_the_run_as_it_is(capsys):
     Path("attentive.yaml").write_text(ATTENTIVE)
     assert cli.main(["fit", "-c", "attentive.yaml"]) == 0
     written = Path("runs/attentive/version_0/config.yaml").read_text()
+    files = sorted(Path("runs").rglob("*"))
     capsys.readouterr()
     flags = ["--ckpt_path", "last", "--lighthouse.switch_at", "9", "--trainer.max_steps", "12"]
     assert cli.main(["fit", "-c", "attentive.yaml", *flags]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("lighthouse: switch_at was changed from 3 to 9")
     assert Path("runs/attentive/version_0/config.yaml").read_text() == written
+    assert sorted(Path("runs").rglob("*")) == files

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cli_parts import RECIPE, run, steps
 
@@ -79,6 +81,38 @@ def test_a_checkpoint_cut_short_is_named_with_another_that_is_whole(capsys, shar
     )
 
 
+def test_a_checkpoint_with_a_flipped_byte_is_named(capsys):
+    assert cli.main(["fit", "-c", "recipe.yaml"]) == 0
+    last = Path("runs/recipe/version_0/checkpoints/last.ckpt")
+    whole = last.read_bytes()
+    with zipfile.ZipFile(last) as archive:
+        # the first byte of the file, of the pickle, of a tensor
+        places = [0, *(whole.index(archive.read(name)) for name in archive.namelist() if name.endswith((".pkl", "/0")))]
+    assert len(places) == 3
+    for place in places:
+        last.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        capsys.readouterr()
+        assert cli.main(["fit", "-c", "recipe.yaml", "--ckpt_path", "last"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"lighthouse: checkpoint {last} is damaged (")
+        assert err.endswith(f"; the newest complete one beside it is {last.with_name('best.ckpt')}\n")
+
+
+def test_a_checkpoint_of_something_else_is_one_line(capsys):
+    assert cli.main(["fit", "-c", "recipe.yaml", "--model.width", "5", "--data.width", "5"]) == 0
+    torch.save({"weight": torch.zeros(3)}, "weights.ckpt")
+    checkpoints = {
+        "runs/recipe/version_0/checkpoints/last.ckpt": "does not fit the model: size mismatch for layer.weight: ",
+        "weights.ckpt": "is no checkpoint of a training: it holds no state to go on from",
+    }
+    for path, words in checkpoints.items():
+        capsys.readouterr()
+        assert cli.main(["fit", "-c", "recipe.yaml", "--ckpt_path", path]) == 1
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        assert f"{path} {words}" in err.splitlines()[-1]
+
+
 def test_the_recipe_wins_over_the_hyperparameters_of_a_checkpoint():
     assert cli.main(["fit", "-c", "recipe.yaml"]) == 0
     last = "runs/recipe/version_0/checkpoints/last.ckpt"
@@ -90,7 +124,9 @@ def test_the_recipe_wins_over_the_hyperparameters_of_a_checkpoint():
 
 FAILURES = {
     "no checkpoint": (["--ckpt_path", "last"], "ckpt_path last: there is no runs/recipe/*/checkpoints/last.ckpt"),
-    "no such checkpoint": (["--ckpt_path", "gone.ckpt"], "gone.ckpt"),
+    "no such checkpoint": (["--ckpt_path", "gone.ckpt"], "checkpoint gone.ckpt does not exist"),
+    "no place for checkpoints": (["--checkpoint.dirpath", "/proc/gone"], "nothing can be written to /proc/gone: "),
+    "validation beyond an epoch": (["--trainer.val_check_interval", "9"], "`val_check_interval` (9)"),
     "no such text": (["--data", "lightning_lighthouse.LighthouseRecipe", "--data.source", "gone"], "'gone'"),
     "no attention to patch": (["--lighthouse.enabled", "true"], "attention"),
 }
@@ -104,6 +140,25 @@ def test_what_a_user_can_mend_is_one_line_and_status_1(capsys, flags, words):
     lines = [line for line in err.splitlines() if line.startswith("lighthouse: ")]
     assert len(lines) == 1
     assert words in lines[0]
+    assert not Path("runs").exists()
+
+
+def test_a_bad_token_that_a_worker_reads_is_one_line(capsys):
+    Path("text.txt").write_text("to be read " * 99)
+    settings = {"source": "text.txt", "output_dir": "data", "seq_len": "20", "validation_fraction": "0"}
+    assert cli.main(["prepare", *(word for key, value in settings.items() for word in (f"--{key}", value))]) == 0
+    chunk = Path("data/train/chunk-0-0.bin")
+    content = bytearray(chunk.read_bytes())
+    content[301::2] = bytes([0x7F]) * len(content[301::2])
+    chunk.write_bytes(content)
+    capsys.readouterr()
+    data = ["--data", "lightning_lighthouse.LighthouseRecipe", "--data.num_workers", "1"]
+    flags = [f"--data.{key}={value}" for key, value in settings.items()]
+    assert cli.main(["fit", "-c", "recipe.yaml", *data, *flags, "--model", "cli_parts.Scorer"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "chunk-0-0.bin holds token" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("lighthouse: ")
 
 
 def test_an_unexpected_error_keeps_its_traceback(capsys):

@@ -338,6 +338,7 @@ def test_forwards_compiled_before_share_a_frame_and_its_note():
     assert counter.frame_count == 3
 
     # a frame of their own that does not call SDPA is no routed one
+    model = GPT(6)
     for block in model.blocks[1:3]:
         block.attn.forward = torch.compile(types.MethodType(lambda self, x: x, block.attn), backend="eager")
     patch = patch_attention(model, CONFIG)
