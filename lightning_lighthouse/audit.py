@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from types import CodeType
+from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
-from lightning_lighthouse.reasons import CHECKPOINT_INSIDE, ENTERED, NO_CALL, NOT_RUN, ROUTED, remedy
+from lightning_lighthouse.reasons import CHECKPOINT_INSIDE, ENTERED, EXITED, NO_CALL, NOT_RUN, ROUTED, remedy
 from lightning_lighthouse.spread import ScoreSpread
 
 _seen_routed: WeakSet[nn.Module] = WeakSet()
@@ -32,6 +33,10 @@ class Audit:
         self._targets = targets
         self._by_layer: dict[nn.Module, set[str]] = defaultdict(set)
         self._traced: set[str] = set()
+        # what was traced inside a layer that itself runs in eager code, by its class: such layers share frames
+        self._traced_in: dict[type, set[str]] = defaultdict(set)
+        # layers that a trace has entered and not left: the trace, and whether it has met a call there
+        self._open: list[tuple[Any, bool]] = []
         self.spread = ScoreSpread()
 
     def excuse(self, names: Collection[str]) -> None:
@@ -45,10 +50,26 @@ class Audit:
 
     def add(self, layer: nn.Module | None, note: str) -> None:
         """Record that a layer ran, or what became of its call: `layer` is None while a frame is traced."""
+        trace = torch._guards.TracingContext.try_get()
+        if trace is not None:
+            note = self._follow(trace, note)
+            if layer is not None:
+                self._traced_in[type(layer)].add(note)
         if layer is None:
             self._traced.add(note)
         else:
             self._by_layer[layer].add(note)
+
+    def _follow(self, trace: Any, note: str) -> str:
+        """Notice a layer that a trace leaves without a call; a graph break ends a trace inside the layer."""
+        if note == ENTERED:
+            self._open.append((trace, False))
+        elif note == EXITED:
+            entered_in, has_called = self._open.pop() if self._open else (None, True)
+            return NO_CALL if entered_in is trace and not has_called else ENTERED
+        elif self._open:
+            self._open[-1] = (self._open[-1][0], True)
+        return note
 
     def unrouted(self) -> dict[str, str]:
         """The layers that were not routed, with the reason and what to do. Layers that were are remembered."""
@@ -56,7 +77,7 @@ class Audit:
         for name, layer in self._targets.items():
             notes = self._by_layer.get(layer) or self._traced
             if notes == {ENTERED}:
-                notes = notes | self._of_shared_code(layer)
+                notes = notes | self._traced_in[type(layer)]
             reasons = notes - {ENTERED}
             # several layers share a traced frame: one dense call among them leaves all of them in doubt
             doubtful = layer not in self._by_layer and reasons != {ROUTED}
@@ -69,21 +90,6 @@ class Audit:
             elif layer not in _seen_routed:
                 missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
         return missing
-
-    def _of_shared_code(self, layer: nn.Module) -> set[str]:
-        """Notes of the layers with whose compiled forwards that of this one shares a frame."""
-        code = _compiled_code(layer)
-        others = [
-            notes for other, notes in self._by_layer.items() if code is not None and _compiled_code(other) is code
-        ]
-        return set().union(*others)
-
-
-def _compiled_code(layer: nn.Module) -> CodeType | None:
-    """The code of a layer's forward where torch.compile was called with that alone: layers share its frames."""
-    former = layer.__dict__.get("_lighthouse_chained") or type(layer).forward
-    function = getattr(former, "_torchdynamo_orig_callable", None)
-    return getattr(function, "__code__", None)
 
 
 def _explained(reason: str, layer: nn.Module) -> str:

@@ -12,7 +12,14 @@ from torch import nn
 from lightning_lighthouse.attention import check_backend
 from lightning_lighthouse.config import LighthouseConfig, check_type
 from lightning_lighthouse.patch import Patch, patch_attention
-from lightning_lighthouse.schedule import DENSE, SwitchState, check_switch_at, resolve_switch_step, resume_switch
+from lightning_lighthouse.schedule import (
+    DENSE,
+    SettingError,
+    SwitchState,
+    check_switch_at,
+    resolve_switch_step,
+    resume_switch,
+)
 from lightning_lighthouse.sdpa import sdpa_priority
 from lightning_lighthouse.targets import check_layers
 
@@ -52,6 +59,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
     Raises:
         TypeError: A value has the wrong type.
         ValueError: A value is out of range. At train begin: no attention to route, or the model is patched already.
+        SettingError: At train begin: several GPUs in one process.
         ResumeError: At train begin: the resumed run would return to Lighthouse unasked.
         RuntimeError: After the first routed batch: a layer stayed dense, with the reason.
     """
@@ -103,6 +111,11 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Patch the model, off, and resolve the switch step."""
         self.restore()
+        if args.n_gpu > 1:
+            raise SettingError(
+                f"{args.n_gpu} GPUs in one process would get copies of the model that cannot be routed: start one "
+                "process a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
+            )
         model: nn.Module = others["model"]
         check_backend(self.attention, next(model.parameters()).device)
         self._patch = patch_attention(

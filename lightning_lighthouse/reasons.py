@@ -12,6 +12,7 @@ from torch import nn
 
 ROUTED = "routed"
 ENTERED = "entered"
+EXITED = "exited"
 
 MASK = "attn_mask was given"
 NOT_CAUSAL = "is_causal is False"
@@ -69,14 +70,17 @@ def remedy(reason: str, layer: nn.Module) -> str:
 
 def _remedy_of_transformers(reason: str, layer: nn.Module, config: Any) -> str:
     if reason == MASK:
-        window = _window(layer, config)
-        windowed = (
-            f"sequences longer than sliding_window={window} cannot be routed: {LEAVE_DENSE}; else " if window else ""
-        )
-        return windowed + (
+        windows = {"sliding_window": _window(layer, config), "attention_chunk_size": _chunk(config)}
+        windowed = [
+            f"sequences longer than {name}={size} cannot be routed: {LEAVE_DENSE}; else "
+            for name, size in windows.items()
+            if size
+        ]
+        return "".join(windowed) + (
             "call the model without attention_mask, or with one of ones: neither padding nor documents packed by "
             "position_ids can be routed; where there are none and the model is compiled as a whole, transformers makes "
-            "a mask because it cannot look: compile the blocks instead, or set hf_assume_causal=True"
+            "a mask because it cannot look: compile the blocks instead, or set hf_assume_causal=True; a family that "
+            f"always adds a mask of its own cannot be routed: {LEAVE_DENSE}"
         )
     if reason == DROPOUT:
         values = {name: getattr(config, name, None) for name in _DROPOUTS}
@@ -105,6 +109,11 @@ def _window(layer: nn.Module, config: Any) -> int | None:
     if kinds and isinstance(number, int) and kinds[number] == "full_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def _chunk(config: Any) -> int | None:
+    """Tokens of a chunk that attention does not look out of; None where there are none."""
+    return getattr(config, "attention_chunk_size", None)
 
 
 def _has_sdpa(layer: nn.Module) -> bool:

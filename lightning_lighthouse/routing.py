@@ -28,6 +28,7 @@ from lightning_lighthouse.reasons import (
     CHECKPOINT_INSIDE,
     DROPOUT,
     ENTERED,
+    EXITED,
     HEADS,
     INFERENCE,
     LAYOUT,
@@ -118,20 +119,29 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if is_inference:
         patch.in_scope = False
     try:
-        if self._lighthouse_chained is not None:
-            return self._lighthouse_chained(*args, **kwargs)
-        if patch.in_scope and patch.is_on and multihead.is_served(self):
-            reason = multihead.why_dense(self, *args, **kwargs)
-            if not reason:
-                return multihead.forward(self, *args, **kwargs)
-            _note(reason)
-            # dense in eager code too, as it is when compiled
-            patch.in_scope = False
-        return type(self).forward(self, *args, **kwargs)
+        out = _run(self, patch, args, kwargs)
+        # while tracing no layer is known, so the audit counts calls between entry and exit
+        if torch.compiler.is_compiling() and not is_returned and patch.is_on:
+            _note(EXITED)
+        return out
     finally:
         patch.in_scope = outer_scope
         if not torch.compiler.is_compiling():
             patch.layer, patch.autograd_mark = outer
+
+
+def _run(layer: Any, patch: Patch, args: Any, kwargs: Any) -> Any:
+    """The former forward of a layer in scope."""
+    if layer._lighthouse_chained is not None:
+        return layer._lighthouse_chained(*args, **kwargs)
+    if patch.in_scope and patch.is_on and multihead.is_served(layer):
+        reason = multihead.why_dense(layer, *args, **kwargs)
+        if not reason:
+            return multihead.forward(layer, *args, **kwargs)
+        _note(reason)
+        # dense in eager code too, as it is when compiled
+        patch.in_scope = False
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 def _is_without_gradients() -> bool:

@@ -348,6 +348,73 @@ def test_forwards_compiled_before_share_a_frame_and_its_note():
     patch.restore()
 
 
+class PartlyWrittenOut(SelfAttention):
+    """SelfAttention that calls SDPA or not."""
+
+    calls_sdpa = True
+
+    def forward(self, x):
+        if self.calls_sdpa:
+            return super().forward(x)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return (x @ x.mT).masked_fill(later, -torch.inf).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("what", ["nothing", "model", "block", "attention"])
+def test_one_layer_that_calls_no_sdpa_is_noticed_among_others(what):
+    model = GPT(6)
+    for block in model.blocks:
+        block.attn.__class__ = PartlyWrittenOut
+    model.blocks[2].attn.calls_sdpa = False
+    parts = {"nothing": [], "model": [model], "block": model.blocks, "attention": [b.attn for b in model.blocks]}
+    for part in parts[what]:
+        part.compile(backend="eager", fullgraph=True)
+    reason = r"blocks\.2\.attn.*: no call of scaled_dot_product_attention was seen"
+    with pytest.raises(RuntimeError, match=reason), patch_attention(model, CONFIG):
+        model(tokens())
+
+
+class BreaksTheGraph(SelfAttention):
+    """SelfAttention that no single graph holds."""
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+class CallsACompiledHelper(SelfAttention):
+    """SelfAttention whose call of SDPA alone is compiled."""
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return self.out(compiled_helper(q, k, v).transpose(1, 2).flatten(2))
+
+
+@torch.compile(backend="eager")
+def compiled_helper(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("kind", [BreaksTheGraph, CallsACompiledHelper])
+@pytest.mark.parametrize("what", ["nothing", "model", "block", "attention"])
+def test_layers_of_several_or_inner_graphs_are_seen_to_be_routed(what, kind):
+    torch._dynamo.reset()
+    model = GPT(6)
+    x = tokens()
+    with patch_attention(model, CONFIG):
+        routed = run(model, x)
+    for block in model.blocks:
+        block.attn.__class__ = kind
+    parts = {"nothing": [], "model": [model], "block": model.blocks, "attention": [b.attn for b in model.blocks]}
+    for part in parts[what]:
+        part.compile(backend="eager")
+    patch = patch_attention(model, CONFIG)
+    patch.on()
+    assert same(run(model, x), routed, exact=False)
+    patch.check()
+    patch.restore()
+
+
 def test_a_second_audit_of_a_compiled_model_remembers_the_first():
     model = GPT()
     model.compile(backend="eager", fullgraph=True)

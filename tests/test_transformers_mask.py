@@ -155,6 +155,8 @@ def test_sliding_windows_custom_masks_and_four_dimensions_are_never_dropped():
     assert masking.create_sliding_window_causal_mask(*given).shape == (2, 1, TOKENS, TOKENS)
     odd = masking.create_causal_mask(*given, and_mask_function=lambda b, h, q, kv: (q + kv) % 2 == 0)
     assert odd.shape == (2, 1, TOKENS, TOKENS)
+    # a model that builds on the mask itself
+    assert masking.create_causal_mask(*given, allow_is_causal_skip=False).shape == (2, 1, TOKENS, TOKENS)
     assert masking.create_bidirectional_mask(*given[:3]) is None
     four = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
     model(input_ids=tokens(), attention_mask=four)

@@ -46,6 +46,8 @@ def why_dense(
     """
     if need_weights:
         return NEED_WEIGHTS
+    if query is not key or key is not value:
+        return NOT_SELF
     if not is_causal:
         return NOT_CAUSAL
     if attn_mask is None:
@@ -54,8 +56,6 @@ def why_dense(
         return PADDING
     if module.dropout != 0 and module.training:
         return DROPOUT
-    if query is not key or key is not value:
-        return NOT_SELF
     if query.dim() != 3 or query.is_nested:
         return NOT_BATCHED
     if module.bias_k is not None or module.add_zero_attn:

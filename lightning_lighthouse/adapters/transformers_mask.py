@@ -135,7 +135,16 @@ def _covers_whole_sequence(settings: dict[str, Any]) -> bool:
         and settings.get("local_size") is None
         and not settings.get("use_vmap", False)
         and "allow_is_bidirectional_skip" not in settings
+        and not _asks_for_a_mask(settings)
     )
+
+
+def _asks_for_a_mask(settings: dict[str, Any]) -> bool:
+    """Whether the model builds on the mask itself, also where it is plain causal; with packing it is never left out."""
+    from transformers.masking_utils import causal_mask_function
+
+    is_plain = settings.get("mask_function", causal_mask_function) is causal_mask_function
+    return is_plain and not settings.get("allow_is_causal_skip", True)
 
 
 def _check_padding(attention_mask: Tensor | None) -> None:
