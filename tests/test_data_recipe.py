@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -201,6 +202,29 @@ def test_another_topology_warns_and_repeats_nothing(prepared: str, tmp_path: Pat
     # one worker does what the main process would have done
     assert "resumed with" not in caplog.text
     assert alone.seen == unbroken.seen[5:]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_more_ranks_take_the_rest_of_an_epoch(prepared: str, monkeypatch: Any, share: float) -> None:
+    def loader() -> Any:
+        data = recipe(prepared, batch_size=1)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    whole = [name_of(batch["tokens"]) for batch in loader()]
+    position = loader()
+    done = int(len(whole) * share) // 2 * 2
+    served = [name_of(batch["tokens"]) for _, batch in zip(range(done), position, strict=False)]
+    state = position.state_dict()
+    # litdata reads these to find out its rank
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("GLOBAL_RANK", rank)
+        resumed = loader()
+        resumed.load_state_dict(copy.deepcopy(state))
+        served += [name_of(batch["tokens"]) for batch in resumed]
+    assert len(served) == len(whole) // 2 * 2
+    assert len(set(served) & set(whole)) == len(served)
 
 
 def test_checkpoints_load_without_executing_code(prepared: str, tmp_path: Path) -> None:

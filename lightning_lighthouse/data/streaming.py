@@ -125,6 +125,10 @@ class SequenceLoader(StreamingDataLoader):
         # under other ranks litdata rounds the position down to a global batch, which would repeat sequences
         stride = self.dataset.distributed_env.world_size * self.batch_size
         dataset["sample_in_epoch"] = -(-dataset["sample_in_epoch"] // stride) * stride
+        # the count of one rank of before: litdata does not use it then, but refuses more than a rank has now
+        env = {"world_size": self.dataset.distributed_env.world_size, "num_workers": max(1, self.num_workers)}
+        if any(dataset[name] != value for name, value in {**env, "batch_size": self.batch_size}.items()):
+            dataset["num_samples_yielded"] = 0
         # litdata would keep 1 there, and a run resumed twice within a later epoch get the order of the first
         dataset["current_epoch"] = self.dataset.current_epoch = obj["current_epoch"]
         super().load_state_dict({**obj, "dataset": dataset})
