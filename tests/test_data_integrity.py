@@ -81,6 +81,61 @@ def test_a_damaged_manifest_is_one_line(folder: Path) -> None:
         check(folder)
 
 
+def damage(content: dict[str, Any], part: str | None, name: str, value: Any) -> dict[str, Any]:
+    return {**content, part: {**content[part], name: value}} if part else {**content, name: value}
+
+
+ALTERED = [
+    (None, "end_of_document", 0),
+    (None, "vocab_size", 65536),
+    ("train", "sequences", 1),
+    ("settings", "tokenizer", "sha256:0"),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), ALTERED, ids=[name for _, name, _ in ALTERED])
+def test_no_part_of_the_manifest_may_change(folder: Path, capsys: Any, part: str | None, name: str, value: Any) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(damage(content, part, name, value)))
+    with pytest.raises(ValueError, match=r"manifest\.json is cut short or altered \(its content_sha256 does not fit"):
+        check(folder)
+    assert main([str(folder)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    # another layout of the same content
+    path.write_text(json.dumps(dict(reversed(content.items()))))
+    assert main([str(folder)]) == 0
+
+
+WRONG_TYPES = [
+    ("train", "sequences", "x"),
+    ("train", "tokens", None),
+    ("settings", "seed", "x"),
+    ("settings", "source", 7),
+    (None, "vocab_size", 2.5),
+    (None, "train", 7),
+    (None, "files", {"train/index.json": {"bytes": "x", "sha256": ""}}),
+    (None, "files", 7),
+    (None, "sources", 7),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), WRONG_TYPES, ids=[f"{name}={v!r}" for _, name, v in WRONG_TYPES])
+def test_a_wrong_type_is_one_line(folder: Path, capsys: Any, part: str | None, name: str, value: Any) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    # as the folders of before were written
+    del content["content_sha256"]
+    path.write_text(json.dumps(content))
+    assert main([str(folder)]) == 0
+    path.write_text(json.dumps(damage(content, part, name, value)))
+    capsys.readouterr()
+    assert main([str(folder)]) == 1
+    line = capsys.readouterr().err
+    assert "manifest.json is cut short or altered (" in line
+    assert line.count("\n") == 1
+
+
 def test_verify_names_each_bad_file(folder: Path, capsys: Any) -> None:
     flipped, missing = folder / "train" / "chunk-0-2.bin", folder / "validation" / "chunk-0-0.bin"
     content = bytearray(flipped.read_bytes())

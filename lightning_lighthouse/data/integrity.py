@@ -1,7 +1,7 @@
 """What a prepared folder says about itself, and whether it still holds.
 
-`manifest.json` records the settings, the counts, and size and sha256 of every file. `check` compares sizes and takes
-milliseconds: it runs before each training. `verify` hashes everything again; it is a command.
+`manifest.json` records the settings, the counts, size and sha256 of every file, and a digest of these records. `check`
+compares sizes and takes milliseconds: it runs before each training. `verify` hashes everything again; it is a command.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_type_hints
 
 from lightning_lighthouse.arguments import Parser
 from lightning_lighthouse.data.settings import Settings, weighted_sources
@@ -22,6 +23,8 @@ INDEX = "index.json"
 # Raised when the layout of the folder changes; 2 records more than 1
 FORMAT = 2
 READABLE_FORMATS = (1, FORMAT)
+# Names the digest of all else in the manifest
+CONTENT = "content_sha256"
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write it into `folder`."""
         content = {"format": FORMAT, **asdict(self), "sha256": self.sha256}
-        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        (folder / MANIFEST).write_text(json.dumps({**content, CONTENT: _digest(content)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -174,6 +177,10 @@ class Manifest:
             content = json.loads(path.read_bytes())
             if content["format"] not in READABLE_FORMATS:
                 raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+            # the first folders have none
+            digest = content.pop(CONTENT, None)
+            if digest is not None and digest != _digest(content):
+                raise ValueError(f"its {CONTENT} does not fit the rest of it")
             settings = content["settings"]
             manifest = cls(
                 settings=Settings(**{**settings, "sources": weighted_sources(settings.get("sources") or None)}),
@@ -185,9 +192,10 @@ class Manifest:
                 test=Counts(**content.get("test", {})),
                 sources=tuple(SourceCounts(**source) for source in content.get("sources", ())),
             )
+            _check_types(manifest)
             if content["sha256"] != manifest.sha256:
                 raise ValueError("its sha256 does not fit its files")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is cut short or altered ({error}); prepare the data again, with --overwrite"
             ) from None
@@ -292,6 +300,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_types(record: Any) -> None:
+    """Raise TypeError where a value is not of its field's type: the first folders have no digest that would tell."""
+    for name, kind in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if isinstance(kind, GenericAlias):
+            for part in value.values() if isinstance(value, dict) else value:
+                _check_types(part)
+        elif is_dataclass(kind):
+            _check_types(value)
+        # JSON and users write whole numbers without a point
+        elif not isinstance(value, kind | int if kind is float else kind):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def _inside(name: str) -> str:
