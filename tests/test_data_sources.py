@@ -102,10 +102,11 @@ BAD_LINES = [
     ('{"text": 7}\n', r"a\.jsonl, line 1 has no text in field 'text', found text; set text_field$"),
     ('["a"]\n', r"a\.jsonl, line 1 has no text in field 'text', found list; set text_field$"),
     ('{"text": "\\ud800"}\n', r"a\.jsonl, line 1 holds half a surrogate pair"),
+    ("[" * 10**5 + "\n", r"a\.jsonl, line 1 is nested too deeply$"),
 ]
 
 
-@pytest.mark.parametrize(("lines", "message"), BAD_LINES, ids=["cut", "field", "number", "list", "surrogate"])
+@pytest.mark.parametrize(("lines", "message"), BAD_LINES, ids=["cut", "field", "number", "list", "surrogate", "nested"])
 def test_a_bad_line_is_named_and_nothing_is_left_behind(tmp_path: Path, lines: str, message: str) -> None:
     good = json.dumps({"text": "x" * 5000}) + "\n"
     (tmp_path / "in").mkdir()
@@ -177,6 +178,38 @@ def test_the_splits_of_saved_data_sets_are_named(tmp_path: Path) -> None:
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["tr')
     with pytest.raises(ValueError, match=r"dataset_dict\.json is cut short or altered"):
         find_files(str(tmp_path / "saved"))
+
+
+MALFORMED = [
+    ("state.json", '{"_data_files": [{}]}', "_data_files is no list of filenames"),
+    ("state.json", '{"_data_files": null}', "_data_files is no list of filenames"),
+    ("state.json", '{"_data_files": [{"filename": 7}]}', "_data_files is no list of filenames"),
+    ("state.json", "[" * 10**5, "maximum recursion depth exceeded"),
+    ("dataset_dict.json", "[]", "splits is no list of names"),
+    ("dataset_dict.json", '{"splits": 7}', "splits is no list of names"),
+    (
+        "index.json",
+        '{"chunks": null, "config": {"data_format": ["no_header_numpy:5"]}}',
+        "litdata wrote no such chunks",
+    ),
+    (
+        "index.json",
+        '{"chunks": [{}], "config": {"data_format": ["no_header_numpy:5"]}}',
+        "litdata wrote no such chunks",
+    ),
+    ("index.json", '{"chunks": [], "config": null}', "litdata wrote no such chunks or config"),
+    ("index.json", '{"chunks": [], "config": {"data_format": ["no_header_numpy:x"]}}', "litdata wrote no such chunks"),
+    ("index.json", "[" * 10**5, "maximum recursion depth exceeded"),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "message"), MALFORMED, ids=[f"{n}-{r[:40]}" for n, r, _ in MALFORMED])
+def test_a_malformed_record_is_named(tmp_path: Path, name: str, record: str, message: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("x" * 99)
+    (tmp_path / "in" / name).write_text(record)
+    with pytest.raises(ValueError, match=rf"^\S*in/{re.escape(name)} is cut short or altered: {message}"):
+        prepare(str(tmp_path / "out"), seq_len=7, source=str(tmp_path / "in"))
 
 
 def test_a_text_folder_may_have_such_names_too(tmp_path: Path) -> None:

@@ -160,6 +160,8 @@ def _text_of(line: bytes, text_field: str, origin: str) -> bytes:
         record = json.loads(line.decode())
     except ValueError as error:
         raise ValueError(f"{origin} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{origin} is nested too deeply") from None
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{origin} has no text in field {text_field!r}, found {found}; set text_field")

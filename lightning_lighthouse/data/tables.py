@@ -26,12 +26,12 @@ def find_table_files(folder: Path) -> list[Path]:
         ValueError: The folder holds several data sets, or its record is damaged.
     """
     if (folder / SPLITS).is_file():
-        splits = " or ".join(str(folder / str(name)) for name in _read(folder / SPLITS).get("splits", []))
+        splits = " or ".join(str(folder / name) for name in _list(folder / SPLITS, "splits"))
         raise ValueError(f"source {folder} holds several splits, choose one: {splits}")
     # a folder of text may have a state.json of its own
-    if not (folder / STATE).is_file() or "_data_files" not in (state := _read(folder / STATE)):
+    if not (folder / STATE).is_file() or "_data_files" not in _read(folder / STATE):
         return []
-    files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    files = [folder / Path(name).name for name in _list(folder / STATE, "_data_files", "filename")]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, {folder / STATE} names it")
@@ -40,10 +40,21 @@ def find_table_files(folder: Path) -> list[Path]:
 
 def _read(record: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(record.read_bytes())
-    except ValueError as error:
+        content = json.loads(record.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{record} is cut short or altered: {error}") from None
-    return content
+    return content if isinstance(content, dict) else {}
+
+
+def _list(record: Path, name: str, key: str | None = None) -> list[str]:
+    """The list of that name: of strings, or of what each entry has under `key`."""
+    try:
+        found = [entry if key is None else entry[key] for entry in _read(record)[name]]
+    except (KeyError, TypeError):
+        found = [None]
+    if not all(isinstance(entry, str) for entry in found):
+        raise ValueError(f"{record} is cut short or altered: {name} is no list of {key or 'name'}s")
+    return found
 
 
 def read_table(path: Path, text_field: str) -> Iterator[tuple[bytes, int]]:

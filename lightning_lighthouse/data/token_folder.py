@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ def is_token_folder(source: Path) -> bool:
         return False
     try:
         content = json.loads((source / INDEX).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source / INDEX} is cut short or altered: {error}") from None
     # a folder of text may have an index.json of its own
     return isinstance(content, dict) and {"chunks", "config"} <= set(content)
@@ -47,9 +48,7 @@ def token_files(folder: Path) -> list[Path]:
     """
     if (folder.parent / MANIFEST).is_file():
         raise ValueError(f"source {folder} is part of the prepared folder {folder.parent}; give that one")
-    index = json.loads((folder / INDEX).read_bytes())
-    _numpy_type(folder, index["config"])
-    files = [folder / Path(chunk["filename"]).name for chunk in index["chunks"]]
+    files = [folder / name for name in _read_index(folder)[1]]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, {folder / INDEX} names it")
@@ -69,7 +68,7 @@ def read_token_documents(folder: Path, tokenizer: Tokenizer) -> Iterator[TokenDo
     Raises:
         ValueError: A chunk is damaged, or holds a token that the tokenizer has not; the message names it.
     """
-    stored = _numpy_type(folder, json.loads((folder / INDEX).read_bytes())["config"])
+    stored, _ = _read_index(folder)
     dtype, end = token_dtype(tokenizer.vocab_size), tokenizer.end_of_document
     for path in token_files(folder):
         for item in _items(path, stored):
@@ -99,6 +98,16 @@ def _items(path: Path, stored: np.dtype[Any]) -> Iterator[np.ndarray]:
         yield np.frombuffer(content[begin:stop], dtype=stored)
 
 
+def _read_index(folder: Path) -> tuple[np.dtype[Any], list[str]]:
+    """The type of the stored tokens, and the names of the chunks."""
+    index = json.loads((folder / INDEX).read_bytes())
+    try:
+        names = [Path(chunk["filename"]).name for chunk in index["chunks"]]
+        return _numpy_type(folder, index["config"]), names
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / INDEX} is cut short or altered: litdata wrote no such chunks or config") from None
+
+
 def _numpy_type(folder: Path, config: dict[str, Any]) -> np.dtype[Any]:
     """The type of the stored tokens."""
     from litdata.constants import _NUMPY_DTYPES_MAPPING, _TORCH_DTYPES_MAPPING
@@ -108,10 +117,11 @@ def _numpy_type(folder: Path, config: dict[str, Any]) -> np.dtype[Any]:
     if name not in ("no_header_tensor", "no_header_numpy") or config.get("compression") or config.get("encryption"):
         kind = "compressed or encrypted data" if name.startswith("no_header") else f"data of the format {formats}"
         raise ValueError(f"source {folder} is a litdata folder of {kind}, not of plain tokens; give the text instead")
-    if name == "no_header_numpy":
-        stored = np.dtype(_NUMPY_DTYPES_MAPPING[int(number)])
-    else:
-        stored = np.dtype(str(_TORCH_DTYPES_MAPPING[int(number)]).removeprefix("torch."))
-    if stored.kind not in "iu":
+    if not number.isdecimal():
+        raise KeyError(number)
+    types = _NUMPY_DTYPES_MAPPING if name == "no_header_numpy" else _TORCH_DTYPES_MAPPING
+    stored = str(types[int(number)]).removeprefix("torch.")
+    # NumPy does not know all of torch's
+    if not re.fullmatch(r"u?int\d+", stored):
         raise ValueError(f"source {folder} is a litdata folder of {stored}, not of tokens; give the text instead")
-    return stored
+    return np.dtype(stored)
