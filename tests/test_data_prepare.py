@@ -217,6 +217,7 @@ BAD_ARGUMENTS = [
     (["--seq_len", "many"], 2, "argument --seq_len: invalid int value: 'many'"),
     (["--seq_len", "61", "--validation_fraction", "1"], 2, "validation_fraction must be in [0, 1), got 1.0"),
     (["--seq_len", "61", "--num_workers", "-1"], 2, "num_workers must be at least 0, got -1"),
+    (["--seq_len", "61", "--end_of_document", "x"], 2, "end_of_document must be None for byte tokens, got 'x'"),
     (["--seq_len", "61", "--sourc", "x"], 2, "--sourc is not an option; did you mean --source?"),
     (["--source", "x"], 2, "the following arguments are required: --seq_len"),
     (

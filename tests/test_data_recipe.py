@@ -287,6 +287,14 @@ def test_a_prepared_source_must_fit_the_recipe(prepared: str) -> None:
     recipe(prepared, seed=7, validation_fraction=0.5, text_field="body").setup("fit")
 
 
+def test_a_prepared_source_of_another_tokenizer(text: Path, tmp_path: Path, tokenizer_file: str) -> None:
+    out = str(tmp_path / "out")
+    prepare(out, seq_len=SEQ_LEN, source=str(text), tokenizer=tokenizer_file, end_of_document="<|endoftext|>")
+    recipe(out, tokenizer=tokenizer_file).setup("fit")
+    with pytest.raises(ValueError, match=r"was prepared with tokenizer='sha256:\w+', asked for 'bytes'"):
+        recipe(out).setup("fit")
+
+
 def test_an_output_of_other_settings_is_refused(text: Path, tmp_path: Path) -> None:
     options = {"output_dir": str(tmp_path / "out"), "validation_fraction": 0.2}
     recipe(str(text), **options).prepare_data()

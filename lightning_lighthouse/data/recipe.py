@@ -235,7 +235,9 @@ class LighthouseRecipe(LightningDataModule):
         if self.source_is_prepared:
             # only what the batches must agree with: where the text came from is no longer the recipe's business
             recorded = Manifest.load(self.folder).settings
-            settings = replace(recorded, seq_len=settings.seq_len, tokenizer=settings.tokenizer)
+            # its end of a document goes with its tokenizer, and may not exist in another
+            end = recorded.end_of_document if settings.tokenizer == recorded.tokenizer else settings.end_of_document
+            settings = replace(recorded, seq_len=settings.seq_len, tokenizer=settings.tokenizer, end_of_document=end)
         return check_prepared(self.folder, settings, self.tokenizer)
 
     def _loader(self, split: str, *, shuffle: bool, limit: int | float = 1.0) -> Any:

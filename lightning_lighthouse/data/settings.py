@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+BYTES = "bytes"
 PACK, WHOLE = "pack", "whole"
 # litdata counts the bytes of a chunk in 32 bits; one sequence of 4-byte tokens takes half of them
 MAX_SEQ_LEN = 2**29
@@ -76,6 +77,8 @@ class Settings:
             raise ValueError(f"seq_len must be in [1, {MAX_SEQ_LEN}], got {self.seq_len}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction}")
+        if self.tokenizer == BYTES and self.end_of_document is not None:
+            raise ValueError(f"end_of_document must be None for byte tokens, got {self.end_of_document!r}")
         if self.documents not in (PACK, WHOLE):
             raise ValueError(f"documents must be {PACK!r} or {WHOLE!r}, got {self.documents!r}")
         if self.long_fraction is not None:

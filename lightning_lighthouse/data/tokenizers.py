@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-BYTES = "bytes"
+from lightning_lighthouse.data.settings import BYTES
+
 # What the common tokenizers call the end of a document, tried in this order; the report says which id was taken
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 
