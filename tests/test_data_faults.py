@@ -179,7 +179,11 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, prepared: Path) -> None
         f"sys.exit(main(['--output_dir', 'out', '--seq_len', '61', '--source', {str(prepared / '*.txt')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (1, "lighthouse prepare: [Errno 27] File too large\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"lighthouse prepare: output_dir {Path.cwd() / 'out'} cannot be written: [Errno 27] File too large; make room, "
+        "or choose another one\n",
+    )
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["prepared", "recipe.yaml"]
 
 

@@ -138,6 +138,52 @@ def test_a_folder_of_the_user_is_never_touched(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == before
 
 
+def test_a_folder_without_its_manifest_is_refused_or_replaced(tmp_path: Path, monkeypatch: Any) -> None:
+    source = str(write_jsonl(tmp_path / "text.jsonl", texts_of(31)))
+    out = tmp_path / "out"
+    asked: dict[str, Any] = {"source": source, "seq_len": 61}
+    first = prepare(str(out), **asked)
+    (out / "manifest.json").unlink()
+    before = content(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_splits", None)
+        with pytest.raises(
+            ValueError,
+            match=r"output_dir \S*out holds data but no manifest\.json; .*lighthouse prepare .* --overwrite$",
+        ):
+            prepare(str(out), **asked)
+        # a folder of such a name, but not with such files
+        (out / "train" / "cat.jpg").write_text("irreplaceable")
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="holds files not written by lighthouse prepare; choose another one"):
+                prepare(str(out), overwrite=overwrite, **asked)
+        assert content(out).keys() == {*before, "train/cat.jpg"}
+        (out / "train" / "cat.jpg").unlink()
+    assert prepare(str(out), overwrite=True, **asked) == first
+    assert list(verify(out)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.jsonl"]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    source = str(write_jsonl(tmp_path / "text.jsonl", texts_of(31)))
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk" / "data")
+    for seq_len in (61, 67):
+        prepare(str(link), seq_len=seq_len, source=source, overwrite=True)
+        assert link.is_symlink()
+        assert Manifest.load(tmp_path / "disk" / "data").settings.seq_len == seq_len
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["data"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out", "text.jsonl"]
+
+
+def test_the_current_folder_is_refused_before_the_work(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_module, "write_splits", None)
+    with pytest.raises(ValueError, match=r"output_dir /\S* is the current folder, or holds it; run this from"):
+        prepare(".", seq_len=61)
+
+
 def test_of_two_preparations_the_first_to_end_is_kept(tmp_path: Path) -> None:
     source = str(write_jsonl(tmp_path / "text.jsonl", texts_of(31)))
     first = prepare(str(tmp_path / "out"), seq_len=61, source=source)

@@ -6,6 +6,7 @@ the number of processes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -19,10 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lighthouse.arguments import Parser
-from lightning_lighthouse.data.integrity import MANIFEST, Manifest, check, is_prepared
+from lightning_lighthouse.data.integrity import INDEX, MANIFEST, Manifest, check, is_prepared
 from lightning_lighthouse.data.settings import PACK, WHOLE, Settings, WeightedSource, prepare_command, weighted_sources
 from lightning_lighthouse.data.splits import SPLITS, write_splits
 from lightning_lighthouse.data.tokenizers import BYTES, identify_tokenizer, load_tokenizer
+
+# What a write fails with where there is no room
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Files of a split, and what litdata puts beside them
+WRITTEN = re.compile(re.escape(INDEX) + r"|chunk-\d+-\d+\.bin(\.\w+)*")
 
 
 def prepare(
@@ -57,7 +63,7 @@ def prepare(
             `validation_source`.
         seed: Of the choice of those documents.
         num_workers: Processes that tokenize; 0 tokenizes in this one. The result is the same.
-        overwrite: Replace a folder that was prepared with other settings.
+        overwrite: Replace a folder that was prepared with other settings, or that lost its manifest.
         sources: Several sources with weights, instead of `source`.
         test_source: Where test documents come from, like `source`; None: no test data.
         documents: "pack" cuts the stream of all documents; "whole" lets each document of more than half a sequence
@@ -90,13 +96,19 @@ def prepare(
     )
     if is_prepared(output) and not overwrite:
         return check_prepared(output, settings, tokenizer)
-    if _holds_other_files(output):
-        raise ValueError(f"output_dir {output} holds files not written by lighthouse prepare; choose another one")
+    # a link stays, and what it leads to is replaced
+    output = Path(os.path.realpath(output))
+    _check_output(output, prepare_command(settings, output, tokenizer, overwrite=True), overwrite)
 
     partial = _make_partial(output)
     try:
         manifest = write_splits(partial, settings, load_tokenizer(tokenizer, end_of_document), num_workers)
         _publish(partial, output, manifest, overwrite)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        # the system names no file
+        raise OSError(f"output_dir {output} cannot be written: {error}; make room, or choose another one") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -122,10 +134,37 @@ def check_prepared(output: Path, settings: Settings, tokenizer: str) -> Manifest
     return manifest
 
 
+def _check_output(output: Path, command: str, overwrite: bool) -> None:
+    """Raise ValueError where the folder cannot be put there, or would take the place of something else."""
+    if _holds_other_files(output):
+        raise ValueError(f"output_dir {output} holds files not written by lighthouse prepare; choose another one")
+    if not (overwrite or is_prepared(output) or _is_empty(output)):
+        raise ValueError(
+            f"output_dir {output} holds data but no {MANIFEST}; copy that again, choose another output_dir, or replace "
+            f"the folder: {command}"
+        )
+    # it is replaced as a whole: who stands in it would stand in a folder that is gone
+    if Path.cwd().is_relative_to(output):
+        raise ValueError(
+            f"output_dir {output} is the current folder, or holds it; run this from elsewhere, or choose another one"
+        )
+
+
+def _is_empty(output: Path) -> bool:
+    return not output.exists() or not any(output.iterdir())
+
+
 def _holds_other_files(output: Path) -> bool:
     if not output.is_dir():
         return output.exists()
-    return not {path.name for path in output.iterdir()} <= {MANIFEST, *SPLITS}
+    found = list(output.iterdir())
+    if not {path.name for path in found} <= {MANIFEST, *SPLITS}:
+        return True
+    if is_prepared(output):
+        return False
+    # without a manifest a folder of such a name may be the user's own
+    inside = [inner for path in found for inner in (path.iterdir() if path.is_dir() else [path])]
+    return not all(inner.is_file() and WRITTEN.fullmatch(inner.name) for inner in inside)
 
 
 def _make_partial(output: Path) -> Path:
@@ -155,7 +194,7 @@ def _alive(pid: int) -> bool:
 
 
 def _publish(partial: Path, output: Path, manifest: Manifest, overwrite: bool) -> None:
-    if overwrite and is_prepared(output):
+    if overwrite and not _is_empty(output) and not _holds_other_files(output):
         replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
         output.rename(replaced)
         partial.rename(output)
