@@ -227,6 +227,21 @@ def test_more_ranks_take_the_rest_of_an_epoch(prepared: str, monkeypatch: Any, s
     assert len(set(served) & set(whole)) == len(served)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resume_of_a_run_resumed_with_another_topology(prepared: str, tmp_path: Path, num_workers: int) -> None:
+    sequences = recipe(prepared)._load_manifest().train.sequences
+    done = sequences - 8
+    fit(recipe(prepared, batch_size=1, num_workers=2), tmp_path / "two", max_steps=done)
+    options = {"batch_size": 1, "num_workers": num_workers}
+    step = tmp_path / "two" / f"step={done}.ckpt"
+    resumed = fit(recipe(prepared, **options), tmp_path / "one", resume=step, max_epochs=2)
+    assert len(resumed.seen) == 8 + sequences
+    # within the epoch, at its end, and within the next
+    for more in (3, 8, 13):
+        again = fit(recipe(prepared, **options), resume=tmp_path / "one" / f"step={done + more}.ckpt", max_epochs=2)
+        assert again.seen == resumed.seen[more:]
+
+
 def test_checkpoints_load_without_executing_code(prepared: str, tmp_path: Path) -> None:
     fit(recipe(prepared), tmp_path, max_steps=1)
     checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=True)

@@ -115,9 +115,11 @@ class SequenceLoader(StreamingDataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """litdata's position, and whether it is the end of the epoch."""
-        batches = self._num_samples_yielded_streaming // self.batch_size
+        state = super().state_dict()
+        # of all ranks, and also of what came before a resume
+        batches = state["dataset"]["sample_in_epoch"] // (self.dataset.distributed_env.world_size * self.batch_size)
         last = int(len(self) * self._limit) if isinstance(self._limit, float) else min(len(self), self._limit)
-        return {**super().state_dict(), "epoch_is_over": batches >= last}
+        return {**state, "epoch_is_over": batches >= last}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Continue behind the last batch of `obj`; the recipe has compared the fingerprints, the path may differ."""
@@ -125,9 +127,12 @@ class SequenceLoader(StreamingDataLoader):
         # under other ranks litdata rounds the position down to a global batch, which would repeat sequences
         stride = self.dataset.distributed_env.world_size * self.batch_size
         dataset["sample_in_epoch"] = -(-dataset["sample_in_epoch"] // stride) * stride
-        # the count of one rank of before: litdata does not use it then, but refuses more than a rank has now
-        env = {"world_size": self.dataset.distributed_env.world_size, "num_workers": max(1, self.num_workers)}
-        if any(dataset[name] != value for name, value in {**env, "batch_size": self.batch_size}.items()):
+        topology = {"world_size": self.dataset.distributed_env.world_size, "num_workers": max(1, self.num_workers)}
+        changed = any(dataset[name] != value for name, value in {**topology, "batch_size": self.batch_size}.items())
+        if changed or dataset.get("resume_mode") == "elastic":
+            # litdata's workers note that for themselves alone: a run resumed once more would repeat what came before
+            dataset["resume_mode"] = "elastic"
+            # sample_in_epoch tells all: the count of one rank may be more than a rank has now, which litdata refuses
             dataset["num_samples_yielded"] = 0
         # litdata would keep 1 there, and a run resumed twice within a later epoch get the order of the first
         dataset["current_epoch"] = self.dataset.current_epoch = obj["current_epoch"]
