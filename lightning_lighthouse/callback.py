@@ -269,12 +269,11 @@ class LighthouseCallback(Callback):
     ) -> None:
         """Leave the phase until the next batch; audit the first routed one; write the curves."""
         self._leave_phase()
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         audit = self._patch.audit if self._patch is not None else None
         # a batch that training_step passes over has routed nothing
-        if audit is not None and (audit.saw_a_layer or trainer.global_step > self._step):
-            assert self._patch is not None
+        if self._patch is not None and audit is not None and (audit.saw_a_layer or loss is not None):
             self._finish_audit(self._patch)
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         assert self._curves is not None
         if isinstance(loss, Tensor):
             # Lightning hands out the part of the loss that this batch adds to an accumulated step

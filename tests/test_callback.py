@@ -256,6 +256,16 @@ def test_an_unroutable_layer_is_named(tmp_path):
         fit(tmp_path, [LighthouseCallback(0.5, CONFIG, on_unroutable="warn")], model)
 
 
+def test_a_batch_that_training_step_passes_over_is_not_judged(tmp_path):
+    class PassesOver(ForeignModule):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    model = PassesOver()
+    fit(tmp_path, [LighthouseCallback(3, CONFIG)], model)
+    assert len(model.losses) > 3
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield from Sequences().tokens
@@ -464,6 +474,8 @@ def test_a_resumed_run_continues_its_curves(tmp_path):
     _, run = fit(tmp_path, callbacks, enable_checkpointing=True, **logger)
     before = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
     logger["logger"] = TensorBoardLogger(tmp_path, version="one")
+    # files are read in the order of their names: of the second, and within it of a counter without leading zeros
+    time.sleep(1.1)
     fit(tmp_path, [LighthouseCallback(0.6, CONFIG)], ckpt_path=next(tmp_path.glob("*step=4.ckpt")), **logger)
     after = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
     assert after == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from foreign import VOCABULARY
 
 from lightning_lighthouse import register_lighthouse_sdpa
 from lightning_lighthouse.routing import patches
-from lightning_lighthouse.schedule import ResumeError
+from lightning_lighthouse.schedule import ResumeError, SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -236,6 +237,15 @@ def test_an_exception_inside_a_training_leaves_nothing_when_used_as_a_context(tm
     with pytest.raises(KeyboardInterrupt), LighthouseTrainerCallback(3, CONFIG) as callback:
         trained(tmp_path, callback, model, callbacks=[Failing()], gradient_accumulation_steps=2)
     assert "forward" not in vars(model.model.layers[1].self_attn)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    callback = LighthouseTrainerCallback()
+    with pytest.raises(SettingError, match=r"2 GPUs in one process .* \(torchrun\)"):
+        callback.on_train_begin(
+            SimpleNamespace(n_gpu=2), transformers.TrainerState(), transformers.TrainerControl(), model=llama()
+        )
+    assert patches == []
 
 
 def test_padding_is_named_and_nothing_is_left(tmp_path):
