@@ -32,6 +32,7 @@ from lightning_lighthouse.schedule import DENSE, SettingError, SwitchState, chec
 from lightning_lighthouse.sdpa import sdpa_priority
 from lightning_lighthouse.switching import apply_rule, describe_start, describe_switch, resolve_switch
 from lightning_lighthouse.targets import check_layers
+from lightning_lighthouse.waiting import timed_fetches
 
 
 class LighthouseCallback(Callback):
@@ -187,6 +188,8 @@ class LighthouseCallback(Callback):
         self._restore()
         check_tensor_parallel(trainer, pl_module)
         self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
+        profiler = trainer.profiler  # type: ignore[attr-defined]
+        self._contexts.enter_context(timed_fetches(profiler, lambda seconds: self._stopwatch.fetched(seconds)))
         if self.enabled and self.return_steps:
             self._contexts.enter_context(room_to_recompile())
         self._folder = None

@@ -44,6 +44,8 @@ class Run:
             line between two validations; None if it never was.
         peak_gib: Most memory allocated on the first GPU.
         device: Its name.
+        lighthouse_waiting_share: Share of the Lighthouse phase's time that rank 0 waited for data; None if unknown.
+        dense_waiting_share: The same of the dense phase.
     """
 
     run: str
@@ -61,6 +63,8 @@ class Run:
     seconds_to_reference: float | None
     peak_gib: float | None
     device: str
+    lighthouse_waiting_share: float | None
+    dense_waiting_share: float | None
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -116,6 +120,9 @@ def summarize(name: str, report: dict[str, Any], reference_loss: float | None = 
         seconds_to_reference=None if reference_loss is None else seconds_to(reference_loss, curve),
         peak_gib=None if peak is None else peak / 1024,
         device=report["device"]["name"],
+        # reports of before had none
+        lighthouse_waiting_share=lighthouse.get("waiting_share"),
+        dense_waiting_share=dense.get("waiting_share"),
     )
 
 
@@ -148,6 +155,7 @@ def table(runs: Sequence[Run]) -> str:
         "steps",
         "seconds",
         "tokens/s",
+        "waiting",
         "at switch",
         "after",
         "final",
@@ -158,6 +166,7 @@ def table(runs: Sequence[Run]) -> str:
     for run in runs:
         both = run.lighthouse_steps and run.dense_steps
         speeds = [run.lighthouse_tokens_per_second, run.dense_tokens_per_second]
+        waiting = [run.lighthouse_waiting_share, run.dense_waiting_share]
         rows.append(
             [
                 run.run,
@@ -168,6 +177,7 @@ def table(runs: Sequence[Run]) -> str:
                 if both
                 else f"{run.lighthouse_seconds + run.dense_seconds:.1f}",
                 ", ".join(f"{speed:,.0f}" for speed in speeds if speed is not None) or "-",
+                ", ".join(f"{share:.1%}" for share in waiting if share is not None) or "-",
                 _shown(run.loss_at_switch, ".4f"),
                 _shown(run.loss_after_switch, ".4f"),
                 _shown(run.final_loss, ".4f"),

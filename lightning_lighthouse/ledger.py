@@ -25,6 +25,7 @@ class PhaseTotals:
         paced_tokens: Tokens of the batches whose time counts for throughput: all but the first of a phase and of a
             run, which compile.
         paced_seconds: Time of those batches.
+        paced_waiting: What of that went by before the loader handed the batch out; on rank 0, the others' differs.
     """
 
     steps: int = 0
@@ -32,12 +33,21 @@ class PhaseTotals:
     tokens: int = 0
     paced_tokens: int = 0
     paced_seconds: float = 0.0
+    paced_waiting: float = 0.0
     _window_start: tuple[int, float] = (0, 0.0)
 
     @property
     def tokens_per_second(self) -> float | None:
         """None before a batch was timed."""
         return self.paced_tokens / self.paced_seconds if self.paced_seconds > 0 else None
+
+    @property
+    def waiting_share(self) -> float | None:
+        """Share of the timed batches' time that the process waited for data; None before a batch was timed.
+
+        A GPU that still has work meanwhile loses less.
+        """
+        return self.paced_waiting / self.paced_seconds if self.paced_seconds > 0 else None
 
     def window_rate(self) -> float | None:
         """Tokens per second since the last call; None if no batch was timed since."""
@@ -129,8 +139,8 @@ class Ledger:
         for phase in (LIGHTHOUSE, DENSE):
             totals = self.totals(phase)
             if totals.steps:
-                rate = totals.tokens_per_second
-                pace = f", {rate:,.0f} tokens/s" if rate is not None else ""
+                rate, waiting = totals.tokens_per_second, totals.waiting_share
+                pace = "" if rate is None else f", {rate:,.0f} tokens/s, {waiting:.1%} of the time waiting for data"
                 lines.append(f"{phase:<10} {totals.steps:>7} steps {totals.seconds:>9.1f} s{pace}")
         validations = {
             "last before the switch": self.before_switch,
@@ -153,6 +163,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self._mark: float | None = None
         self._paced_phase: str | None = None
+        self._waited = 0.0
+
+    def fetched(self, seconds: float) -> None:
+        """A batch was handed out after `seconds`; they count where the time between two batches does."""
+        if self._mark is not None:
+            self._waited += seconds
 
     def start(self) -> None:
         """A batch begins; waiting for its data counts if the batch before it was timed too."""
@@ -170,6 +186,8 @@ class Stopwatch:
         if self._paced_phase == phase:
             totals.paced_seconds += seconds
             totals.paced_tokens += tokens
+            totals.paced_waiting += self._waited
+        self._waited = 0.0
         self._paced_phase = phase
 
     def drain(self, totals: PhaseTotals, phase: str, device: torch.device) -> None:

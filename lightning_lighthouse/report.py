@@ -133,6 +133,7 @@ def _phase(totals: PhaseTotals) -> dict[str, Any]:
         "seconds": totals.seconds,
         "tokens": totals.tokens,
         "tokens_per_second": totals.tokens_per_second,
+        "waiting_share": totals.waiting_share,
     }
 
 

@@ -9,7 +9,8 @@
 # text or two are enough, if their sequences are a multiple of the most GPUs. Runs go to runs/scaling; at the end
 # `lighthouse compare` prints the table: tokens/s of n GPUs over n times those of one is the efficiency.
 #
-# RUNS: the folder of the runs. FLAGS: more flags for `lighthouse fit`, for example to try this on a CPU.
+# RUNS: the folder of the runs. STRATEGIES: those of several GPUs, "ddp fsdp2" unless given. FLAGS: more flags for
+# `lighthouse fit`, for example to try this on a CPU.
 # KILL=1: last, kill one process of a DDP run with SIGKILL, and resume it from its last checkpoint.
 set -euo pipefail
 
@@ -50,7 +51,7 @@ train() {
 
 folders=()
 for gpus in $counts; do
-    strategies="ddp fsdp2"
+    strategies=${STRATEGIES:-ddp fsdp2}
     [ "$gpus" = 1 ] && strategies=single
     for strategy in $strategies; do
         train "$strategy-$gpus" "$gpus" "$strategy" --trainer.max_steps 16 --trainer.enable_checkpointing false

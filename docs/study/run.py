@@ -70,10 +70,14 @@ def is_done(training: Training, table: Path) -> bool:
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a table; the first makes its header."""
-    with _lock, path.open("a", newline="") as stream:
+    """Add rows to a table; the first makes its header. ValueError if the table has another."""
+    with _lock, path.open("a+", newline="") as stream:
+        stream.seek(0)
+        header = next(csv.reader(stream), None)
         writer = csv.DictWriter(stream, list(rows[0]))
-        if stream.tell() == 0:
+        if header not in (None, writer.fieldnames):
+            raise ValueError(f"{path}: its columns must be {', '.join(writer.fieldnames)}, got {', '.join(header)}")
+        if header is None:
             writer.writeheader()
         writer.writerows(rows)
 

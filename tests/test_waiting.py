@@ -1,0 +1,78 @@
+"""The time that a training waits for its data, with loaders as slow as the test says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+import pytest
+from foreign import ForeignModule, Sequences, loader
+from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import SimpleProfiler
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+
+NAP = 0.1
+CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+
+
+class Slow(Sequences):
+    """Sequences that take their time."""
+
+    def __getitem__(self, index):
+        time.sleep(NAP)
+        return super().__getitem__(index)
+
+
+class SlowStream(IterableDataset):
+    """The same without a length, which Lightning reads one batch ahead."""
+
+    def __iter__(self):
+        slow = Slow(12)
+        return (slow[index] for index in range(len(slow)))
+
+
+def train(folder, data, **settings):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=10,
+        callbacks=[LighthouseCallback(5, CONFIG)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        **settings,
+    )
+    trainer.fit(ForeignModule(), data, loader(2, seed=1))
+    return trainer, json.loads((folder / "lighthouse.json").read_text())["phases"]
+
+
+@pytest.mark.parametrize("data", [Slow(12), SlowStream()], ids=["sized", "stream"])
+def test_a_slow_loader_shows(tmp_path, caplog, data):
+    with caplog.at_level(logging.INFO):
+        _, phases = train(tmp_path, DataLoader(data, batch_size=1))
+    for phase in phases.values():
+        # four of five batches count; a nap ends late, never early
+        tokens = phase["tokens"] * 4 / 5
+        waited = phase["waiting_share"] * tokens / phase["tokens_per_second"]
+        assert 4 * NAP <= waited < 4 * NAP + 0.2
+        assert phase["waiting_share"] < 1
+    assert caplog.text.count("% of the time waiting for data") == 2
+
+
+def test_a_fast_loader_hardly_shows(tmp_path):
+    _, phases = train(tmp_path, loader(12, seed=1))
+    assert all(0 < phase["waiting_share"] < 0.2 for phase in phases.values())
+
+
+def test_the_profiler_of_the_user_goes_on_and_is_left_as_it_was(tmp_path):
+    profiler = SimpleProfiler()
+    before = set(vars(profiler))
+    trainer, _ = train(tmp_path, loader(12, seed=1), profiler=profiler)
+    assert trainer.profiler is profiler
+    assert set(vars(profiler)) - before <= {"_lightning_module"}
+    assert len(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]) >= 10
