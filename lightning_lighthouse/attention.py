@@ -144,6 +144,8 @@ def choose_stages(config: LighthouseConfig, device: torch.device, dtype: torch.d
             raise
         notice_once("backend", f"backend='auto' runs 'reference', which is slow: {error}")
         return reference
+    if dtype == torch.float64:
+        raise ValueError("backend='triton' takes float16, bfloat16 or float32, got float64; use backend='reference'")
     if config.backend == "auto":
         log_once("backend", f"backend='auto' runs 'triton' on {device.type}")
     return kernels
@@ -152,7 +154,8 @@ def choose_stages(config: LighthouseConfig, device: torch.device, dtype: torch.d
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the inputs of the builtin; it does not know this function."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # torch refuses to be asked about meta
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # the builtin keeps float64 too

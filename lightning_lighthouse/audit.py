@@ -2,8 +2,9 @@
 
 A layer that silently stays dense is the failure that this file exists for: the run would be slow and nobody would know.
 Each call of SDPA in scope leaves a note: "routed", or the reason why it stayed dense. In eager code a note carries its
-layer. Under torch.compile a note is left once, when a frame is traced, and layers that share a frame share it; a frame
-traced before leaves none, so what was once seen to be routed is remembered for the life of the module.
+layer. Under torch.compile a note is left once, when a frame is traced, and layers that share a frame share it. A frame
+traced before leaves none: what was once seen to be routed is remembered for the life of the module, and for the next
+modules of the same code, which use the frame again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from lightning_lighthouse.reasons import CHECKPOINT_INSIDE, ENTERED, EXITED, NO_
 from lightning_lighthouse.spread import ScoreSpread
 
 _seen_routed: WeakSet[nn.Module] = WeakSet()
+# Code of layers that lay inside a traced frame, and of those that ran in eager code around one.
+_routed_inside: WeakSet[Any] = WeakSet()
+_routed_around: WeakSet[Any] = WeakSet()
 
 
 class Audit:
@@ -85,11 +89,29 @@ class Audit:
             doubtful |= CHECKPOINT_INSIDE in reasons
             if ROUTED in reasons and not doubtful:
                 _seen_routed.add(layer)
+                if layer not in self._by_layer:
+                    _routed_inside.add(_code(layer))
+                elif ROUTED in self._traced_in[type(layer)]:
+                    _routed_around.add(_code(layer))
             elif reasons:
                 missing[name] = "; ".join(_explained(reason, layer) for reason in sorted(reasons - {ROUTED}))
-            elif layer not in _seen_routed:
+            elif layer not in _seen_routed and not self._uses_old_frames(layer, notes):
                 missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
         return missing
+
+    def _uses_old_frames(self, layer: nn.Module, notes: set[str]) -> bool:
+        """Whether nothing was traced because frames of a former model of the same code serve this one."""
+        if notes:
+            return not self._traced_in[type(layer)] and _code(layer) in _routed_around
+        return not self.saw_a_layer and _code(layer) in _routed_inside
+
+
+def _code(layer: nn.Module) -> Any:
+    """The code of a routed layer's former forward."""
+    forward = vars(layer).get("_lighthouse_chained") or type(layer).forward
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    forward = getattr(forward, "__func__", forward)
+    return getattr(forward, "__code__", type(layer))
 
 
 def _explained(reason: str, layer: nn.Module) -> str:

@@ -21,6 +21,7 @@ from lightning_lighthouse.curves import PhaseCurves
 from lightning_lighthouse.export import is_sharded, write_final
 from lightning_lighthouse.guard import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.ledger import Stopwatch, count_tokens
+from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.parallel import check_tensor_parallel
 from lightning_lighthouse.patch import Patch, patch_attention, room_to_recompile
 from lightning_lighthouse.plateau import PlateauRule
@@ -33,6 +34,7 @@ from lightning_lighthouse.sdpa import sdpa_priority
 from lightning_lighthouse.switching import apply_rule, describe_start, describe_switch, resolve_switch
 from lightning_lighthouse.targets import check_layers
 from lightning_lighthouse.waiting import timed_fetches
+from lightning_lighthouse.watch import watched_ranks
 
 
 class LighthouseCallback(Callback):
@@ -187,6 +189,8 @@ class LighthouseCallback(Callback):
         """Patch the model, off, and prefer the configured SDPA backend in every phase."""
         self._restore()
         check_tensor_parallel(trainer, pl_module)
+        self._contexts.enter_context(shown_notices())
+        self._contexts.enter_context(watched_ranks(trainer.strategy.launcher))
         self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
         profiler = trainer.profiler  # type: ignore[attr-defined]
         self._contexts.enter_context(timed_fetches(profiler, lambda seconds: self._stopwatch.fetched(seconds)))
@@ -256,6 +260,8 @@ class LighthouseCallback(Callback):
         names = list(self._patch.targets)
         num_returned = self._switch.layers_returned(self._step, len(names))
         self._patch.hand_back(names[len(names) - num_returned :])
+        if self._step > 0 and num_returned > self._switch.layers_returned(self._step - 1, len(names)):
+            self._restart_spike_detection(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss for the check."""
@@ -364,8 +370,12 @@ class LighthouseCallback(Callback):
             line = describe_switch(self._switch)
             rank_zero_info(f"Lighthouse: {line}")
             self._curves.text(self._step, line)
-            if restart_spike_detection(trainer.callbacks):  # type: ignore[attr-defined]
-                self._curves.text(self._step, "the window of SpikeDetection starts anew")
+            self._restart_spike_detection(trainer)
+
+    def _restart_spike_detection(self, trainer: Trainer) -> None:
+        assert self._curves is not None
+        if restart_spike_detection(trainer.callbacks):  # type: ignore[attr-defined]
+            self._curves.text(self._step, "the window of SpikeDetection starts anew")
 
     def _leave_phase(self) -> None:
         if self._patch is not None:
@@ -381,14 +391,15 @@ class LighthouseCallback(Callback):
         rank_zero_warn(f"Lighthouse: {explain(missing, len(patch.targets))}")
 
     def _restore(self) -> None:
-        if self._patch is not None:
-            self._patch.restore()
-            self._patch = None
-        if self._curves is not None:
-            self._curves.close()
-            self._curves = None
-        if self._rewarm is not None:
-            self._rewarm.remove()
-            self._rewarm = None
-        self._guard.clear()
-        self._contexts.close()
+        patch, curves, rewarm = self._patch, self._curves, self._rewarm
+        self._patch = self._curves = self._rewarm = None
+        # the first line is done last, and each also if another fails, as a writer does on a full disk
+        with ExitStack() as cleanup:
+            cleanup.enter_context(self._contexts.pop_all())
+            cleanup.callback(self._guard.clear)
+            if rewarm is not None:
+                cleanup.callback(rewarm.remove)
+            if curves is not None:
+                cleanup.callback(curves.close)
+            if patch is not None:
+                cleanup.callback(patch.restore)

@@ -29,6 +29,37 @@ def log_once(key: str, message: str) -> None:
         logger.info(message)
 
 
+class _Forwarder(logging.Handler):
+    """Hands records to Lightning's logger, which shows them; those below WARNING on rank 0 alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on `record`."""
+        # Lightning takes seconds to import, and attention alone does not need it
+        from lightning.pytorch.utilities import rank_zero_only
+
+        if record.levelno >= logging.WARNING or getattr(rank_zero_only, "rank", 0) == 0:
+            record = logging.makeLogRecord(vars(record) | {"msg": f"Lighthouse: {record.getMessage()}", "args": None})
+            logging.getLogger("lightning.pytorch").handle(record)
+
+
+@contextmanager
+def shown_notices() -> Iterator[None]:
+    """Show what is logged at level INFO, as Lightning shows its own lines, unless the user has set a level."""
+    if logger.level != logging.NOTSET:
+        yield
+        return
+    handler = _Forwarder()
+    logger.setLevel(logging.INFO)
+    # a handler of the user's gets the records by itself
+    if not logger.hasHandlers():
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without what Lightning says below the level WARNING; its level returns at the end."""

@@ -21,7 +21,8 @@ class Rewarm:
         optimizers: The Trainer's, without wrappers.
 
     Raises:
-        SettingError: One is not a torch optimizer, and has no hooks around its step.
+        SettingError: One is not a torch optimizer, and has no hooks around its step; or is a ZeroRedundancyOptimizer,
+            which copies the rate to another optimizer before the closure runs.
     """
 
     def __init__(self, optimizers: Sequence[Any]) -> None:
@@ -31,8 +32,9 @@ class Rewarm:
         self._rates: dict[Optimizer, list[Any]] = {}
         self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise SettingError(f"rewarm_steps needs optimizers of torch.optim, got {type(optimizer).__name__}")
+            name = type(optimizer).__name__
+            if not isinstance(optimizer, Optimizer) or name == "ZeroRedundancyOptimizer":
+                raise SettingError(f"rewarm_steps needs optimizers of torch.optim, got {name}")
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._on_step_start))
             self._handles.append(optimizer.register_step_post_hook(self._on_step_end))

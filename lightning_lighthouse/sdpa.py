@@ -82,7 +82,11 @@ def sdpa_priority(choice: str) -> Iterator[None]:
         choice: "auto", "cudnn", "flash", "efficient" or "math".
     """
     before = torch._C._get_sdp_priority_order()
-    torch._C._set_sdp_priority_order(_completed(_preferred(choice, _capability()), before))
+    order = _completed(_preferred(choice, _capability()), before)
+    torch._C._set_sdp_priority_order(order)
+    if torch.cuda.is_available():
+        names = ", ".join(name for value in order for name in BACKENDS if BACKENDS[name].value == value)
+        log_once(names, f"sdpa={choice!r}: dense attention runs on the first of these that can: {names}")
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -30,7 +31,8 @@ class Fault(Callback):
     """Strikes once, as the environment variable FAULT says: `{"kind": ..., "batch": ..., "hook": ..., "ranks": [...]}`.
 
     `kind` is the name of a signal, "exception", "nan", or one of the ways to fail inside a save. With `"busy": true`
-    the other ranks are then busy with something else than waiting for these.
+    the other ranks are then busy with something else than waiting for these, with `"frozen": true` for ever, and no
+    thread of theirs runs.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,11 @@ class Fault(Callback):
         if trainer.global_rank not in self.fault["ranks"]:
             if self.fault.get("busy"):
                 time.sleep(60)
+            if self.fault.get("frozen"):
+                # the end of a child would wake it up
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+                # unlike CDLL it keeps Python's lock
+                ctypes.PyDLL(None).sleep(3600)
             return
         if self.fault["kind"] == "exception":
             raise ArithmeticError("a fault of the test")

@@ -123,3 +123,17 @@ def test_compiled_whole_equals_eager():
     q, k, v = draw(1, 2, 211, 8)
     compiled = torch.compile(lighthouse_attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v, config), lighthouse_attention(q, k, v, config))
+
+
+def test_meta_tensors_have_the_shape_of_the_output():
+    q, k = torch.empty(2, 4, 1024, 16, device="meta"), torch.empty(2, 2, 1024, 16, device="meta")
+    assert lighthouse_attention(q, k, k, LighthouseConfig(top_k=8)).shape == q.shape
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated"])
+@pytest.mark.parametrize("selection", ["published", "random"])
+def test_the_kernels_refuse_float64(scorer, selection):
+    q = torch.randn(1, 1, 256, 16, dtype=torch.float64)
+    config = LighthouseConfig(top_k=4, backend="triton", scorer=scorer, selection=selection)
+    with pytest.raises(ValueError, match="takes float16, bfloat16 or float32, got float64"):
+        lighthouse_attention(q, q, q, config)

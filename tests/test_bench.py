@@ -215,8 +215,11 @@ def test_the_kernels_agree_with_the_reference() -> None:
     assert disagreement(LAYER, LighthouseConfig(backend="triton")) is None
 
 
-def test_a_pyramid_that_cannot_be_checked_is_refused() -> None:
-    assert "too large to check" in (disagreement(LAYER, LighthouseConfig(pooling_factor=1031)) or "")
+def test_a_step_without_compression_stays_blank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cpu", "--model", "toy", "--lengths", "20", "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Lighthouse: 20 tokens are too short to gain and get dense attention, left blank" in shown
+    assert re.search(r"Lighthouse +published( +-){4}$", shown, re.MULTILINE)
 
 
 def test_step_of_a_model_is_measured_with_and_without_lighthouse(
@@ -274,6 +277,23 @@ def test_first_steps_do_not_count() -> None:
             "--pooling_factor 2048 --num_levels 4",
             "a pyramid over 512 tokens with num_levels=4 and pooling_factor=2048 has 8594130945 entries, at most "
             "2147483647 can be numbered; choose fewer levels",
+        ),
+        # all padding: it would take minutes, or all memory
+        (
+            "--num_levels 12 --lengths 64",
+            "num_levels=12 and pooling_factor=4 are too large to compare backends on 1031 tokens, without which "
+            "nothing is timed",
+        ),
+        (
+            "--pooling_factor 1031",
+            "num_levels=3 and pooling_factor=1031 are too large to compare backends on 1031 tokens, without which "
+            "nothing is timed",
+        ),
+        ("--model toy --dense_layers 99", "dense_layers must be from -4 to 3 for 4 layers, got 99"),
+        (
+            "--model toy --dense_layers 0 1 2 3",
+            "all 4 attention layers stay dense (dense_layers=[0, 1, 2, 3]), nothing is left to route; pass "
+            "dense_layers=[] to route every layer",
         ),
         ("--csv nowhere/rows.csv", "--csv nowhere/rows.csv: there is no folder nowhere; create it"),
     ],

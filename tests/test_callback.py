@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import logging
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig, notices
 from lightning_lighthouse.schedule import ResumeError, SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
@@ -530,3 +531,48 @@ def test_a_model_with_no_gain_at_its_length_trains_dense(tmp_path):
     watch = Watch()
     fit(tmp_path, [LighthouseCallback(0.5, LighthouseConfig()), watch], model=ForeignModule(model=GPT()))
     assert not any(watch.phases)
+
+
+def test_everything_is_restored_though_a_writer_fails(tmp_path, monkeypatch):
+    order = torch._C._get_sdp_priority_order()
+
+    class Fails:
+        def __init__(self, *_, **__):
+            raise OSError(28, "No space left on device")
+
+    class BreaksTheWriters(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.EventFileWriter.close", Fails)
+
+    model = ForeignModule()
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, logger=TensorBoardLogger(tmp_path), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[LighthouseCallback(1, LighthouseConfig(top_k=8, sdpa="math")), BreaksTheWriters()],
+    )  # fmt: skip
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(model, loader())
+    assert torch._C._get_sdp_priority_order() == order
+    assert F.scaled_dot_product_attention is stock_sdpa
+    assert not any("_lighthouse_patch" in vars(module) for module in model.modules())
+    assert "start" not in vars(trainer.profiler)
+
+
+def test_the_backend_is_told_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(notices, "_given", set())
+    for _ in range(2):
+        fit(tmp_path, [LighthouseCallback(2, CONFIG)], max_steps=4)
+    assert caplog.text.count("backend='auto' runs 'reference' on cpu") == 1
+    assert notices.logger.level == logging.NOTSET
+
+
+def test_the_backend_is_told_by_lightning_where_nobody_listens(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(notices, "_given", set())
+    monkeypatch.setattr(notices.logger, "propagate", False)
+    # its records reach the root, where pytest listens
+    lightning = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(lightning, "handlers", [])
+    monkeypatch.setattr(lightning, "propagate", True)
+    fit(tmp_path, [LighthouseCallback(2, CONFIG)], max_steps=4)
+    assert caplog.text.count("Lighthouse: backend='auto' runs 'reference' on cpu") == 1
+    assert not notices.logger.handlers

@@ -295,3 +295,24 @@ def test_every_rank_stops_and_names_the_one_that_began(strategy, tmp_path):
         "backward": rf"largest gradient is nan at step 2, .*rank 1 of 2: first in the (gradient|backward).* of {layer}",
     }.items():
         assert re.search(pattern, first[case]["message"]), first[case]["message"]
+
+
+def test_a_jump_of_the_loss_when_layers_return_is_no_spike(tmp_path):
+    class Returning(ForeignModule):
+        def training_step(self, batch, batch_idx):
+            # a layer returns at step 6, the other at the switch
+            return super().training_step(batch, batch_idx) * 5.0 ** sum(self.trainer.global_step >= s for s in (6, 10))
+
+    for detects in (True, False):
+        model = Returning()
+        trainer = Trainer(
+            accelerator="cpu", max_steps=12, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+            callbacks=[LighthouseCallback(10, CONFIG, return_steps=4 if detects else 0), SpikeDetection(rtol=2.0)],
+        )  # fmt: skip
+        if detects:
+            trainer.fit(model, loader(30))
+            assert trainer.global_step == 12
+        else:
+            with pytest.raises(RuntimeError, match="spike detected in batch 6"):
+                trainer.fit(model, loader(30))

@@ -522,3 +522,40 @@ def test_scope_is_left_after_an_exception():
         patch.unrouted()
         q = heads(2)
         assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), stock_sdpa(q, q, q, is_causal=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["model", "block", "core"])
+def test_a_second_model_uses_the_compiled_frames_of_the_first(part):
+    class Split(SelfAttention):
+        """Its attention is compiled by itself, inside a forward that is not."""
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.out(compiled_core(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.compiler.reset()
+    compiled_core = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    tokens = torch.randint(0, 16, (2, 64), generator=torch.Generator().manual_seed(0))
+    counter = CompileCounterWithBackend("eager")
+    compiled = []
+    for _ in range(2):
+        model = GPT(4)
+        called = model
+        if part == "model":
+            called = torch.compile(model, backend=counter)
+        for block in model.blocks if part == "block" else []:
+            block.compile(backend=counter)
+        for block in model.blocks if part == "core" else []:
+            block.attn.__class__ = Split
+        patch = patch_attention(model, CONFIG, dense_layers=[])
+        patch.on()
+        out = called(tokens)
+        out.sum().backward()
+        patch.check()
+        compiled.append(counter.frame_count)
+        patch.off()
+        torch.testing.assert_close(model(tokens).shape, out.shape)
+        assert (model(tokens) - out).abs().max() > 1e-3, "the first was routed"
+        patch.restore()
+    assert part != "model" or compiled[0] == compiled[1], "nothing was traced again"

@@ -127,6 +127,17 @@ def test_two_ranks_go_on_bit_for_bit_and_leave_no_process(server, prepared, unbr
     assert not {line["sha"] for line in first.values()} & {line["sha"] for line in second.values()}
 
 
+def test_a_killed_rank_ends_a_run_whose_rank_0_is_frozen(server, prepared, tmp_path):
+    folder = copy(prepared, tmp_path / "run")
+    fault = {"kind": "SIGKILL", "batch": 5, "hook": "backward", "ranks": [1], "frozen": True}
+    status, err = server.run(folder, *RANKS, fault=fault)
+    assert status == -signal.SIGKILL
+    assert "ended with -9, and rank 0 waits for it without noticing" in err
+    time.sleep(7)
+    assert not left_over(folder)
+    assert last(folder) is not None
+
+
 def test_a_killed_run_goes_on_bit_for_bit(server, prepared, unbroken, tmp_path):
     folder = copy(prepared, tmp_path / "run")
     fault = {"kind": "SIGKILL", "batch": 11, "hook": "backward", "ranks": [0]}

@@ -182,8 +182,14 @@ def test_an_exception_in_the_update_leaves_the_rate(tmp_path):
 
 
 def test_another_kind_of_optimizer_is_refused():
-    with pytest.raises(SettingError, match=r"rewarm_steps needs optimizers of torch\.optim, got object"):
-        Rewarm([object()])
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """torch's copies the rate to the optimizer that updates, before it runs the closure."""
+
+    zero = ZeroRedundancyOptimizer([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    for optimizer in (object(), zero):
+        name = type(optimizer).__name__
+        with pytest.raises(SettingError, match=rf"rewarm_steps needs optimizers of torch\.optim, got {name}"):
+            Rewarm([optimizer])
 
 
 def test_rewarm_changed_on_resume_is_told():

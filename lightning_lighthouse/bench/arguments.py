@@ -12,8 +12,11 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from lightning_lighthouse.arguments import Parser
+from lightning_lighthouse.attention import choose_stages
+from lightning_lighthouse.bench.check import small_case
 from lightning_lighthouse.bench.timing import Layer
 from lightning_lighthouse.config import LighthouseConfig
+from lightning_lighthouse.targets import choose_routed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LENGTHS = {"cuda": [8192, 16384, 32768, 65536, 98304, 131072], "cpu": [512, 1024, 2048, 4096]}
@@ -99,6 +102,7 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]
     Raises:
         TypeError: A field of LighthouseConfig has the wrong type.
         ValueError: A value is out of range, or arguments do not go together.
+        ImportError: The backend needs a package that is not installed.
     """
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu")
@@ -129,7 +133,11 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]
     if asked.heads % asked.kv_heads:
         raise ValueError(f"--heads must be a multiple of --kv_heads, got {asked.heads} and {asked.kv_heads}")
     layer = Layer(asked.heads, asked.kv_heads, asked.head_dim, DTYPES[asked.dtype], torch.device(asked.device))
-    return layer, _settings(asked)
+    settings = _settings(asked)
+    for _, config in settings:
+        choose_stages(config, layer.device, layer.dtype)
+        small_case(layer.device, config)
+    return layer, settings
 
 
 def _refuse(asked: Namespace, option: str, how: str, *names: str) -> None:
@@ -148,6 +156,7 @@ def _complete_model(asked: Namespace) -> None:
         raise ValueError(f"--model takes one length, got {len(asked.lengths)}")
     if asked.dtype == "float16":
         raise ValueError("--dtype float16 does not go with --model; use bfloat16 or float32")
+    choose_routed({str(layer): torch.nn.Identity() for layer in range(shape.num_layers)}, asked.dense_layers)
     if asked.compile is None:
         asked.compile = asked.device == "cuda"
 

@@ -11,6 +11,27 @@ from lightning_lighthouse.attention import lighthouse_attention
 from lightning_lighthouse.bench.timing import Layer, make_inputs
 from lightning_lighthouse.config import LighthouseConfig
 
+# The longest the padded small case may be, in its tokens: deep pyramids over few tokens are all padding.
+MAX_PADDING = 4
+
+
+def small_case(device: torch.device, config: LighthouseConfig) -> tuple[int, LighthouseConfig]:
+    """A short length, and a budget for `config` that makes two tiles where the length allows it.
+
+    Raises:
+        ValueError: The pyramid is too large for one.
+    """
+    num_tokens = 4099 if device.type == "cuda" else 1031
+    for top_k in (256, 64, 16, 4, 1):
+        case = replace(config, top_k=top_k)
+        shape = case.pyramid(num_tokens)
+        if shape.compresses and shape.padded_tokens <= MAX_PADDING * num_tokens:
+            return num_tokens, case
+    raise ValueError(
+        f"num_levels={config.num_levels} and pooling_factor={config.pooling_factor} are too large to compare backends "
+        f"on {num_tokens} tokens, without which nothing is timed"
+    )
+
 
 def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
     """How the chosen backend differs from the reference on a small case; None where it does not.
@@ -18,12 +39,7 @@ def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
     Output and gradients may be off by twice the error of the reference in the layer's dtype, and one rounding. Both
     errors are those against float64.
     """
-    num_tokens = 4099 if layer.device.type == "cuda" else 1031
-    # the first budget makes two tiles where the length allows it
-    cases = [replace(config, top_k=top_k) for top_k in (256, 64, 16, 4, 1)]
-    chosen = next((case for case in cases if case.pyramid(num_tokens).compresses), None)
-    if chosen is None:
-        return f"num_levels={config.num_levels} and pooling_factor={config.pooling_factor} are too large to check"
+    num_tokens, chosen = small_case(layer.device, config)
     kv_heads = min(2, layer.kv_heads)
     small = replace(layer, heads=layer.heads // layer.kv_heads * kv_heads, kv_heads=kv_heads)
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row_class = StepRow if asked.model else LayerRow
             columns = [field.name for part in (LighthouseConfig, row_class) for field in fields(part)]
             check_csv(asked.csv, [*described, *columns])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
 
     versions = [f"{name} {described[name]}" for name in ("torch", "triton", "cudnn", "commit") if described[name]]

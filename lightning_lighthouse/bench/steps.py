@@ -79,10 +79,15 @@ def bench_steps(
         # on from the first step to the last
         callback = LighthouseCallback(1.0, config, dense_layers, enabled=attention == "Lighthouse")
         step_ms = peak_gib = None
-        try:
-            step_ms, peak_gib = measure_steps(model, num_tokens, layer.dtype, layer.device, repeats, compiled, callback)
-        except torch.OutOfMemoryError:
-            print(f"{attention}: out of memory, left blank")
+        if attention == "Lighthouse" and not config.pyramid(num_tokens).compresses:
+            print(f"{attention}: {num_tokens:,} tokens are too short to gain and get dense attention, left blank")
+        else:
+            try:
+                step_ms, peak_gib = measure_steps(
+                    model, num_tokens, layer.dtype, layer.device, repeats, compiled, callback
+                )
+            except torch.OutOfMemoryError:
+                print(f"{attention}: out of memory, left blank")
         gc.collect()
         rate = ratio(num_tokens * 1e3, step_ms)
         if attention == "dense":

@@ -153,8 +153,6 @@ def score(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, shape: PyramidShape, c
     Raises:
         ValueError: The dtype is wider than fp32.
     """
-    if q_BHND.dtype == torch.float64:
-        raise ValueError("backend='triton' takes float16, bfloat16 or float32, got float64; use backend='reference'")
     if not config.reads_scores:
         return torch.empty(2, *k_BGND.shape[:2], 0, dtype=torch.float32, device=k_BGND.device)
     return score_fwd(q_BHND, k_BGND, pack(shape), config.selection == "causal")
