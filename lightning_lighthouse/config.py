@@ -35,11 +35,11 @@ class LighthouseConfig:
             what attention returns when it runs on every `dilation`-th token, for models that normalise q and k; it
             costs two dense forward passes over `dilation`.
         dilation: Stride of the "dilated" scorer; at least 1. Not used by "norm".
-        selection: Which candidates of a tile win (docs/design.md, section 3). "published": the paper's top-k, which
-            lets a token's neighbourhood depend on later tokens. "causal": those that reach the thresholds of the tile
-            before, scored by their first token; no output depends on a later token. Below 64 winners there is one
-            tile, and "causal" is "strided". "strided": evenly spaced ones. "random": drawn by a hash of the seed, the
-            step, the level, the key/value head and the entry. The last two read no scores.
+        selection: Which candidates of a tile win (docs/design.md, section 3). "causal": those that reach the
+            thresholds of the tile before, scored by their first token; no output depends on a later token. Below 64
+            winners there is one tile, and "causal" is "strided". "published": the paper's top-k, which lets a token's
+            neighbourhood depend on later tokens. "strided": evenly spaced ones. "random": drawn by a hash of the
+            seed, the step, the level, the key/value head and the entry. The last two read no scores.
         combine: How the outputs of several levels meet in one token. "sum" as published, or "mean".
         cover_prefix: Force entry 0 of every level to win, so that every token receives at least one output. Under
             "causal" and "strided" it wins in any case.
@@ -57,7 +57,7 @@ class LighthouseConfig:
     top_k: int | None = None
     scorer: Literal["norm", "dilated"] = "norm"
     dilation: int = 4
-    selection: Literal["published", "causal", "strided", "random"] = "published"
+    selection: Literal["published", "causal", "strided", "random"] = "causal"
     combine: Literal["sum", "mean"] = "sum"
     cover_prefix: bool = True
     seed: int = 0

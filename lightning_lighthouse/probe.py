@@ -78,8 +78,8 @@ class FutureLeakProbe(Callback):
             probe at each validation.
         max_stderr: A probe ends when the standard error of the leak is at most this many nats.
         max_seconds: A probe ends, precise or not, after this time; its first batch, which compiles, is not counted.
-        max_total_seconds: No probe starts if it could exceed this time, for all probes of the run together and with
-            `max_seconds` kept for the one right before the switch. 36 s are 1% of an hour.
+        max_total_seconds: No probe starts if it could exceed this time, for all probes of the run together, compilation
+            left out, and with `max_seconds` kept for the one right before the switch. 36 s are 1% of an hour.
         num_batches: Validation batches, the first of each rank, whose text is used.
         many_positions: Test many positions of a sequence at a time, and replace a few windows after each. False: one
             position, and all text after it: slower by the number of positions, and exact for each of them.

@@ -34,7 +34,7 @@ def backend(name: str) -> Attend:
 
 
 def lighthouse(top_k: int) -> Attend:
-    config = LighthouseConfig(top_k=top_k)
+    config = LighthouseConfig(top_k=top_k, selection="published")
     return lambda q, k, v: lighthouse_attention(q, k, v, config)
 
 

@@ -23,7 +23,7 @@ from lightning_lighthouse.export import is_sharded
 from lightning_lighthouse.model import Decoder
 
 STEPS, SWITCH = 6, 4
-CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, selection="published")
 
 
 class Module(ForeignModule):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, LighthouseConfig
 
-CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, selection="published")
 CAUSAL = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, selection="causal")
 # the Lighthouse phase has 6 steps; there are validations after 2, 4, 6, 8 and 10
 SWITCH = 6

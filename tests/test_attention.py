@@ -30,7 +30,7 @@ def test_a_short_sequence_is_dense_with_one_notice(caplog, monkeypatch):
 
 def test_a_coarsest_level_within_the_budget_still_selects_below():
     # 8 coarsest entries, all of them win; the finer levels still choose
-    config = LighthouseConfig(num_levels=3, pooling_factor=4, top_k=8)
+    config = LighthouseConfig(num_levels=3, pooling_factor=4, top_k=8, selection="published")
     q, k, v = draw(1, 1, 128, 8)
     shape = config.pyramid(128)
     assert (shape.tile_entries, shape.winners, shape.num_gathered) == (8, (0, 8, 8), 72)
@@ -40,7 +40,7 @@ def test_a_coarsest_level_within_the_budget_still_selects_below():
 
 @pytest.mark.parametrize("scorer", ["norm", "dilated"])
 def test_scale_reaches_the_attention_and_the_scorer(scorer):
-    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=4, scorer=scorer)
+    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=4, scorer=scorer, selection="published")
     q, k, v = draw(1, 2, 101, 16)
     torch.testing.assert_close(
         lighthouse_attention(q, k, v, config, scale=0.5), lighthouse_attention(q * 2, k, v, config)
@@ -51,7 +51,7 @@ def test_scale_reaches_the_attention_and_the_scorer(scorer):
 
 
 def test_two_runs_agree_bit_for_bit():
-    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=6)
+    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=6, selection="published")
     results = []
     for _ in range(2):
         q, k, v = (x.requires_grad_() for x in draw(2, 4, 211, 8))
@@ -63,7 +63,7 @@ def test_two_runs_agree_bit_for_bit():
 
 def test_the_selection_carries_no_gradient_and_no_graph():
     q, k, v = (x.requires_grad_() for x in draw(1, 2, 101, 8))
-    index = select_entries(q, k, v, LighthouseConfig(num_levels=2, top_k=4))
+    index = select_entries(q, k, v, LighthouseConfig(num_levels=2, top_k=4, selection="published"))
     assert index.dtype == torch.int32
     assert not index.requires_grad
 
@@ -71,7 +71,7 @@ def test_the_selection_carries_no_gradient_and_no_graph():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_output_keeps_the_dtype(dtype):
     q, k, v = draw(1, 2, 101, 8, dtype=dtype)
-    assert lighthouse_attention(q, k, v, LighthouseConfig(num_levels=2, top_k=4)).dtype == dtype
+    assert lighthouse_attention(q, k, v, LighthouseConfig(num_levels=2, top_k=4, selection="published")).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,15 @@ def test_the_output_keeps_the_dtype(dtype):
 )
 def test_tensors_that_do_not_fit_are_refused_in_one_line(change, words):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
-        lighthouse_attention(*change(*draw(2, 4, 101, 8)), LighthouseConfig(num_levels=2, top_k=4))
+        lighthouse_attention(
+            *change(*draw(2, 4, 101, 8)), LighthouseConfig(num_levels=2, top_k=4, selection="published")
+        )
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_autocast_casts_as_it_does_for_the_builtin():
-    config = LighthouseConfig(num_levels=2, top_k=4)
+    config = LighthouseConfig(num_levels=2, top_k=4, selection="published")
     q, k, v = draw(1, 2, 101, 8)
     with torch.autocast("cpu", torch.bfloat16):
         # fp32 q and k beside a bf16 v: a rotation in fp32
@@ -104,7 +106,11 @@ def test_autocast_casts_as_it_does_for_the_builtin():
 
 def test_a_backend_that_cannot_run_raises_and_auto_never_does():
     q, k, v = draw(1, 1, 101, 8)
-    assert lighthouse_attention(q, k, v, LighthouseConfig(num_levels=2, top_k=4, backend="auto")).isfinite().all()
+    assert (
+        lighthouse_attention(q, k, v, LighthouseConfig(num_levels=2, top_k=4, backend="auto", selection="published"))
+        .isfinite()
+        .all()
+    )
     if torch.cuda.is_available():
         return
     code = (
@@ -119,7 +125,7 @@ def test_a_backend_that_cannot_run_raises_and_auto_never_does():
 
 
 def test_compiled_whole_equals_eager():
-    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=6, backend="reference")
+    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=6, backend="reference", selection="published")
     q, k, v = draw(1, 2, 211, 8)
     compiled = torch.compile(lighthouse_attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v, config), lighthouse_attention(q, k, v, config))
@@ -127,7 +133,7 @@ def test_compiled_whole_equals_eager():
 
 def test_meta_tensors_have_the_shape_of_the_output():
     q, k = torch.empty(2, 4, 1024, 16, device="meta"), torch.empty(2, 2, 1024, 16, device="meta")
-    assert lighthouse_attention(q, k, k, LighthouseConfig(top_k=8)).shape == q.shape
+    assert lighthouse_attention(q, k, k, LighthouseConfig(top_k=8, selection="published")).shape == q.shape
 
 
 @pytest.mark.parametrize("scorer", ["norm", "dilated"])

@@ -115,7 +115,7 @@ def test_every_combination_is_a_row_and_scorers_are_compared(
         assert row["commit"] == "1a2b3c4"
     norm, dilated = rows[:2]
     share = float(dilated["lighthouse_ms"]) / float(norm["lighthouse_ms"])
-    assert f"261 tokens, 3 4 16: published/dilated takes {share:.3f} of published" in capsys.readouterr().out
+    assert f"261 tokens, 3 4 16: causal/dilated takes {share:.3f} of causal" in capsys.readouterr().out
 
 
 def test_options_are_spelled_like_the_keys_of_a_recipe() -> None:
@@ -212,14 +212,14 @@ def test_the_reference_agrees_with_itself(dtype: torch.dtype, settings: dict[str
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used on machines without a GPU only")
 def test_the_kernels_agree_with_the_reference() -> None:
-    assert disagreement(LAYER, LighthouseConfig(backend="triton")) is None
+    assert disagreement(LAYER, LighthouseConfig(backend="triton", selection="published")) is None
 
 
 def test_a_step_without_compression_stays_blank(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--device", "cpu", "--model", "toy", "--lengths", "20", "--repeats", "1"]) == 0
     shown = capsys.readouterr().out
     assert "Lighthouse: 20 tokens are too short to gain and get dense attention, left blank" in shown
-    assert re.search(r"Lighthouse +published( +-){4}$", shown, re.MULTILINE)
+    assert re.search(r"Lighthouse +causal( +-){4}$", shown, re.MULTILINE)
 
 
 def test_step_of_a_model_is_measured_with_and_without_lighthouse(

@@ -53,13 +53,15 @@ def test_default_budget_is_one_token_in_64(num_tokens, top_k):
     ],
 )
 def test_gathered_length_of_the_published_sizes(num_tokens, levels, p, top_k, gathered):
-    shape = LighthouseConfig(num_levels=levels, pooling_factor=p, top_k=top_k).pyramid(num_tokens)
+    shape = LighthouseConfig(num_levels=levels, pooling_factor=p, top_k=top_k, selection="published").pyramid(
+        num_tokens
+    )
     assert shape.num_gathered == gathered
     assert shape.padded_tokens == num_tokens
 
 
 def test_300_winners_are_two_tiles_of_150():
-    shape = LighthouseConfig(top_k=300).pyramid(100_000)
+    shape = LighthouseConfig(top_k=300, selection="published").pyramid(100_000)
     assert (shape.num_tiles, shape.winners[1:]) == (2, (150, 150))
 
 
@@ -90,7 +92,7 @@ def test_causal_winners_are_at_most_one_a_tile_fewer(top_k):
 
 
 def test_winners_never_exceed_the_candidates():
-    shape = LighthouseConfig(num_levels=4, pooling_factor=2, top_k=100).pyramid(23)
+    shape = LighthouseConfig(num_levels=4, pooling_factor=2, top_k=100, selection="published").pyramid(23)
     # 3 coarsest entries, then their children, and so on down
     assert shape.winners == (0, 12, 6, 3)
     assert shape.padded_tokens == 24
@@ -99,4 +101,4 @@ def test_winners_never_exceed_the_candidates():
 
 def test_more_entries_than_int32_can_number_are_refused():
     with pytest.raises(ValueError, match="choose fewer levels"):
-        LighthouseConfig(num_levels=40, pooling_factor=2).pyramid(1000)
+        LighthouseConfig(num_levels=40, pooling_factor=2, selection="published").pyramid(1000)

@@ -51,7 +51,9 @@ def naive_scores(q, k, v, dilation, scale=None):
 def test_scores_are_those_of_the_definition(batch, groups, ratio, tokens, dilation, scale):
     """Any length: dilation need not divide it, and may be longer."""
     q, k, v = draw(batch, groups * ratio, groups, tokens, 5, torch.float64)
-    ours = dilated_scores(q, k, v, LighthouseConfig(scorer="dilated", dilation=dilation), scale=scale)
+    ours = dilated_scores(
+        q, k, v, LighthouseConfig(scorer="dilated", dilation=dilation, selection="published"), scale=scale
+    )
     for actual, expected in zip(ours, naive_scores(q, k, v, dilation, scale), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -61,7 +63,7 @@ def test_norms_are_fp32_sums(dtype):
     q, k, v = draw(2, 4, 2, 31, 16, dtype)
     # a sum of squares beyond the largest number of fp16
     v = v.abs() + 200
-    config = LighthouseConfig(scorer="dilated", dilation=3)
+    config = LighthouseConfig(scorer="dilated", dilation=3, selection="published")
     expected = naive_scores(*(x.double() for x in (q, k, v)), 3)
     for actual, exact in zip(dilated_scores(q, k, v, config, scale=None), expected, strict=True):
         assert actual.dtype == torch.float32
@@ -72,7 +74,7 @@ def test_norms_are_fp32_sums(dtype):
 @settings(max_examples=30, deadline=None)
 def test_a_score_knows_no_later_token(tokens, dilation, data):
     at = data.draw(st.integers(0, tokens - 2))
-    config = LighthouseConfig(scorer="dilated", dilation=dilation)
+    config = LighthouseConfig(scorer="dilated", dilation=dilation, selection="published")
     original = draw(1, 2, 1, tokens, 8)
     changed = draw(1, 2, 1, tokens, 8, seed=7)
     for x, y in zip(original, changed, strict=True):
@@ -99,8 +101,8 @@ def test_causal_selection_stays_causal(at):
 
 def test_it_selects_other_entries_than_the_norms_do():
     qkv = draw(1, 2, 2, 521, 8)
-    config = LighthouseConfig(3, 2, 16)
-    dilated = LighthouseConfig(3, 2, 16, scorer="dilated")
+    config = LighthouseConfig(3, 2, 16, selection="published")
+    dilated = LighthouseConfig(3, 2, 16, scorer="dilated", selection="published")
     assert not torch.equal(select_entries(*qkv, config), select_entries(*qkv, dilated))
     shape = config.pyramid(521)
     scores = reference.pool_scores(*dilated_scores(*qkv, dilated, scale=None), shape, dilated)
@@ -111,7 +113,7 @@ def test_normalised_q_and_k_still_have_scores_to_rank():
     """All norms are equal, so that the norm scorer ranks rounding errors; what attention returns still differs."""
     q, k, v = draw(1, 2, 2, 512, 16)
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    config = LighthouseConfig(3, 4, 16, scorer="dilated")
+    config = LighthouseConfig(3, 4, 16, scorer="dilated", selection="published")
     shape = config.pyramid(512)
     by_norm = reference.score(q, k, v, shape, config)[1]
     dilated = reference.pool_scores(*dilated_scores(q, k, v, config, scale=None), shape, config)[1]
@@ -121,7 +123,7 @@ def test_normalised_q_and_k_still_have_scores_to_rank():
 
 
 def test_no_gradient_passes_through_the_scores():
-    config = LighthouseConfig(3, 2, 16, scorer="dilated", backend="reference")
+    config = LighthouseConfig(3, 2, 16, scorer="dilated", backend="reference", selection="published")
     gradients = []
     for frozen in (False, True):
         q, k, v = (x.requires_grad_() for x in draw(1, 2, 1, 211, 8))
@@ -166,7 +168,7 @@ def test_compiles_in_one_graph(backend):
         pytest.skip("Triton's interpreter is used on machines without a GPU only")
     torch.compiler.reset()
     # 131 tokens are no multiple of 4
-    config = LighthouseConfig(3, 2, 7, scorer="dilated", backend=backend)
+    config = LighthouseConfig(3, 2, 7, scorer="dilated", backend=backend, selection="published")
     qkv = [x.requires_grad_() for x in draw(1, 2, 1, 131, 8)]
     layer = lambda q, k, v: lighthouse_attention(q, k, v, config)  # noqa: E731
     out, compiled = layer(*qkv), torch.compile(layer, backend="aot_eager", fullgraph=True)(*qkv)
@@ -185,4 +187,4 @@ def test_selections_without_scores_do_not_pay_for_them(selection, monkeypatch):
     qkv = draw(1, 1, 1, 131, 8)
     lighthouse_attention(*qkv, LighthouseConfig(3, 2, 7, scorer="dilated", selection=selection))
     with pytest.raises(AssertionError, match="scored"):
-        lighthouse_attention(*qkv, LighthouseConfig(3, 2, 7, scorer="dilated"))
+        lighthouse_attention(*qkv, LighthouseConfig(3, 2, 7, scorer="dilated", selection="published"))

@@ -13,7 +13,20 @@ PACKAGE = Path(__file__).parent.parent / "lightning_lighthouse"
 
 # Lower floors never import higher ones; files of one floor may import each other where no circle arises.
 FLOORS = [
-    ["arguments", "config", "hashing", "leak", "ledger", "notices", "plateau", "rewarm", "run_state", "schedule"],
+    [
+        "arguments",
+        "config",
+        "hashing",
+        "leak",
+        "ledger",
+        "notices",
+        "plateau",
+        "rewarm",
+        "run_state",
+        "schedule",
+        "waiting",
+        "watch",
+    ],
     ["sdpa", "dilated"],
     ["winners"],
     ["reference", "kernels"],

@@ -106,17 +106,24 @@ def assert_twins(batch, groups, ratio, tokens, dim, config):
 
 
 TWINS = {
-    "defaults of the paper": (1, 2, 1, 257, 16, LighthouseConfig(3, 4, 8)),
-    "batch and grouped heads": (2, 3, 2, 67, 5, LighthouseConfig(3, 2, 3)),
-    "odd pooling factor": (2, 1, 3, 97, 16, LighthouseConfig(2, 3, 6)),
-    "factor beyond the unrolling": (1, 1, 2, 131, 7, LighthouseConfig(3, 7, 2)),
-    "four levels, one winner": (1, 1, 1, 103, 3, LighthouseConfig(4, 2, 1)),
-    "two tiles of 150": (1, 2, 1, 331, 2, LighthouseConfig(2, 2, 300)),
-    "one token": (1, 1, 1, 1, 3, LighthouseConfig(2, 2, 1)),
-    "shorter than one coarsest entry": (1, 1, 2, 5, 3, LighthouseConfig(3, 4, 2)),
-    "nothing to pad, blocks full": (1, 1, 1, 64, 256, LighthouseConfig(3, 4, 2)),
-    "mean of the levels": (1, 1, 2, 61, 8, LighthouseConfig(3, 3, 4, combine="mean")),
-    "prefix left uncovered": (1, 2, 1, 61, 8, LighthouseConfig(3, 4, 1, combine="mean", cover_prefix=False)),
+    "defaults of the paper": (1, 2, 1, 257, 16, LighthouseConfig(3, 4, 8, selection="published")),
+    "batch and grouped heads": (2, 3, 2, 67, 5, LighthouseConfig(3, 2, 3, selection="published")),
+    "odd pooling factor": (2, 1, 3, 97, 16, LighthouseConfig(2, 3, 6, selection="published")),
+    "factor beyond the unrolling": (1, 1, 2, 131, 7, LighthouseConfig(3, 7, 2, selection="published")),
+    "four levels, one winner": (1, 1, 1, 103, 3, LighthouseConfig(4, 2, 1, selection="published")),
+    "two tiles of 150": (1, 2, 1, 331, 2, LighthouseConfig(2, 2, 300, selection="published")),
+    "one token": (1, 1, 1, 1, 3, LighthouseConfig(2, 2, 1, selection="published")),
+    "shorter than one coarsest entry": (1, 1, 2, 5, 3, LighthouseConfig(3, 4, 2, selection="published")),
+    "nothing to pad, blocks full": (1, 1, 1, 64, 256, LighthouseConfig(3, 4, 2, selection="published")),
+    "mean of the levels": (1, 1, 2, 61, 8, LighthouseConfig(3, 3, 4, combine="mean", selection="published")),
+    "prefix left uncovered": (
+        1,
+        2,
+        1,
+        61,
+        8,
+        LighthouseConfig(3, 4, 1, combine="mean", cover_prefix=False, selection="published"),
+    ),
 }
 
 
@@ -127,7 +134,7 @@ def test_kernels_equal_their_twins(case, poison):
 
 @pytest.mark.parametrize("dim", [1, 16, 24, pytest.param(96, marks=pytest.mark.slow), 256])
 def test_any_head_dim(dim, poison):
-    assert_twins(1, 1, 1, 29, dim, LighthouseConfig(2, 3, 2))
+    assert_twins(1, 1, 1, 29, dim, LighthouseConfig(2, 3, 2, selection="published"))
 
 
 SHAPES = [(levels, p) for levels in (2, 3, 4) for p in (2, 3, 4, 5)]
@@ -149,7 +156,9 @@ def configurations(most):
 
 
 def assert_random_twins(batch, groups, ratio, tokens, dim, levels_and_factor, top_k, cover_prefix, combine):
-    config = LighthouseConfig(*levels_and_factor, top_k, cover_prefix=cover_prefix, combine=combine)
+    config = LighthouseConfig(
+        *levels_and_factor, top_k, cover_prefix=cover_prefix, combine=combine, selection="published"
+    )
     assert_twins(batch, groups, ratio, tokens, dim, config)
 
 
@@ -198,7 +207,7 @@ def random_scores(batch, groups, shape, tied, seed):
     seed=st.integers(0, 99),
 )
 def test_ties_and_nan_are_ranked_like_the_reference(tokens, levels, factor, top_k, cover_prefix, tied, seed):
-    config = LighthouseConfig(levels, factor, top_k, cover_prefix=cover_prefix)
+    config = LighthouseConfig(levels, factor, top_k, cover_prefix=cover_prefix, selection="published")
     shape = config.pyramid(tokens)
     assert_same_selection(random_scores(2, 1, shape, tied, seed), shape, config)
 
@@ -206,14 +215,14 @@ def test_ties_and_nan_are_ranked_like_the_reference(tokens, levels, factor, top_
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "distinct"])
 def test_a_tile_longer_than_one_chunk(tied, monkeypatch, poison):
     monkeypatch.setattr(TILES_MODULE, "MAX_CHUNK", 32)
-    config = LighthouseConfig(3, 2, 41)
+    config = LighthouseConfig(3, 2, 41, selection="published")
     shape = config.pyramid(541)
     assert shape.tile_entries > 4 * 32
     assert_same_selection(random_scores(1, 2, shape, tied, 5), shape, config)
 
 
 def test_a_nan_in_q_or_k_reaches_the_score_of_its_window():
-    config = LighthouseConfig(3, 2, 2)
+    config = LighthouseConfig(3, 2, 2, selection="published")
     shape = config.pyramid(23)
     q, k, v = (x.detach() for x in draw(1, 1, 2, 23, 5))
     q[0, 1, 6, 2] = torch.nan
@@ -233,7 +242,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("arrange", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_memory_layout_changes_no_value(arrange, poison):
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(43)
     qkv = draw(2, 1, 2, 43, 5)
     arranged = [arrange(x.detach()).requires_grad_() for x in qkv]
@@ -245,7 +254,7 @@ def test_memory_layout_changes_no_value(arrange, poison):
 
 
 def test_gradients_that_are_expanded_or_strided():
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(43)
     qkv = draw(2, 1, 2, 43, 5)
     selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
@@ -264,7 +273,7 @@ def test_gradients_that_are_expanded_or_strided():
 
 
 def test_results_lie_in_memory_as_a_model_wants_them():
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(43)
     q, k, v = draw(1, 2, 2, 43, 5)
     k = k.detach().contiguous().requires_grad_()
@@ -280,7 +289,7 @@ def test_results_lie_in_memory_as_a_model_wants_them():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_narrow_types_err_no_more_than_the_reference(dtype, poison):
-    config = LighthouseConfig(3, 3, 3)
+    config = LighthouseConfig(3, 3, 3, selection="published")
     shape = config.pyramid(71)
     qkv = draw(1, 2, 2, 71, 8, dtype, integers=False)
     exact_qkv = [x.detach().double().requires_grad_() for x in qkv]
@@ -296,7 +305,7 @@ def test_narrow_types_err_no_more_than_the_reference(dtype, poison):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_scores_have_the_precision_of_fp32(dtype):
-    config = LighthouseConfig(3, 3, 3)
+    config = LighthouseConfig(3, 3, 3, selection="published")
     shape = config.pyramid(71)
     qkv = [x.detach() for x in draw(2, 2, 2, 71, 37, dtype, integers=False)]
     exact = flat_scores(reference.score(*(x.double() for x in qkv), shape, config))
@@ -308,7 +317,7 @@ def test_scores_have_the_precision_of_fp32(dtype):
 @pytest.mark.parametrize(("levels", "factor"), [(2, 16), (3, 4), (5, 2)])
 def test_narrow_types_are_summed_in_fp32(levels, factor):
     """Ones between 256 and -256: bf16 cannot hold 257, and a sum in bf16 would lose the ones."""
-    config = LighthouseConfig(levels, factor, 7)
+    config = LighthouseConfig(levels, factor, 7, selection="published")
     shape = config.pyramid(509)
     selection = kernels.select(random_scores(1, 1, shape, False, 3), shape, config)
     twin = reference.Selection(selection.index, full_slots(selection.slots, shape))
@@ -337,7 +346,7 @@ def test_narrow_types_are_summed_in_fp32(levels, factor):
 
 
 def test_float64_is_refused():
-    config = LighthouseConfig(3, 2, 2, backend="triton")
+    config = LighthouseConfig(3, 2, 2, backend="triton", selection="published")
     q, k, v = draw(1, 1, 1, 40, 4, torch.float64)
     with pytest.raises(ValueError, match="float64; use backend='reference'"):
         lighthouse_attention(q, k, v, config)
@@ -348,14 +357,14 @@ def test_the_whole_layer_equals_the_reference():
     dout = torch.randn(1, 4, 83, 5, device=DEVICE)
     results = {}
     for backend in ("triton", "reference"):
-        config = LighthouseConfig(3, 2, 4, backend=backend, sdpa="math")
+        config = LighthouseConfig(3, 2, 4, backend=backend, sdpa="math", selection="published")
         out = lighthouse_attention(q, k, v, config)
         results[backend] = (select_entries(q, k, v, config), out, *torch.autograd.grad(out, (q, k, v), dout))
     torch.testing.assert_close(results["triton"], results["reference"])
 
 
 def test_two_runs_agree_bit_for_bit():
-    config = LighthouseConfig(3, 2, 4)
+    config = LighthouseConfig(3, 2, 4, selection="published")
     shape = config.pyramid(97)
     qkv = draw(2, 1, 1, 97, 6, integers=False)
     runs = []
@@ -367,7 +376,7 @@ def test_two_runs_agree_bit_for_bit():
 
 @pytest.mark.parametrize("combine", ["sum", "mean"])
 def test_no_output_moves_when_later_tokens_change(combine):
-    config = LighthouseConfig(3, 3, 3, combine=combine)
+    config = LighthouseConfig(3, 3, 3, combine=combine, selection="published")
     shape = config.pyramid(61)
     qkv = [x.detach() for x in draw(1, 1, 1, 61, 4, integers=False)]
     selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)

@@ -33,7 +33,13 @@ def draw(batch, heads, kv_heads, tokens, dim, dtype=torch.bfloat16, seed=42):
 def test_published_output_is_reproduced(path):
     case = torch.load(path, weights_only=True, map_location="cuda")
     config = LighthouseConfig(
-        case["num_levels"], case["pooling_factor"], case["top_k"], cover_prefix=False, backend="triton", sdpa="math"
+        case["num_levels"],
+        case["pooling_factor"],
+        case["top_k"],
+        cover_prefix=False,
+        backend="triton",
+        sdpa="math",
+        selection="published",
     )
     q, k, v = (case[name].requires_grad_() for name in "qkv")
     assert torch.equal(select_entries(q, k, v, config), case["index"])
@@ -47,11 +53,11 @@ def test_published_output_is_reproduced(path):
 @pytest.mark.parametrize(
     ("heads", "tokens", "dim", "config"),
     [
-        ((1, 8, 1), 32_768, 128, LighthouseConfig(3, 4, 1024)),
-        ((2, 2, 4), 20_011, 64, LighthouseConfig(4, 4, 300)),
-        ((3, 2, 1), 10_007, 96, LighthouseConfig(3, 3, 131, combine="mean")),
-        ((1, 1, 5), 70_001, 40, LighthouseConfig(2, 4, 64, cover_prefix=False)),
-        ((1, 2, 1), 30_011, 256, LighthouseConfig(5, 5, 37)),
+        ((1, 8, 1), 32_768, 128, LighthouseConfig(3, 4, 1024, selection="published")),
+        ((2, 2, 4), 20_011, 64, LighthouseConfig(4, 4, 300, selection="published")),
+        ((3, 2, 1), 10_007, 96, LighthouseConfig(3, 3, 131, combine="mean", selection="published")),
+        ((1, 1, 5), 70_001, 40, LighthouseConfig(2, 4, 64, cover_prefix=False, selection="published")),
+        ((1, 2, 1), 30_011, 256, LighthouseConfig(5, 5, 37, selection="published")),
     ],
     ids=["published", "grouped, D 64", "factor 3, D 96", "one large tile, D 40", "windows of 625, D 256"],
 )
@@ -61,7 +67,7 @@ def test_kernels_equal_their_twins(heads, tokens, dim, config):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "distinct"])
 def test_large_tiles_are_selected_like_the_reference(tied):
-    config = LighthouseConfig(3, 4, 100)
+    config = LighthouseConfig(3, 4, 100, selection="published")
     shape = config.pyramid(1_000_003)
     assert shape.tile_entries > 60_000
     assert_same_selection(random_scores(1, 2, shape, tied, 3), shape, config)
@@ -71,7 +77,7 @@ def test_large_tiles_are_selected_like_the_reference(tied):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_layer_errs_no_more_than_the_reference(dtype, dim):
     """Same selection, same attention backend; distance to float64 at most twice the reference's own."""
-    config = LighthouseConfig(3, 4, 128)
+    config = LighthouseConfig(3, 4, 128, selection="published")
     tokens = 8_209
     qkv = draw(2, 4, 2, tokens, dim, dtype)
     dout = torch.randn(2, 4, tokens, dim, device="cuda", dtype=dtype)
@@ -125,10 +131,12 @@ def test_dilated_scores_select_the_same_entries_in_both_backends(selection, head
 
 def test_dilated_scores_are_those_of_float64():
     q, k, v = draw(1, 4, 2, 8_209, 64)
-    config = LighthouseConfig(scorer="dilated")
+    config = LighthouseConfig(scorer="dilated", selection="published")
     ours = dilated_scores(q, k, v, config, scale=None)
     exact = dilated_scores(
-        *(x.double() for x in (q, k, v)), LighthouseConfig(scorer="dilated", sdpa="math"), scale=None
+        *(x.double() for x in (q, k, v)),
+        LighthouseConfig(scorer="dilated", sdpa="math", selection="published"),
+        scale=None,
     )
     for actual, expected in zip(ours, exact, strict=True):
         assert actual.dtype == torch.float32
@@ -167,7 +175,7 @@ def test_compiled_in_one_graph_equals_eager(backend):
 def test_the_layer_needs_half_the_memory_of_the_published_one(tokens, top_k, published):
     q, k, v = draw(1, 8, 8, tokens, 128)
     dout = torch.randn_like(q)
-    config = LighthouseConfig(3, 4, top_k)
+    config = LighthouseConfig(3, 4, top_k, selection="published")
     for _ in range(2):
         q.grad = k.grad = v.grad = None
         torch.cuda.synchronize()
@@ -179,7 +187,7 @@ def test_the_layer_needs_half_the_memory_of_the_published_one(tokens, top_k, pub
 
 def test_more_values_than_32_bits_can_number():
     """3 x 1,048,576 tokens of 8 heads of 128: offsets beyond 2^31 in q, k, v, the output and all gradients."""
-    config = LighthouseConfig(4, 4, 4096)
+    config = LighthouseConfig(4, 4, 4096, selection="published")
     q, k, v = draw(3, 8, 8, 1_048_576, 128)
     shape = config.pyramid(1_048_576)
     last = [x[2:].detach().requires_grad_() for x in (q, k, v)]
@@ -196,7 +204,7 @@ def test_more_values_than_32_bits_can_number():
 
 def test_channels_farther_apart_than_32_bits_can_number():
     """Five channels 2^29 values apart, as in memory ordered [B, D, H, N]: the same as side by side."""
-    config = LighthouseConfig(3, 4, 8)
+    config = LighthouseConfig(3, 4, 8, selection="published")
     shape = config.pyramid(521)
     near = draw(1, 1, 1, 521, 5)
     far = [torch.empty_strided(x.shape, (0, 0, 1, 2**29), dtype=x.dtype, device=x.device) for x in near]

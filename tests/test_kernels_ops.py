@@ -21,7 +21,7 @@ SCORE_MODULE, GATHER_MODULE, SCATTER_MODULE = (
 
 
 def test_results_may_be_changed_in_place():
-    config = LighthouseConfig(2, 2, 3)
+    config = LighthouseConfig(2, 2, 3, selection="published")
     shape = config.pyramid(23)
     qkv = draw(1, 1, 1, 23, 5)
     selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
@@ -36,7 +36,7 @@ def test_results_may_be_changed_in_place():
 
 @pytest.mark.parametrize("way", ["direct", "op"])
 def test_a_second_derivative_is_an_error_and_not_nothing(way):
-    config = LighthouseConfig(2, 2, 3)
+    config = LighthouseConfig(2, 2, 3, selection="published")
     shape = config.pyramid(23)
     q, k, v = draw(1, 1, 1, 23, 5)
     slots = kernels.select(kernels.score(q, k, v, shape, config), shape, config).slots
@@ -54,7 +54,7 @@ def test_a_second_derivative_is_an_error_and_not_nothing(way):
 
 
 def test_backward_keeps_integers_only():
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(43)
     qkv = draw(1, 1, 2, 43, 5)
     selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
@@ -67,7 +67,7 @@ def test_backward_keeps_integers_only():
 
 
 def test_inputs_die_while_results_live():
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(43)
     leaves = draw(1, 1, 2, 43, 5)
     # no leaves: the graph holds those itself
@@ -82,7 +82,7 @@ def test_inputs_die_while_results_live():
     assert all(x.abs().sum() > 0 for x in torch.autograd.grad(out.square().sum(), leaves))
 
 
-COMPILED = LighthouseConfig(3, 2, 4, backend="triton")
+COMPILED = LighthouseConfig(3, 2, 4, backend="triton", selection="published")
 
 
 def layer(q, k, v):
@@ -117,7 +117,7 @@ def test_compiled_in_one_graph_equals_eager(call, autocast):
     ],
 )
 def test_compiled_for_several_lengths_equals_eager(backend, dynamic, graphs):
-    config = LighthouseConfig(3, 2, 4, backend=backend)
+    config = LighthouseConfig(3, 2, 4, backend=backend, selection="published")
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -135,7 +135,7 @@ def test_compiled_for_several_lengths_equals_eager(backend, dynamic, graphs):
 
 
 def test_operators_are_registered_as_torch_demands():
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(37)
     qkv = draw(2, 1, 2, 37, 3)
     sizes = ops.pack(shape)
@@ -187,7 +187,7 @@ def test_only_channels_beyond_int32_are_copied(dim, stride_dim, copied):
 
 
 def test_every_launch_reads_what_is_within_reach(monkeypatch):
-    config = LighthouseConfig(3, 2, 3)
+    config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(43)
     qkv = draw(1, 1, 2, 43, 5)
     selection = kernels.select(kernels.score(*qkv, shape, config), shape, config)
@@ -201,5 +201,5 @@ def test_every_launch_reads_what_is_within_reach(monkeypatch):
 
 @pytest.mark.parametrize("levels", [2, 3, 5])
 def test_sizes_survive_the_way_through_an_operator(levels):
-    shape = LighthouseConfig(levels, 3, 7).pyramid(1013)
+    shape = LighthouseConfig(levels, 3, 7, selection="published").pyramid(1013)
     assert ops.unpack(ops.pack(shape)) == shape

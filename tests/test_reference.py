@@ -27,7 +27,9 @@ def draw(batch=1, q_heads=2, kv_heads=2, tokens=64, dim=8, dtype=torch.float64, 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_published_output_is_reproduced(path):
     case = torch.load(path, weights_only=True)
-    config = LighthouseConfig(case["num_levels"], case["pooling_factor"], case["top_k"], cover_prefix=False)
+    config = LighthouseConfig(
+        case["num_levels"], case["pooling_factor"], case["top_k"], cover_prefix=False, selection="published"
+    )
     q, k, v = (case[name].requires_grad_() for name in "qkv")
 
     assert torch.equal(select_entries(q, k, v, config), case["index"])
@@ -55,7 +57,7 @@ def test_the_golden_data_is_there():
     seed=st.integers(0, 1000),
 )
 def test_reference_equals_the_oracle(tokens, levels, p, top_k, heads, cover_prefix, combine, coarse, seed):
-    config = LighthouseConfig(levels, p, top_k, cover_prefix=cover_prefix, combine=combine)
+    config = LighthouseConfig(levels, p, top_k, cover_prefix=cover_prefix, combine=combine, selection="published")
     shape = config.pyramid(tokens)
     q, k, v = draw(2, *heads, tokens, dim=3, seed=seed)
     if coarse:
@@ -75,7 +77,7 @@ def test_reference_equals_the_oracle(tokens, levels, p, top_k, heads, cover_pref
 
 
 def test_many_tiles_equal_the_oracle():
-    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=384)
+    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=384, selection="published")
     q, k, v = draw(1, 1, 1, 2003, dim=2)
     index = select_entries(q, k, v, config)
     _, chosen = oracle.attention(q, k, v, 2, 2, 384)
@@ -84,7 +86,7 @@ def test_many_tiles_equal_the_oracle():
 
 
 def test_nan_ranks_below_everything_and_counts_stay_exact():
-    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=4, cover_prefix=False)
+    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=4, cover_prefix=False, selection="published")
     q, k, v = draw(1, 1, 1, 40)
     q[0, 0, 6:20] = torch.nan
     shape = config.pyramid(40)
@@ -100,7 +102,7 @@ def test_nan_ranks_below_everything_and_counts_stay_exact():
 
 
 def test_only_nan_left_still_fills_every_place():
-    config = LighthouseConfig(num_levels=3, pooling_factor=3, top_k=5)
+    config = LighthouseConfig(num_levels=3, pooling_factor=3, top_k=5, selection="published")
     q, k, v = (torch.full_like(x, torch.nan) for x in draw(1, 1, 1, 101))
     assert select_entries(q, k, v, config).unique().numel() == config.pyramid(101).num_gathered
 
@@ -108,7 +110,7 @@ def test_only_nan_left_still_fills_every_place():
 @pytest.mark.parametrize("combine", ["sum", "mean"])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
 def test_gradients_are_exact_in_float64(q_heads, kv_heads, combine):
-    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=3, combine=combine)
+    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=3, combine=combine, selection="published")
     inputs = [x.requires_grad_() for x in draw(1, q_heads, kv_heads, 37, dim=3)]
     assert config.pyramid(37).compresses
     assert torch.autograd.gradcheck(lambda *qkv: lighthouse_attention(*qkv, config), inputs)
@@ -116,7 +118,7 @@ def test_gradients_are_exact_in_float64(q_heads, kv_heads, combine):
 
 @pytest.mark.parametrize("tokens", [97, 128])
 def test_causal_for_a_fixed_selection(tokens):
-    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=6)
+    config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=6, selection="published")
     shape = config.pyramid(tokens)
     q, k, v = draw(1, 2, 1, tokens)
     selection = reference.select(reference.score(q, k, v, shape, config), shape, config)
@@ -136,20 +138,23 @@ def test_causal_for_a_fixed_selection(tokens):
 
 @pytest.mark.parametrize("tokens", [61, 200])
 def test_every_token_gets_an_output_with_a_covered_prefix(tokens):
-    config = LighthouseConfig(num_levels=4, pooling_factor=2, top_k=4)
+    config = LighthouseConfig(num_levels=4, pooling_factor=2, top_k=4, selection="published")
     q, k, _ = draw(2, 4, 2, tokens)
     # attention over ones is one: a token's output counts the entries that write to it
     fan_in = lighthouse_attention(q, k, torch.ones(2, 2, tokens, 8, dtype=torch.float64), config)
     assert fan_in.round().min() >= 1
     assert fan_in.round().max() <= 4
     mean = lighthouse_attention(
-        q, k, torch.ones(2, 2, tokens, 8, dtype=torch.float64), LighthouseConfig(4, 2, 4, combine="mean")
+        q,
+        k,
+        torch.ones(2, 2, tokens, 8, dtype=torch.float64),
+        LighthouseConfig(4, 2, 4, combine="mean", selection="published"),
     )
     torch.testing.assert_close(mean, torch.ones_like(mean))
 
 
 def test_grouped_heads_equal_repeated_ones_where_the_group_agrees():
-    config = LighthouseConfig(num_levels=2, pooling_factor=4, top_k=5)
+    config = LighthouseConfig(num_levels=2, pooling_factor=4, top_k=5, selection="published")
     q, k, v = draw(2, 2, 2, 131)
     pairs = q.repeat_interleave(3, dim=1)
     torch.testing.assert_close(
@@ -158,7 +163,7 @@ def test_grouped_heads_equal_repeated_ones_where_the_group_agrees():
 
 
 def test_padding_never_reaches_an_output():
-    config = LighthouseConfig(num_levels=3, pooling_factor=4, top_k=4)
+    config = LighthouseConfig(num_levels=3, pooling_factor=4, top_k=4, selection="published")
     q, k, v = draw(1, 1, 1, 161)
     shape = config.pyramid(161)
     assert shape.padded_tokens > 161
@@ -174,7 +179,7 @@ def test_padding_never_reaches_an_output():
 
 
 def test_low_precision_sums_in_fp32():
-    config = LighthouseConfig(num_levels=2, pooling_factor=16, top_k=2)
+    config = LighthouseConfig(num_levels=2, pooling_factor=16, top_k=2, selection="published")
     q, k, v = draw(1, 1, 1, 512, dtype=torch.float32)
     # bf16 cannot hold 256 + 1: a bf16 sum over the window would lose the ones
     v = torch.ones_like(v).to(torch.bfloat16)

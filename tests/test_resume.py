@@ -127,6 +127,7 @@ def test_two_ranks_go_on_bit_for_bit_and_leave_no_process(server, prepared, unbr
     assert not {line["sha"] for line in first.values()} & {line["sha"] for line in second.values()}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_a_run_whose_rank_0_is_frozen(server, prepared, tmp_path):
     folder = copy(prepared, tmp_path / "run")
     fault = {"kind": "SIGKILL", "batch": 5, "hook": "backward", "ranks": [1], "frozen": True}

@@ -81,7 +81,7 @@ def test_no_output_sees_a_later_token(selection, heads, tokens, levels, top_k):
 
 
 def test_the_published_selection_shows_later_tokens():
-    config = LighthouseConfig(3, 4, 1536)
+    config = LighthouseConfig(3, 4, 1536, selection="published")
     q, k, v = (x.detach() for x in salient(1, 8, 8, 98_304, 128))
     last = 50_001
     changed = [torch.cat((x[:, :, : last + 1], -3 * x[:, :, last + 1 :].flip(2)), 2) for x in (q, k, v)]

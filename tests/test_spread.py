@@ -17,7 +17,7 @@ from lightning_lighthouse.spread import normalises
 
 transformers = pytest.importorskip("transformers")
 
-CONFIG = LighthouseConfig(3, 2, 8)
+CONFIG = LighthouseConfig(3, 2, 8, selection="published")
 TOKENS = 128
 # cosines and sines of no rotation
 ROTARY = torch.ones(1, TOKENS, 16), torch.zeros(1, TOKENS, 16)

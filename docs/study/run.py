@@ -82,6 +82,21 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def _forget(path: Path, key: dict[str, Any]) -> None:
+    """Remove the lines of a training that was killed before its row was written."""
+    wanted = {name: str(value) for name, value in key.items()}
+    with _lock:
+        if not path.exists():
+            return
+        with path.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        kept = [row for row in rows if not wanted.items() <= row.items()]
+        if len(kept) < len(rows):
+            path.unlink()
+    if len(kept) < len(rows) and kept:
+        append(path, kept)
+
+
 def read_probe(folder: Path) -> dict[str, Any]:
     """The last result of the FutureLeakProbe, which is that right before the switch; empty without one."""
     path, names = folder / TABLE, ("leak_nats", "leak_stderr", "lighthouse_loss", "spike_nats")
@@ -116,6 +131,7 @@ def run(training: Training, arguments: argparse.Namespace, gpu: str | None) -> b
     del summary["run"], summary["seconds_to_reference"]
     probe = read_probe(arguments.runs / name / "version_0")
     row = {**key, **summary, **probe, "commit": arguments.commit, "torch": report["versions"]["torch"]}
+    _forget(arguments.out / "validations.csv", key)
     append(arguments.out / "validations.csv", [{**key, **validation} for validation in report["validations"]])
     append(arguments.out / "rows.csv", [{**row, "command": shlex.join(command)}])
     print(f"{name}: final {summary['final_loss']}, at the switch {summary['loss_at_switch']}", flush=True)
@@ -152,7 +168,14 @@ def main() -> int:
                 return
             if time.monotonic() + 60 * training.minutes > deadline:
                 print(f"{training.name}-seed{training.seed}: no time left", flush=True)
-            elif not run(training, arguments, gpu):
+                continue
+            try:
+                has_ended_well = run(training, arguments, gpu)
+            # one training without a report does not cost the others
+            except (OSError, ValueError, KeyError, IndexError) as error:
+                print(f"{training.name}-seed{training.seed}: {error!r}", flush=True)
+                has_ended_well = False
+            if not has_ended_well:
                 failed.append(training.name)
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in arguments.gpus]

@@ -18,7 +18,7 @@ from lightning_lighthouse.compare import seconds_to
 
 HERE = Path(__file__).parent
 HEAD = (
-    "| row | seed | steps | seconds | at the switch | spike | leak | **final** | seconds to dense's final loss | GiB |"
+    "| row | seed | GPU | steps | seconds | at the switch | spike | leak | **final** | seconds to dense's final loss |"
 )
 CONTEXTS = {"32k": "32,768 tokens", "98k": "98,304 tokens"}
 
@@ -48,18 +48,24 @@ def main() -> None:
         dense = {row["seed"]: row for row in here if row["name"] == f"{context}-dense"}
         print(f"\n{title}\n\n{HEAD}\n|{'---|' * 10}")
         figure, axes = plt.subplots(figsize=(8, 5))
-        for row in sorted(here, key=lambda row: float(row["final_loss"])):
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        # a run whose loss is no number has an empty one
+        for row in sorted(here, key=lambda row: float(row["final_loss"] or "inf")):
             curve = curves[row["name"], row["seed"]]
             reference = dense.get(row["seed"]) or next(iter(dense.values()), None)
-            reached = seconds_to(float(reference["final_loss"]), curve) if reference else None
+            known = reference is not None and reference["final_loss"]
+            reached = seconds_to(float(known), curve) if known else None
             seconds = float(row["lighthouse_seconds"]) + float(row["dense_seconds"])
             leak = f"{rounded(row['leak_nats'], 3)} ± {rounded(row['leak_stderr'], 3)}" if row["leak_nats"] else "-"
-            cells = [row["name"], row["seed"], f"{row['lighthouse_steps']} + {row['dense_steps']}", f"{seconds:.0f}",
-                     rounded(row["loss_at_switch"], 3), rounded(row["spike_nats"], 3), leak,
-                     f"**{rounded(row['final_loss'], 3)}**", "-" if reached is None else f"{reached:.0f}",
-                     rounded(row["peak_gib"], 1)]  # fmt: skip
+            both = row["lighthouse_steps"] != "0"
+            steps = f"{row['lighthouse_steps']} + {row['dense_steps']}" if both else row["dense_steps"]
+            cells = [row["name"], row["seed"], row["device"].removeprefix("NVIDIA ").split()[0], steps,
+                     f"{seconds:.0f}", rounded(row["loss_at_switch"], 3), rounded(row["spike_nats"], 3), leak,
+                     f"**{rounded(row['final_loss'], 3)}**", "-" if reached is None else f"{reached:.0f}"]  # fmt: skip
             print(f"| {' | '.join(cells)} |")
-            axes.plot(*zip(*curve, strict=True), label=f"{row['name']}, seed {row['seed']}", linewidth=1)
+            if curve:
+                style = "--" if row["attention"] == "dense" else "-"
+                axes.plot(*zip(*curve, strict=True), style, label=f"{row['name']}, seed {row['seed']}", linewidth=1.2)
         axes.set(xlabel="seconds of training", ylabel="dense validation loss, nats per byte", title=title)
         axes.set_ylim(top=min(3.5, axes.get_ylim()[1]))
         axes.legend(fontsize=7)
