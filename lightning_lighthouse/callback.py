@@ -189,11 +189,14 @@ class LighthouseCallback(Callback):
         """Patch the model, off, and prefer the configured SDPA backend in every phase."""
         self._restore()
         check_tensor_parallel(trainer, pl_module)
-        self._contexts.enter_context(shown_notices())
-        self._contexts.enter_context(watched_ranks(trainer.strategy.launcher))
-        self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
-        profiler = trainer.profiler  # type: ignore[attr-defined]
-        self._contexts.enter_context(timed_fetches(profiler, lambda seconds: self._stopwatch.fetched(seconds)))
+        self._contexts.callback(self._guard.clear)
+        for context in (
+            shown_notices(),
+            watched_ranks(trainer.strategy.launcher),
+            sdpa_priority(self.attention.sdpa),
+            timed_fetches(trainer.profiler, lambda seconds: self._stopwatch.fetched(seconds)),  # type: ignore[attr-defined]
+        ):
+            self._contexts.enter_context(context)
         if self.enabled and self.return_steps:
             self._contexts.enter_context(room_to_recompile())
         self._folder = None
@@ -209,6 +212,7 @@ class LighthouseCallback(Callback):
                 select=self.select,
                 hf_assume_causal=self.hf_assume_causal,
             )
+            self._contexts.callback(self._patch.restore)
 
     # The first hook at which the step and the callback's state are right under every strategy.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,6 +226,7 @@ class LighthouseCallback(Callback):
             self._run = RunState()
         self._loaded, self._trainer = None, ref(trainer)
         self._curves = PhaseCurves(trainer, trainer.global_step, self.validation_metric)
+        self._contexts.callback(self._curves.close)
         if self.enabled:
             assert self._patch is not None
             self._run.switch = resolve_switch(
@@ -234,7 +239,9 @@ class LighthouseCallback(Callback):
                 rewarm_steps=self.rewarm_steps,
                 allow_return=self.allow_return,
             )
-            self._rewarm = Rewarm(trainer.optimizers) if self.rewarm_steps else None
+            if self.rewarm_steps:
+                self._rewarm = Rewarm(trainer.optimizers)
+                self._contexts.callback(self._rewarm.remove)
             names = [name or type(pl_module).__name__ for name in self._patch.targets]
             self._curves.text(trainer.global_step, describe_start(trainer, self._run.switch, self.plateau, names))
         values = shown_settings(self, self._switch)
@@ -391,15 +398,6 @@ class LighthouseCallback(Callback):
         rank_zero_warn(f"Lighthouse: {explain(missing, len(patch.targets))}")
 
     def _restore(self) -> None:
-        patch, curves, rewarm = self._patch, self._curves, self._rewarm
         self._patch = self._curves = self._rewarm = None
-        # the first line is done last, and each also if another fails, as a writer does on a full disk
-        with ExitStack() as cleanup:
-            cleanup.enter_context(self._contexts.pop_all())
-            cleanup.callback(self._guard.clear)
-            if rewarm is not None:
-                cleanup.callback(rewarm.remove)
-            if curves is not None:
-                cleanup.callback(curves.close)
-            if patch is not None:
-                cleanup.callback(patch.restore)
+        # the last entered goes first, and each goes, also if another fails, as a writer does on a full disk
+        self._contexts.close()
