@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lighthouse.attention import check_backend
 from lightning_lighthouse.config import LighthouseConfig, check_type
+from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.patch import Patch, patch_attention
 from lightning_lighthouse.schedule import (
     DENSE,
@@ -90,7 +91,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
 
         self._switch: SwitchState | None = None
         self._patch: Patch | None = None
-        self._sdpa = ExitStack()
+        self._contexts = ExitStack()
 
     def state(self) -> dict[str, Any]:
         """The settings and the switch, for the Trainer's checkpoints."""
@@ -117,18 +118,20 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
                 "process a GPU (torchrun), or set CUDA_VISIBLE_DEVICES"
             )
         model: nn.Module = others["model"]
-        check_backend(self.attention, next(model.parameters()).device)
-        self._patch = patch_attention(
-            model,
-            self.attention,
-            dense_layers=self.dense_layers,
-            select=self.select,
-            hf_assume_causal=self.hf_assume_causal,
-        )
-        self._sdpa.enter_context(sdpa_priority(self.attention.sdpa))
         try:
+            self._contexts.enter_context(shown_notices())
+            check_backend(self.attention, next(model.parameters()).device)
+            self._patch = patch_attention(
+                model,
+                self.attention,
+                dense_layers=self.dense_layers,
+                select=self.select,
+                hf_assume_causal=self.hf_assume_causal,
+            )
+            self._contexts.callback(self._patch.restore)
+            self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
             self._switch = self._resolve_switch(state)
-        except ValueError:
+        except BaseException:
             self.restore()
             raise
         phase = self._switch.phase(state.global_step)
@@ -180,10 +183,8 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
 
     def restore(self) -> None:
         """Undo the patch, as at the end of a training. Harmless at any time."""
-        if self._patch is not None:
-            self._patch.restore()
-            self._patch = None
-        self._sdpa.close()
+        self._patch = None
+        self._contexts.close()
 
     def __enter__(self) -> LighthouseTrainerCallback:
         return self

@@ -38,7 +38,8 @@ class _Forwarder(logging.Handler):
         from lightning.pytorch.utilities import rank_zero_only
 
         if record.levelno >= logging.WARNING or getattr(rank_zero_only, "rank", 0) == 0:
-            record = logging.makeLogRecord(vars(record) | {"msg": f"Lighthouse: {record.getMessage()}", "args": None})
+            line = f"Lighthouse: {record.getMessage().removeprefix('Lighthouse: ')}"
+            record = logging.makeLogRecord(vars(record) | {"msg": line, "args": None})
             logging.getLogger("lightning.pytorch").handle(record)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from families import CONFIG, GROUPED, LAYERS, build_transformers, transformers_by_hand
 from foreign import VOCABULARY
 
-from lightning_lighthouse import register_lighthouse_sdpa
+from lightning_lighthouse import notices, register_lighthouse_sdpa
 from lightning_lighthouse.routing import patches
 from lightning_lighthouse.schedule import ResumeError, SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
@@ -139,6 +139,19 @@ def test_the_trainer_over_the_switch_equals_two_phases_by_hand(tmp_path):
     assert "forward" not in vars(model.model.layers[1].self_attn)
 
 
+def test_backend_phase_and_switch_are_told_where_nobody_listens(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(notices, "_given", set())
+    monkeypatch.setattr(notices.logger, "propagate", False)
+    # its records reach the root, where pytest listens
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    trained(tmp_path, LighthouseTrainerCallback(4, CONFIG))
+    lines = [line for line in caplog.messages if line.startswith("Lighthouse: ")]
+    assert lines[0] == "Lighthouse: backend='auto' runs 'reference' on cpu"
+    assert lines[1].startswith("Lighthouse: lighthouse phase from step 0; switch to dense at step 4 of 8")
+    assert lines[2] == "Lighthouse: switched from Lighthouse to dense attention at step 4"
+    assert (notices.logger.level, notices.logger.handlers) == (logging.NOTSET, [])
+
+
 @pytest.mark.slow
 def test_an_accumulated_step_is_never_split(tmp_path):
     data = rows(32)
@@ -185,8 +198,8 @@ def test_a_resumed_training_that_has_switched_stays_dense(tmp_path, caplog):
     checkpoint = str(tmp_path / "checkpoint-4")
     with pytest.raises(ResumeError, match="allow_return"):
         trained(tmp_path, LighthouseTrainerCallback(6, CONFIG), steps=8, resume=checkpoint)
-    with caplog.at_level(logging.INFO, logger="lightning_lighthouse"):
-        trained(tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=5, resume=checkpoint)
+    caplog.clear()
+    trained(tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=5, resume=checkpoint)
     assert "dense phase from step 4" in caplog.text
     assert "switched from" not in caplog.text
 
