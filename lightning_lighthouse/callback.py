@@ -9,20 +9,18 @@ from typing import Any, Literal
 from weakref import ReferenceType, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lighthouse.attention import check_backend
-from lightning_lighthouse.audit import explain
 from lightning_lighthouse.config import LighthouseConfig, check_type
 from lightning_lighthouse.curves import PhaseCurves
 from lightning_lighthouse.export import is_sharded, write_final
 from lightning_lighthouse.guard import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.ledger import Stopwatch, count_tokens
 from lightning_lighthouse.notices import shown_notices
-from lightning_lighthouse.parallel import check_tensor_parallel
+from lightning_lighthouse.parallel import check_tensor_parallel, free_gradients
 from lightning_lighthouse.patch import Patch, patch_attention, room_to_recompile
 from lightning_lighthouse.plateau import PlateauRule
 from lightning_lighthouse.report import describe_spike, shown_settings, tell_summary, write_report
@@ -267,7 +265,9 @@ class LighthouseCallback(Callback):
         names = list(self._patch.targets)
         num_returned = self._switch.layers_returned(self._step, len(names))
         self._patch.hand_back(names[len(names) - num_returned :])
-        if self._step > 0 and num_returned > self._switch.layers_returned(self._step - 1, len(names)):
+        returned_before = self._switch.layers_returned(self._step - 1, len(names))
+        # once a step, also where it accumulates batches
+        if num_returned > returned_before and not self._mid_step:
             self._restart_spike_detection(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -369,10 +369,7 @@ class LighthouseCallback(Callback):
         assert self._curves is not None
         self._switch.switched = True
         self._curves.meet()
-        if isinstance(trainer.strategy, FSDPStrategy):
-            # FSDP1 cannot recompile while gradients are kept; the step before has used them
-            for optimizer in trainer.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+        free_gradients(trainer)
         if self._step > 0:
             line = describe_switch(self._switch)
             rank_zero_info(f"Lighthouse: {line}")
@@ -390,12 +387,12 @@ class LighthouseCallback(Callback):
             self._patch.hand_back(())
 
     def _finish_audit(self, patch: Patch) -> None:
-        missing = patch.unrouted()
-        if not missing:
-            return
-        if self.on_unroutable == "raise":
-            raise RuntimeError(explain(missing, len(patch.targets)))
-        rank_zero_warn(f"Lighthouse: {explain(missing, len(patch.targets))}")
+        try:
+            patch.check()
+        except RuntimeError as error:
+            if self.on_unroutable == "raise":
+                raise
+            rank_zero_warn(f"Lighthouse: {error}")
 
     def _restore(self) -> None:
         self._patch = self._curves = self._rewarm = None

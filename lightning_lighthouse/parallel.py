@@ -1,10 +1,10 @@
-"""What a strategy must not do in silence: let ranks train copies of a model that differ."""
+"""What strategies need: ranks whose copies of a model cannot differ in silence, and room to recompile."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_lighthouse.schedule import SettingError
 
@@ -38,3 +38,10 @@ def check_tensor_parallel(trainer: Trainer, module: LightningModule) -> None:
             f"{sizes['tensor_parallel']}, but no parameter is spread over the tensor-parallel ranks: each would train "
             f"a copy of its own; give data_parallel_size={trainer.world_size} and tensor_parallel_size=1"
         )
+
+
+def free_gradients(trainer: Trainer) -> None:
+    """Free the gradients under FSDP1, which cannot recompile while they are kept; the step before has used them."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)

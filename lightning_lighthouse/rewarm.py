@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -32,9 +33,8 @@ class Rewarm:
         self._rates: dict[Optimizer, list[Any]] = {}
         self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
-            name = type(optimizer).__name__
-            if not isinstance(optimizer, Optimizer) or name == "ZeroRedundancyOptimizer":
-                raise SettingError(f"rewarm_steps needs optimizers of torch.optim, got {name}")
+            if not isinstance(optimizer, Optimizer) or _is_sharded(optimizer):
+                raise SettingError(f"rewarm_steps needs optimizers of torch.optim, got {type(optimizer).__name__}")
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._on_step_start))
             self._handles.append(optimizer.register_step_post_hook(self._on_step_end))
@@ -80,3 +80,13 @@ class Rewarm:
     def _put_back(self, optimizer: Optimizer) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates.pop(optimizer, []), strict=False):
             group["lr"] = rate
+
+
+def _is_sharded(optimizer: Optimizer) -> bool:
+    """Whether another optimizer inside makes the update."""
+    if not torch.distributed.is_available():
+        return False
+    # a second that one process need not wait
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return isinstance(optimizer, ZeroRedundancyOptimizer)

@@ -34,7 +34,7 @@ def watched_ranks(launcher: Any) -> Iterator[None]:
     if not ranks or not Path("/proc/self/stat").exists():
         yield
         return
-    command = [sys.executable, "-I", "-S", __file__, *map(str, ranks)]
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *map(str, ranks)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as watcher:
         try:
             yield
@@ -42,26 +42,31 @@ def watched_ranks(launcher: Any) -> Iterator[None]:
             watcher.kill()
 
 
-def exit_code(process: int) -> int | None:
-    """How a child of this process's parent ended; None while it runs, and once the parent knows."""
+def read_state(process: int, parent: int) -> list[str]:
+    """What /proc says of a child from its state on; [] once the parent knows of its end, and the number is free."""
     try:
         # the name, in parentheses, may hold anything
         _, _, state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")
     except OSError:
-        return None
+        return []
     fields = state.split()
-    return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None
+    return fields if int(fields[1]) == parent else []
 
 
-def main(ranks: list[int]) -> None:
-    """Wait until the parent is gone, or end it with the ranks if it leaves one that failed unnoticed."""
+def exit_code(process: int, parent: int) -> int | None:
+    """How a child ended; None while it runs, and once the parent knows."""
+    fields = read_state(process, parent)
+    return os.waitstatus_to_exitcode(int(fields[-1])) if fields and fields[0] == "Z" else None
+
+
+def main(parent: int, ranks: list[int]) -> None:
+    """Wait until `parent`, rank 0, is gone, or end it with the ranks if it leaves one that failed unnoticed."""
     # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
     failed_since: dict[int, float] = {}
     while os.getppid() == parent:
         for rank in ranks:
-            code = exit_code(rank)
+            code = exit_code(rank, parent)
             if not code:
                 failed_since.pop(rank, None)
             elif time.monotonic() - failed_since.setdefault(rank, time.monotonic()) > PATIENCE:
@@ -71,11 +76,11 @@ def main(ranks: list[int]) -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-                for process in [*ranks, parent]:
+                for process in [rank for rank in ranks if read_state(rank, parent)] + [parent]:
                     os.kill(process, signal.SIGKILL)
                 return
         time.sleep(INTERVAL)
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    main(int(sys.argv[1]), [int(argument) for argument in sys.argv[2:]])

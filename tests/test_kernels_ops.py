@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 from test_kernels import DEVICE, draw, through
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -156,7 +157,7 @@ def test_operators_are_registered_as_torch_demands():
         (registered.scatter_backward, (dout, slots, sizes, False)),
     ]
     for op, args in calls:
-        torch.library.opcheck(op.default, args)
+        library.opcheck(op.default, args)
 
 
 def test_a_device_without_triton_is_refused(monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from switch_run import CONFIG, Module, Rates, Watch, fit, same_weights, saving
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_lighthouse import LighthouseCallback
 from lightning_lighthouse.rewarm import Rewarm
@@ -182,11 +183,15 @@ def test_an_exception_in_the_update_leaves_the_rate(tmp_path):
 
 
 def test_another_kind_of_optimizer_is_refused():
-    class ZeroRedundancyOptimizer(torch.optim.SGD):
-        """torch's copies the rate to the optimizer that updates, before it runs the closure."""
-
-    zero = ZeroRedundancyOptimizer([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    for optimizer in (object(), zero):
+    # torch's copies the rate to the optimizer that updates, before it runs the closure
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parameters = [torch.nn.Parameter(torch.ones(1))]
+        sharded = ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.SGD, lr=1.0)
+    finally:
+        torch.distributed.destroy_process_group()
+    for optimizer in (object(), sharded):
         name = type(optimizer).__name__
         with pytest.raises(SettingError, match=rf"rewarm_steps needs optimizers of torch\.optim, got {name}"):
             Rewarm([optimizer])

@@ -91,10 +91,14 @@ def _forget(path: Path, key: dict[str, Any]) -> None:
         with path.open(newline="") as stream:
             rows = list(csv.DictReader(stream))
         kept = [row for row in rows if not wanted.items() <= row.items()]
-        if len(kept) < len(rows):
-            path.unlink()
-    if len(kept) < len(rows) and kept:
-        append(path, kept)
+        if len(kept) == len(rows):
+            return
+        partial = path.with_suffix(".partial")
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(partial, path)
 
 
 def read_probe(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from lightning_lighthouse.arguments import Parser
-from lightning_lighthouse.attention import choose_stages
+from lightning_lighthouse.attention import check_backend
 from lightning_lighthouse.bench.check import small_case
 from lightning_lighthouse.bench.timing import Layer
 from lightning_lighthouse.config import LighthouseConfig
@@ -135,7 +135,7 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]
     layer = Layer(asked.heads, asked.kv_heads, asked.head_dim, DTYPES[asked.dtype], torch.device(asked.device))
     settings = _settings(asked)
     for _, config in settings:
-        choose_stages(config, layer.device, layer.dtype)
+        check_backend(config, layer.device)
         small_case(layer.device, config)
     return layer, settings
 

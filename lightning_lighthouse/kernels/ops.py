@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from lightning_lighthouse.config import PyramidShape
@@ -39,7 +39,7 @@ class Operator:
         backward: Callable[..., Any] | None = None,
     ) -> None:
         name = forward.__name__.strip("_")
-        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
+        definition = library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
         definition.register_fake(fake)
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         self.direct = forward
