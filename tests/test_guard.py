@@ -316,3 +316,16 @@ def test_a_jump_of_the_loss_when_layers_return_is_no_spike(tmp_path):
         else:
             with pytest.raises(RuntimeError, match="spike detected in batch 6"):
                 trainer.fit(model, loader(30))
+
+
+def test_a_return_within_an_accumulated_step_restarts_spike_detection_once(tmp_path, monkeypatch):
+    restarts = []
+    monkeypatch.setattr("lightning_lighthouse.callback.restart_spike_detection", lambda _: restarts.append(1) or False)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, accumulate_grad_batches=2,
+        callbacks=[LighthouseCallback(4, CONFIG, return_steps=2)],
+    )  # fmt: skip
+    trainer.fit(ForeignModule(), loader(40))
+    # one of the two layers before the switch, and the switch
+    assert (trainer.global_step, len(restarts)) == (6, 2)
