@@ -30,7 +30,7 @@ from lightning_lighthouse.run_state import RunState
 from lightning_lighthouse.schedule import DENSE, SettingError, SwitchState, check_count, check_switch_at
 from lightning_lighthouse.sdpa import sdpa_priority
 from lightning_lighthouse.switching import apply_rule, describe_start, describe_switch, resolve_switch
-from lightning_lighthouse.targets import check_layers
+from lightning_lighthouse.targets import DenseLayers, check_layers
 from lightning_lighthouse.waiting import timed_fetches
 from lightning_lighthouse.watch import watched_ranks
 
@@ -49,8 +49,8 @@ class LighthouseCallback(Callback):
         switch_at: When to switch: an int is an optimizer step, a float above 0 and up to 1.0 a fraction of the
             training's steps, rounded up.
         attention: Settings of Lighthouse Attention.
-        dense_layers: Attention layers that stay dense; negative numbers count from the end, [] for none. None: the
-            first and last two of 16 or more, else the first and last.
+        dense_layers: Attention layers that stay dense; negative numbers count from the end, None and [] for none.
+            "published": the first and last two of 16 or more, else the first and last.
         select: Glob over module names that chooses the attention layers, for example "*.attn". None finds them.
         enabled: False trains the dense baseline: nothing is patched, and the curves go to the run `dense`.
         on_unroutable: What happens when a layer that should be routed stayed dense in the first routed batch.
@@ -79,7 +79,7 @@ class LighthouseCallback(Callback):
         self,
         switch_at: int | float = 0.9,
         attention: LighthouseConfig = LighthouseConfig(),  # noqa: B008, immutable
-        dense_layers: list[int] | None = None,
+        dense_layers: DenseLayers = None,
         select: str | None = None,
         enabled: bool = True,
         on_unroutable: Literal["raise", "warn"] = "raise",

@@ -132,7 +132,7 @@ def _describe(settings: dict[str, Any]) -> str:
         return "dense"
     defaults = asdict(LighthouseConfig())
     changed = [f"{key}={value}" for key, value in settings["attention"].items() if value != defaults.get(key)]
-    changed += [f"dense_layers={settings['dense_layers']}"] if settings["dense_layers"] is not None else []
+    changed += [f"dense_layers={settings['dense_layers']}"] if settings["dense_layers"] else []
     return " ".join([f"switch_at={settings['switch_at']}", *changed])
 
 

@@ -22,7 +22,7 @@ from lightning_lighthouse.schedule import (
     resume_switch,
 )
 from lightning_lighthouse.sdpa import sdpa_priority
-from lightning_lighthouse.targets import check_layers
+from lightning_lighthouse.targets import DenseLayers, check_layers
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -49,8 +49,8 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         switch_at: When to switch: an int is an optimizer step, a float above 0 and up to 1.0 a fraction of the
             training's steps, rounded up.
         attention: Settings of Lighthouse Attention, also as a dictionary.
-        dense_layers: Attention layers that stay dense; negative numbers count from the end, [] for none. None: the
-            first and last two of 16 or more, else the first and last.
+        dense_layers: Attention layers that stay dense; negative numbers count from the end, None and [] for none.
+            "published": the first and last two of 16 or more, else the first and last.
         select: Glob over module names that chooses the attention layers. None finds them.
         on_unroutable: What happens when a layer that should be routed stayed dense in the first routed batch.
         allow_return: Let a resumed run that has switched go back to Lighthouse where a later switch_at says so.
@@ -69,7 +69,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self,
         switch_at: int | float = 0.9,
         attention: LighthouseConfig | dict[str, Any] = LighthouseConfig(),  # noqa: B008, immutable
-        dense_layers: list[int] | None = None,
+        dense_layers: DenseLayers = None,
         select: str | None = None,
         on_unroutable: Literal["raise", "warn"] = "raise",
         allow_return: bool = False,

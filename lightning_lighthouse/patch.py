@@ -21,7 +21,7 @@ from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.notices import logger
 from lightning_lighthouse.routing import bind, patch_of, patches, swap, unbind, unswap
 from lightning_lighthouse.schedule import RETURN_GROUPS
-from lightning_lighthouse.targets import choose_routed, find_targets
+from lightning_lighthouse.targets import DenseLayers, choose_routed, find_targets
 
 
 class Patch:
@@ -210,7 +210,7 @@ def patch_attention(
     model: nn.Module,
     config: LighthouseConfig | None = None,
     *,
-    dense_layers: list[int] | None = None,
+    dense_layers: DenseLayers = None,
     select: str | None = None,
     hf_assume_causal: bool = False,
 ) -> Patch:
@@ -223,8 +223,8 @@ def patch_attention(
         model: Any module whose attention calls `F.scaled_dot_product_attention(..., is_causal=True)`; compiled before
             or after, wrapped or not.
         config: Settings; None for the defaults.
-        dense_layers: Attention layers that stay dense, negative from the end; [] for none. None: the first and last
-            two of 16 or more, else the first and last.
+        dense_layers: Attention layers that stay dense, negative from the end; None and [] for none. "published": the
+            first and last two of 16 or more, else the first and last.
         select: Glob over module names that chooses the attention modules.
         hf_assume_causal: Your statement that every training batch of a transformers model is plain causal, without
             padding and without documents packed by position_ids: no mask is then built, in any layer, while the

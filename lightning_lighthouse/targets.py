@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -25,7 +25,9 @@ SDPA_NAMES = frozenset({SDPA, "ALL_ATTENTION_FUNCTIONS"})
 PACKAGE = "lightning_lighthouse"
 # A method, a function that it calls, and one that this one calls.
 CALL_DEPTH = 2
-# From this many attention layers on, two at each end stay dense, as published; below, one.
+# Attention layers that stay dense: positions, negative from the end; those of the paper; None and [] for none.
+DenseLayers = list[int] | Literal["published"] | None
+# From this many attention layers on, two at each end stay dense as published; below, one.
 DEEP_MODEL = 16
 
 
@@ -59,43 +61,45 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
     return found
 
 
-def choose_routed(targets: dict[str, nn.Module], dense_layers: list[int] | None) -> dict[str, nn.Module]:
+def choose_routed(targets: dict[str, nn.Module], dense_layers: DenseLayers) -> dict[str, nn.Module]:
     """The targets that are routed: all but the dense layers.
 
     Args:
         targets: Attention modules by name, in order.
-        dense_layers: Positions among the targets that stay dense, negative from the end; [] for none. None: the first
-            and last two of 16 or more, else the first and last (paper, section 4.1).
+        dense_layers: Positions among the targets that stay dense, negative from the end; None and [] for none.
+            "published": the first and last two of 16 or more, else the first and last (paper, section 4.1).
 
     Raises:
-        TypeError: `dense_layers` is not a list of integers.
+        TypeError: `dense_layers` is none of these.
         SettingError: A position is out of range, or no layer is left to route.
     """
     names = list(targets)
     count = len(names)
-    if dense_layers is None:
+    check_layers(dense_layers)
+    if dense_layers == "published":
         ends = 2 if count >= DEEP_MODEL else 1
         dense = {*range(ends), *range(count - ends, count)}
     else:
-        check_layers(dense_layers)
-        for layer in dense_layers:
+        positions = dense_layers or []
+        for layer in positions:
             if not -count <= layer < count:
                 raise SettingError(f"dense_layers must be from {-count} to {count - 1} for {count} layers, got {layer}")
-        dense = {layer % count for layer in dense_layers}
+        dense = {layer % count for layer in positions}
     routed = {name: targets[name] for position, name in enumerate(names) if position not in dense}
     if not routed:
         raise SettingError(
-            f"all {count} attention layers stay dense (dense_layers={dense_layers}), nothing is left to route; "
-            "pass dense_layers=[] to route every layer"
+            f"all {count} attention layers stay dense (dense_layers={dense_layers!r}), nothing is left to route; "
+            "leave dense_layers out to route every layer"
         )
     return routed
 
 
-def check_layers(dense_layers: list[int] | None) -> None:
-    """Raise TypeError if `dense_layers` is neither None nor a list of integers."""
-    is_list = isinstance(dense_layers, list | tuple)
-    if dense_layers is not None and not (is_list and all(type(layer) is int for layer in dense_layers)):
-        raise TypeError(f"dense_layers must be None or a list of integers, got {dense_layers!r}")
+def check_layers(dense_layers: DenseLayers) -> None:
+    """Raise TypeError if `dense_layers` is none of `DenseLayers`."""
+    if dense_layers is None or dense_layers == "published":
+        return
+    if not isinstance(dense_layers, list | tuple) or any(type(layer) is not int for layer in dense_layers):
+        raise TypeError(f"dense_layers must be a list of integers, 'published' or None, got {dense_layers!r}")
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -289,11 +289,12 @@ def test_first_steps_do_not_count() -> None:
             "num_levels=3 and pooling_factor=1031 are too large to compare backends on 1031 tokens, without which "
             "nothing is timed",
         ),
+        ("--model toy --dense_layers last", "argument --dense_layers: must be integers or published, got 'last'"),
         ("--model toy --dense_layers 99", "dense_layers must be from -4 to 3 for 4 layers, got 99"),
         (
             "--model toy --dense_layers 0 1 2 3",
-            "all 4 attention layers stay dense (dense_layers=[0, 1, 2, 3]), nothing is left to route; pass "
-            "dense_layers=[] to route every layer",
+            "all 4 attention layers stay dense (dense_layers=[0, 1, 2, 3]), nothing is left to route; leave "
+            "dense_layers out to route every layer",
         ),
         ("--csv nowhere/rows.csv", "--csv nowhere/rows.csv: there is no folder nowhere; create it"),
     ],

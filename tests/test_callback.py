@@ -251,7 +251,7 @@ def test_an_unroutable_layer_is_named(tmp_path):
 
     model = module()
     model.model.blocks[2].attn.__class__ = WithMask
-    with pytest.raises(RuntimeError, match=r"1 of 2 .* model\.blocks\.2\.attn: attn_mask was given"):
+    with pytest.raises(RuntimeError, match=r"1 of 4 .* model\.blocks\.2\.attn: attn_mask was given"):
         fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], model)
     with pytest.warns(UserWarning, match="attn_mask was given"):
         fit(tmp_path, [LighthouseCallback(0.5, CONFIG, on_unroutable="warn")], model)
@@ -519,7 +519,7 @@ def test_wrong_arguments_are_quoted():
         ({"enabled": "no"}, "enabled must be bool, got 'no'"),
         ({"allow_return": 1}, "allow_return must be bool, got 1"),
         ({"select": 3}, "select must be str or None, got 3"),
-        ({"dense_layers": "a"}, "list of integers, got 'a'"),
+        ({"dense_layers": "a"}, "list of integers, 'published' or None, got 'a'"),
         ({"on_unroutable": "ignore"}, "one of 'raise', 'warn', got 'ignore'"),
     ]:
         with pytest.raises((TypeError, ValueError)) as caught:

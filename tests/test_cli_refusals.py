@@ -129,7 +129,7 @@ BAD_RECIPES = {
     ),
     "wrong type in a list": (
         "lighthouse:\n  dense_layers: [0, last]\n",
-        "bad.yaml:2: lighthouse.dense_layers must be list of int or null, got [0, 'last']",
+        "bad.yaml:2: lighthouse.dense_layers must be list of int or 'published' or null, got [0, 'last']",
     ),
     "bool for int": ("trainer:\n  max_steps: true\n", "bad.yaml:2: trainer.max_steps must be int, got True"),
     "value for a group": ("trainer:\n  [1]\n", "bad.yaml:1: trainer must be a group of keys, got [1]"),

@@ -86,7 +86,7 @@ def dense_and_by_hand(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_routed_equals_lighthouse_written_by_hand(name):
     model, _, by_hand = dense_and_by_hand(name)
-    with patch_attention(model, CONFIG) as patch:
+    with patch_attention(model, CONFIG, dense_layers="published") as patch:
         assert close(run(model, tokens()), by_hand)
         assert patch.unrouted() == {}
 
@@ -102,7 +102,7 @@ def test_bf16(precision, name):
         dense = run(model, tokens())
         with family.by_hand(model, ROUTED_LAYERS):
             by_hand = run(model, tokens())
-        with patch_attention(model, CONFIG) as patch:
+        with patch_attention(model, CONFIG, dense_layers="published") as patch:
             routed = run(model, tokens())
             assert patch.unrouted() == {}
     assert close(routed, by_hand, error=1e-2)
@@ -113,7 +113,7 @@ def test_bf16(precision, name):
 def test_off_and_restored_are_dense_bit_for_bit(name):
     model = FAMILIES[name].build()
     dense, keys = run(model, tokens()), list(model.state_dict())
-    patch = patch_attention(model, CONFIG)
+    patch = patch_attention(model, CONFIG, dense_layers="published")
     assert same(run(model, tokens()), dense)
     patch.on()
     assert not same(run(model, tokens()), dense)
@@ -130,7 +130,7 @@ def test_training_over_the_switch_equals_two_phases_by_hand(name, tmp_path):
     family = FAMILIES[name]
     module = ForeignModule(model=family.build())
     by_hand = ForeignModule(model=copy.deepcopy(module.model))
-    trainer = quiet_trainer(tmp_path, LighthouseCallback(0.5, CONFIG))
+    trainer = quiet_trainer(tmp_path, LighthouseCallback(0.5, CONFIG, dense_layers="published"))
     trainer.fit(module, ResumableLoader(count=8))
 
     optimizer = by_hand.configure_optimizers()
@@ -149,7 +149,7 @@ def test_training_over_the_switch_equals_two_phases_by_hand(name, tmp_path):
 def test_checkpointed_blocks(name):
     model, dense, by_hand = dense_and_by_hand(name)
     checkpoint_blocks(FAMILIES[name], model)
-    with patch_attention(model, CONFIG) as patch:
+    with patch_attention(model, CONFIG, dense_layers="published") as patch:
         assert close(run(model, tokens()), by_hand)
         assert patch.unrouted() == {}
     assert close(run(model, tokens()), dense)
@@ -160,7 +160,7 @@ def follows_the_phase(model, parts, fullgraph, dense, by_hand):
     counter = CompileCounterWithBackend("aot_eager")
     for part in parts:
         part.compile(backend=counter, fullgraph=fullgraph)
-    patch = patch_attention(model, CONFIG)
+    patch = patch_attention(model, CONFIG, dense_layers="published")
     assert close(run(model, tokens()), dense)
     frames = [counter.frame_count]
     patch.on()
@@ -211,21 +211,29 @@ def test_compiled_model(name):
 
 
 @pytest.mark.parametrize(
-    ("what", "validation", "frames"), [("model", 0, 2), ("model", 1, 3), ("blocks", 0, 3), ("blocks", 1, 5)]
+    ("row", "validation", "frames"),
+    [
+        ("the whole model", 0, 2),
+        ("the whole model", 1, 3),
+        ("every block", 0, 2),
+        ("every block", 1, 3),
+        ("every block, some of them dense", 0, 3),
+        ("every block, some of them dense", 1, 5),
+    ],
 )
-def test_recompiles_of_a_fit_are_those_of_the_document(what, validation, frames, tmp_path):
+def test_recompiles_of_a_fit_are_those_of_the_document(row, validation, frames, tmp_path):
     module = ForeignModule(model=FAMILIES["like nanoGPT"].build())
     counter = CompileCounterWithBackend("eager")
-    for part in {"model": [module.model], "blocks": module.model.blocks}[what]:
+    for part in module.model.blocks if "block" in row else [module.model]:
         part.compile(backend=counter, fullgraph=True)
     for _ in range(2):
-        trainer = quiet_trainer(tmp_path, LighthouseCallback(2, CONFIG), val_check_interval=1)
+        callback = LighthouseCallback(2, CONFIG, dense_layers="published" if "dense" in row else None)
+        trainer = quiet_trainer(tmp_path, callback, val_check_interval=1)
         trainer.fit(module, ResumableLoader(count=8), loader(4) if validation else None)
         assert counter.frame_count == frames
     with torch.no_grad():
         module.model.eval()(tokens(128))
     assert counter.frame_count == frames + 1
-    row = {"model": "the whole model", "blocks": "every block"}[what]
     cells = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {row} |")).split("|")
     assert int(cells[2 + validation]) == frames
 

@@ -94,7 +94,7 @@ def trained(folder, callback, model=None, data=None, resume=None, steps=8, callb
 
 
 def by_hand(switch, steps=8, accumulate=1, data=None):
-    """The same training as a loop, with Lighthouse written into the inner layers before the switch."""
+    """The same training as a loop, with Lighthouse written into all layers before the switch."""
     wrapped = build_transformers("LlamaConfig", **GROUPED)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=RATE, weight_decay=0.0)
     given, losses = iter(data or rows()), []
@@ -102,7 +102,7 @@ def by_hand(switch, steps=8, accumulate=1, data=None):
         parts = []
         for _ in range(accumulate):
             batch = torch.stack([next(given)["input_ids"] for _ in range(2)])
-            with transformers_by_hand(wrapped, list(range(1, LAYERS - 1)) if step < switch else []):
+            with transformers_by_hand(wrapped, list(range(LAYERS)) if step < switch else []):
                 loss = wrapped.model(input_ids=batch, labels=batch).loss / accumulate
                 loss.backward()
             parts.append(loss.item())
@@ -264,7 +264,7 @@ def test_several_gpus_in_one_process_are_refused():
 def test_padding_is_named_and_nothing_is_left(tmp_path):
     padded = [row | {"attention_mask": (torch.arange(TOKENS) < 90).long()} for row in rows(4)]
     model = llama()
-    with pytest.raises(RuntimeError, match=r"model\.layers\.2\.self_attn: attn_mask was given \(call the"):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.3\.self_attn: attn_mask was given \(call the"):
         trained(tmp_path, LighthouseTrainerCallback(3, CONFIG), model, padded)
     assert "forward" not in vars(model.model.layers[1].self_attn)
 

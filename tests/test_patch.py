@@ -69,7 +69,7 @@ def test_a_routed_model_equals_one_written_by_hand():
     for block in by_hand.blocks[1:-1]:
         block.attn.__class__ = ByHand
     dense, x = run(model, tokens()), tokens()
-    with patch_attention(model, CONFIG):
+    with patch_attention(model, CONFIG, dense_layers="published"):
         routed = run(model, x)
     assert same(routed, run(by_hand, x))
     assert not same(routed, dense)
@@ -99,9 +99,11 @@ def test_on_off_restore_and_the_state_dict():
 @pytest.mark.parametrize(
     ("layers", "dense_layers", "routed"),
     [
-        (4, None, [1, 2]),
-        (16, None, list(range(2, 14))),
+        (4, None, [0, 1, 2, 3]),
         (4, [], [0, 1, 2, 3]),
+        (4, "published", [1, 2]),
+        (15, "published", list(range(1, 14))),
+        (16, "published", list(range(2, 14))),
         (4, [0, -2], [1, 3]),
         (3, [1, 1], [0, 2]),
     ],
@@ -232,7 +234,7 @@ def test_a_reentrant_checkpoint_around_such_attention_is_refused():
     model.use_reentrant = True
     for block in model.blocks:
         block.attn.__class__ = CheckpointInside
-    with patch_attention(model, CONFIG) as patch:
+    with patch_attention(model, CONFIG, dense_layers="published") as patch:
         run(model, tokens())
         with pytest.raises(RuntimeError, match=r"blocks\.1\.attn, blocks\.2\.attn: checkpoint\(\) inside"):
             patch.check()
@@ -283,26 +285,31 @@ def test_checkpointed_blocks_have_the_gradients_of_plain_ones(use_reentrant):
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize(
-    ("what", "frames"),
+    ("what", "dense_layers", "frames"),
     # first dense, routed, restored: each new phase costs one compile a frame, whatever the depth
-    [("model", [1, 2, 2, 3]), ("block", [2, 3, 3, 4]), ("attention", [2, 3, 3, 4])],
+    [
+        ("model", None, [1, 2, 2, 3]),
+        ("block", None, [1, 2, 2, 3]),
+        # dense layers are bare modules; the others carry the instance forward
+        ("block", "published", [2, 3, 3, 4]),
+        ("attention", "published", [2, 3, 3, 4]),
+    ],
 )
-def test_compiled_models_follow_the_phase(what, frames, checkpointed):
+def test_compiled_models_follow_the_phase(what, dense_layers, frames, checkpointed):
     torch.manual_seed(0)
     model = GPT(6)
     if checkpointed:
         model.__class__ = CheckpointedBlocks
     x = tokens()
     dense = run(model, x)
-    with patch_attention(model, CONFIG):
+    with patch_attention(model, CONFIG, dense_layers=dense_layers):
         routed = run(model, x)
 
     counter = CompileCounterWithBackend("aot_eager")
     parts = {"model": [model], "block": model.blocks, "attention": [block.attn for block in model.blocks]}[what]
     for part in parts:
         part.compile(backend=counter, fullgraph=True)
-    # the first and last layer are bare modules; the others carry the instance forward
-    patch = patch_attention(model, CONFIG)
+    patch = patch_attention(model, CONFIG, dense_layers=dense_layers)
     seen = []
     assert same(run(model, x), dense, exact=False)
     seen.append(counter.frame_count)
@@ -322,13 +329,13 @@ def test_compiled_models_follow_the_phase(what, frames, checkpointed):
 def test_forwards_compiled_before_share_a_frame_and_its_note():
     model = GPT(6)
     x = tokens()
-    with patch_attention(model, CONFIG):
+    with patch_attention(model, CONFIG, dense_layers="published"):
         routed = run(model, x)
     counter = CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
         block.attn.forward = torch.compile(block.attn.forward, backend=counter, fullgraph=True)
     dense = run(model, x)
-    patch = patch_attention(model, CONFIG)
+    patch = patch_attention(model, CONFIG, dense_layers="published")
     patch.on()
     assert same(run(model, x), routed, exact=False)
     patch.check()
@@ -429,7 +436,7 @@ def test_a_second_audit_of_a_compiled_model_remembers_the_first():
 
 def test_a_layer_that_never_calls_sdpa_is_named():
     model = GPT()
-    with patch_attention(model, CONFIG) as patch:
+    with patch_attention(model, CONFIG, dense_layers="published") as patch:
         model.blocks[0](torch.randn(2, 64, 16))
         model.blocks[1](torch.randn(2, 64, 16))
         missing = patch.unrouted()

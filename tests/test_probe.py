@@ -97,7 +97,7 @@ def test_what_a_probe_routes_does_not_hide_a_training_batch_that_stayed_dense(tm
     for block in module.model.blocks:
         block.attn = DroppingAttention(16, 2)
     # the probe's hook comes before the one that looks at the first batch
-    with pytest.raises(RuntimeError, match="2 of 2 attention layers that should be routed"):
+    with pytest.raises(RuntimeError, match="4 of 4 attention layers that should be routed"):
         fit(tmp_path, [FutureLeakProbe(every_n_steps=1), lighthouse()], module)
 
 

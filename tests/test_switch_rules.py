@@ -171,7 +171,7 @@ def test_going_back_from_a_plateau_needs_to_be_asked_for():
 
 def test_all_of_them_leave_plain_training(tmp_path):
     rule = PlateauRule(patience=2)
-    callback = LighthouseCallback(0.9, CONFIG, plateau=rule, return_steps=2, rewarm_steps=2)
+    callback = LighthouseCallback(0.9, CONFIG, [0, -1], plateau=rule, return_steps=2, rewarm_steps=2)
     watch = Watch()
     model = fit(tmp_path, [callback, watch], Module(told=stalls(4)))
     assert [len(routed) for _, routed in watch.training] == [4] * 8 + [3, 2] + [0] * 6

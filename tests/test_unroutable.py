@@ -292,7 +292,7 @@ def test_warn_goes_on_with_the_layers_dense():
     patch = patch_attention(model, CONFIG)
     patch.on()
     assert torch.equal(model(tokens()), expected)
-    with pytest.warns(UserWarning, match=r"2 of 2 attention layers .* attn_implementation='eager'"):
+    with pytest.warns(UserWarning, match=r"4 of 4 attention layers .* attn_implementation='eager'"):
         patch.check("warn")
     # said once
     patch.check()

@@ -20,13 +20,19 @@ HERE = Path(__file__).parent
 HEAD = (
     "| row | seed | GPU | steps | seconds | at the switch | spike | leak | **final** | seconds to dense's final loss |"
 )
-CONTEXTS = {"32k": "32,768 tokens", "98k": "98,304 tokens"}
+# A row belongs to the longest of these that its name begins with, and is held against `CONTEXT-dense`.
+CONTEXTS = {"32k": "32,768 tokens, 70 s", "98k": "98,304 tokens, 160 s", "98k-long": "98,304 tokens, 250 s"}
 
 
 def read(name: str) -> list[dict[str, str]]:
     """The rows of a table."""
     with (HERE / name).open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def context_of(name: str) -> str:
+    """The context that a row belongs to."""
+    return max((context for context in CONTEXTS if name.startswith(context)), key=len)
 
 
 def rounded(text: str, digits: int) -> str:
@@ -42,12 +48,12 @@ def main() -> None:
         if point["loss"]:
             curves[point["name"], point["seed"]].append((float(point["seconds"]), float(point["loss"])))
     for context, title in CONTEXTS.items():
-        here = [row for row in rows if row["name"].startswith(context)]
+        here = [row for row in rows if context_of(row["name"]) == context]
         if not here:
             continue
         dense = {row["seed"]: row for row in here if row["name"] == f"{context}-dense"}
         print(f"\n{title}\n\n{HEAD}\n|{'---|' * 10}")
-        figure, axes = plt.subplots(figsize=(8, 5))
+        figure, axes = plt.subplots(figsize=(10, 5))
         axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         # a run whose loss is no number has an empty one
         for row in sorted(here, key=lambda row: float(row["final_loss"] or "inf")):
@@ -68,7 +74,7 @@ def main() -> None:
                 axes.plot(*zip(*curve, strict=True), style, label=f"{row['name']}, seed {row['seed']}", linewidth=1.2)
         axes.set(xlabel="seconds of training", ylabel="dense validation loss, nats per byte", title=title)
         axes.set_ylim(top=min(3.5, axes.get_ylim()[1]))
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         axes.grid(alpha=0.3)
         figure.tight_layout()
         figure.savefig(HERE / f"{context}.png", dpi=120)

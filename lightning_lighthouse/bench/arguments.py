@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     add("--csv", type=Path, metavar="FILE", help="append a row for each line of the table")
     add("--commit", metavar="NAME", help="commit for the rows (default: that of this checkout)")
     add("--model", choices=["toy", "small", "base", "paper"], help="measure a training step of this preset, at one N")
-    add("--dense_layers", type=int, nargs="*", metavar="L", help="its layers that stay dense; nothing after it: none")
+    add("--dense_layers", type=_layer, nargs="*", metavar="L", help="its layers that stay dense (default: none)")
     add("--compile", action=YesNo, help="compile the model (default: on a GPU)")
     group = parser.add_argument_group(
         "Lighthouse Attention", "the fields of LighthouseConfig; where several values may be given, all are measured"
@@ -88,6 +88,13 @@ def make_parser() -> Parser:
             settings |= {"nargs": "+", "default": None}
         group.add_argument(f"--{name}", **settings)
     return parser
+
+
+def _layer(text: str) -> int | str:
+    try:
+        return text if text == "published" else int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be integers or published, got {text!r}") from None
 
 
 def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]]]:
@@ -156,6 +163,8 @@ def _complete_model(asked: Namespace) -> None:
         raise ValueError(f"--model takes one length, got {len(asked.lengths)}")
     if asked.dtype == "float16":
         raise ValueError("--dtype float16 does not go with --model; use bfloat16 or float32")
+    if asked.dense_layers == ["published"]:
+        asked.dense_layers = "published"
     choose_routed({str(layer): torch.nn.Identity() for layer in range(shape.num_layers)}, asked.dense_layers)
     if asked.compile is None:
         asked.compile = asked.device == "cuda"

@@ -16,6 +16,7 @@ from lightning_lighthouse.bench.report import line, ratio
 from lightning_lighthouse.bench.timing import Layer, durations_ms, mark
 from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.notices import quiet_lightning
+from lightning_lighthouse.targets import DenseLayers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -47,7 +48,7 @@ def bench_steps(
     model: str,
     layer: Layer,
     settings: Sequence[tuple[int, LighthouseConfig]],
-    dense_layers: list[int] | None,
+    dense_layers: DenseLayers,
     compiled: bool,
     repeats: int,
 ) -> Iterator[tuple[LighthouseConfig, StepRow]]:
@@ -57,7 +58,7 @@ def bench_steps(
         model: Preset of `Decoder`.
         layer: Its attention layer: dtype and device count here.
         settings: One length, with each of the settings of Lighthouse.
-        dense_layers: Layers that stay dense with Lighthouse; None: the callback's default.
+        dense_layers: Layers that stay dense with Lighthouse, as told to the callback.
         compiled: Compile the model.
         repeats: Steps that count.
 
@@ -67,7 +68,7 @@ def bench_steps(
     from lightning_lighthouse.callback import LighthouseCallback
 
     num_tokens, first = settings[0]
-    layers = "by default" if dense_layers is None else " ".join(map(str, dense_layers)) or "none"
+    layers = dense_layers if isinstance(dense_layers, str) else " ".join(map(str, dense_layers or [])) or "none"
     print(
         f"training step of {model!r} under Lightning's Trainer, batch 1, {num_tokens:,} tokens, "
         f"{'compiled' if compiled else 'not compiled'}, median of {repeats}\n"
