@@ -308,7 +308,9 @@ def test_a_jump_of_the_loss_when_layers_return_is_no_spike(tmp_path):
         trainer = Trainer(
             accelerator="cpu", max_steps=12, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path,
-            callbacks=[LighthouseCallback(10, CONFIG, [0, -1], return_steps=4 if detects else 0), SpikeDetection(rtol=2.0)],
+            callbacks=[
+                LighthouseCallback(10, CONFIG, [0, -1], return_steps=4 if detects else 0), SpikeDetection(rtol=2.0),
+            ],
         )  # fmt: skip
         if detects:
             trainer.fit(model, loader(30))
