@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CONFIG, GROUPED, Logits, build_transformers, transformers_by_hand
+from families import CONFIG, GROUPED, LAYERS, Logits, build_transformers, transformers_by_hand
 from foreign import VOCABULARY, ForeignModule, ResumableLoader
 from lightning.pytorch import Trainer as LightningTrainer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -70,7 +70,7 @@ def test_a_whole_model_is_compiled_without_a_mask_once_it_is_stated_causal(call,
     model = llama()
     dense = outputs(model, **call)
     wrapped = Logits(model)
-    with transformers_by_hand(wrapped, [1, 2]):
+    with transformers_by_hand(wrapped, list(range(LAYERS))):
         routed = outputs(model, **call)
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(model, backend=counter, fullgraph=True)
