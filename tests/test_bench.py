@@ -137,6 +137,17 @@ def test_the_published_preset_is_the_table_of_the_documents() -> None:
     assert gathered == [10_240, 12_288, 18_432, 16_384, 24_576, 32_768, 40_960, 65_536, 65_536]
 
 
+@pytest.mark.parametrize(
+    ("given", "dense_layers"),
+    [([], None), (["--dense_layers"], []), (["--dense_layers", "0", "-1"], [0, -1]),
+     (["--dense_layers", "published"], "published")],
+)  # fmt: skip
+def test_dense_layers_of_a_model(given: list[str], dense_layers: Any) -> None:
+    asked = make_parser().parse_args(["--model", "toy", "--device", "cpu", *given])
+    complete(asked)
+    assert asked.dense_layers == dense_layers
+
+
 def test_what_does_not_fit_into_memory_stays_blank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

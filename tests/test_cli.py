@@ -70,6 +70,12 @@ def test_switch_at_keeps_its_type(capsys):
         assert (found, type(found)) == (value, type(value))
 
 
+def test_dense_layers_are_positions_or_the_papers(capsys):
+    for text, value in (("published", "published"), ("[0, -1]", [0, -1]), ("[]", []), ("null", None)):
+        found = config(capsys, "-c", "recipe.yaml", "--lighthouse.dense_layers", text)["lighthouse"]["dense_layers"]
+        assert found == value
+
+
 def test_the_printed_config_is_a_recipe(capsys):
     assert cli.main(["fit", "-c", "recipe.yaml", "--print_config"]) == 0
     Path("printed.yaml").write_text(capsys.readouterr().out)

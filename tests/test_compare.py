@@ -60,6 +60,15 @@ def test_a_run_is_summed_up(runs):
     assert (dense.attention, dense.loss_at_switch, dense.lighthouse_steps, dense.dense_steps) == ("dense", None, 0, 6)
 
 
+def test_dense_layers_are_told_where_there_are_some(runs):
+    report = read_report(runs[0])
+    told = []
+    for dense_layers in (None, [], [0, -1], "published"):
+        report["settings"]["dense_layers"] = dense_layers
+        told.append(summarize("a", report).attention.partition("dense_layers")[2])
+    assert told == ["", "", "=[0, -1]", "=published"]
+
+
 def test_the_reference_is_reached_between_two_validations(runs):
     report = read_report(runs[0])
     report["validations"] = [
