@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     add("--csv", type=Path, metavar="FILE", help="append a row for each line of the table")
     add("--commit", metavar="NAME", help="commit for the rows (default: that of this checkout)")
     add("--model", choices=["toy", "small", "base", "paper"], help="measure a training step of this preset, at one N")
-    add("--dense_layers", type=_layer, nargs="*", metavar="L", help="its layers that stay dense (default: none)")
+    add("--dense_layers", type=_layer, nargs="*", metavar="L", help="its dense layers, or published (default: none)")
     add("--compile", action=YesNo, help="compile the model (default: on a GPU)")
     group = parser.add_argument_group(
         "Lighthouse Attention", "the fields of LighthouseConfig; where several values may be given, all are measured"
