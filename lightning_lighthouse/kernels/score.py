@@ -149,9 +149,6 @@ def score(q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, shape: PyramidShape, c
     """Scores `[2, B, G, .]` fp32, s_q and s_k, of the entries of levels 1, 2, ...: maxima of the tokens' norms.
 
     Under "causal" the norms of their first tokens. A selection that compares no scores gets `[2, B, G, 0]`.
-
-    Raises:
-        ValueError: The dtype is wider than fp32.
     """
     if not config.reads_scores:
         return torch.empty(2, *k_BGND.shape[:2], 0, dtype=torch.float32, device=k_BGND.device)
