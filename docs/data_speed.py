@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lighthouse import LighthouseRecipe
-from lightning_lighthouse.data.integrity import Manifest
+from lightning_lighthouse.data.manifest import Manifest
 from lightning_lighthouse.data.prepare import prepare
 from lightning_lighthouse.data.sources import find_files, read_documents
 

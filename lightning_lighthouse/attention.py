@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lighthouse import reference
-from lightning_lighthouse.config import LighthouseConfig, PyramidShape
+from lightning_lighthouse.backends import choose_stages
+from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.dilated import dilated_scores
-from lightning_lighthouse.notices import log_once, notice_once
+from lightning_lighthouse.notices import notice_once
+from lightning_lighthouse.pyramid import PyramidShape
 from lightning_lighthouse.sdpa import causal_sdpa
 
 DEFAULT = LighthouseConfig()
@@ -118,37 +119,6 @@ def select_entries(
     stages = choose_stages(config, q.device, q.dtype)
     with torch.no_grad():
         return stages.select(score_entries(stages, q, k, v, shape, config, scale=scale), shape, config, step).index
-
-
-def check_backend(config: LighthouseConfig, device: torch.device) -> None:
-    """Raise ValueError or ImportError if the backend that `config` names cannot run on `device`."""
-    choose_stages(config, device, torch.float32)
-
-
-def choose_stages(config: LighthouseConfig, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The backend: the module that holds score, select, gather and scatter for `config` on `device`."""
-    if config.backend == "reference" or (config.backend == "auto" and device.type != "cuda"):
-        if config.backend == "auto":
-            log_once("backend", f"backend='auto' runs 'reference' on {device.type}")
-        return reference
-    if config.backend == "auto" and dtype == torch.float64:
-        notice_once("backend", "backend='auto' runs 'reference': the kernels have no float64; expect it to be slow")
-        return reference
-    try:
-        # Triton is imported only where it is used
-        from lightning_lighthouse import kernels
-
-        kernels.check_device(device)
-    except (ImportError, ValueError) as error:
-        if config.backend != "auto":
-            raise
-        notice_once("backend", f"backend='auto' runs 'reference', which is slow: {error}")
-        return reference
-    if dtype == torch.float64:
-        raise ValueError("backend='triton' takes float16, bfloat16 or float32, got float64; use backend='reference'")
-    if config.backend == "auto":
-        log_once("backend", f"backend='auto' runs 'triton' on {device.type}")
-    return kernels
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lighthouse.attention import check_backend
-from lightning_lighthouse.config import LighthouseConfig, check_type
+from lightning_lighthouse.backends import check_backend
+from lightning_lighthouse.checks import SettingError, check_count, check_type
+from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.curves import PhaseCurves
 from lightning_lighthouse.export import is_sharded, write_final
 from lightning_lighthouse.guard import FiniteGuard, restart_spike_detection
-from lightning_lighthouse.ledger import Stopwatch, count_tokens
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.parallel import check_tensor_parallel, free_gradients
 from lightning_lighthouse.patch import Patch, patch_attention, room_to_recompile
@@ -27,11 +27,11 @@ from lightning_lighthouse.report import describe_spike, shown_settings, tell_sum
 from lightning_lighthouse.resume import mend_resume
 from lightning_lighthouse.rewarm import Rewarm
 from lightning_lighthouse.run_state import RunState
-from lightning_lighthouse.schedule import DENSE, SettingError, SwitchState, check_count, check_switch_at
+from lightning_lighthouse.schedule import DENSE, SwitchState, check_switch_at
 from lightning_lighthouse.sdpa import sdpa_priority
+from lightning_lighthouse.stopwatch import Stopwatch, count_tokens, timed_fetches
 from lightning_lighthouse.switching import apply_rule, describe_start, describe_switch, resolve_switch
 from lightning_lighthouse.targets import DenseLayers, check_layers
-from lightning_lighthouse.waiting import timed_fetches
 from lightning_lighthouse.watch import watched_ranks
 
 

@@ -30,8 +30,8 @@ COMMANDS = {
 }
 # Commands with a main of their own, which returns the exit status
 PROGRAMS = {
-    "prepare": "lightning_lighthouse.data.prepare",
-    "verify": "lightning_lighthouse.data.integrity",
+    "prepare": "lightning_lighthouse.cli_prepare",
+    "verify": "lightning_lighthouse.cli_verify",
     "bench": "lightning_lighthouse.bench.command",
     "compare": "lightning_lighthouse.compare",
 }
@@ -149,8 +149,8 @@ def _end_with_parent() -> None:
 
 def _explain(error: Exception) -> tuple[Sequence[str], int]:
     """The lines and the exit status for an error; no lines for one that only its traceback explains."""
+    from lightning_lighthouse.checks import SettingError
     from lightning_lighthouse.cli_recipe import UsageError
-    from lightning_lighthouse.schedule import SettingError
 
     if isinstance(error, UsageError):
         return error.problems, MISUSED

@@ -16,13 +16,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lighthouse import cli_names as names
 from lightning_lighthouse.callback import LighthouseCallback
 from lightning_lighthouse.cli_check import Checker
-from lightning_lighthouse.cli_checkpoint import Checkpoint, loaded_as_data, resolve_checkpoint
+from lightning_lighthouse.cli_checkpoint import Checkpoint
+from lightning_lighthouse.cli_checkpoints import loaded_as_data, resolve_checkpoint
 from lightning_lighthouse.cli_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli_recipe import TRUSTED_ONLY, UsageError, read, split
-from lightning_lighthouse.cli_trust import deny_imports
+from lightning_lighthouse.cli_trust import classes, deny_imports, strays
 from lightning_lighthouse.targets import choose_routed, find_targets
 
 MODEL = "lightning_lighthouse.model.Decoder"
@@ -176,7 +176,7 @@ class LighthouseCLI(LightningCLI):
             return
         layers = [item for file in files for item in ("--config", file)]
         self.config = parser.parse_args([command, *layers, *(f"--{key}={text}" for key, text in flags), *printing])
-        self.refuse(*names.strays(self.config[command]), *_risks(self.config[command]))
+        self.refuse(*strays(self.config[command]), *_risks(self.config[command]))
 
     def refuse(self, *problems: str) -> None:
         """Stop at the first problem; `check` goes on to the next."""
@@ -298,7 +298,7 @@ def _instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespac
 
 def _risks(config: Namespace) -> Iterator[str]:
     """Settings that would spoil a resumed run, or load code."""
-    callbacks = names.classes("trainer.callbacks", config.trainer.callbacks)
+    callbacks = classes("trainer.callbacks", config.trainer.callbacks)
     for key, group in [("checkpoint", config.checkpoint), *callbacks]:
         if group.get("save_on_exception"):
             yield (

@@ -13,11 +13,12 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lighthouse.callback import LighthouseCallback
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.cli_lightning import LighthouseCLI, asks_help, drop_notices
 from lightning_lighthouse.cli_recipe import SWITCHES, UsageError
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.notices import quiet_lightning
-from lightning_lighthouse.schedule import SettingError, check_return, resolve_switch_step
+from lightning_lighthouse.schedule import check_return, resolve_switch_step
 
 
 class RecipeCheck(LighthouseCLI):

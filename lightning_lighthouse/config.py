@@ -8,7 +8,10 @@ Both backends read their sizes from it, so they cannot disagree.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
+
+from lightning_lighthouse.checks import check_type
+from lightning_lighthouse.pyramid import PyramidShape, _pyramid
 
 # Winners of a tile at each level in the published code; a budget below twice this many is one tile.
 TILE_WINNERS = 128
@@ -16,8 +19,6 @@ TILE_WINNERS = 128
 CAUSAL_TILE_WINNERS = 32
 # The default budget keeps one token in this many as a winner: the published 1536 at 98,304 tokens.
 TOKENS_PER_WINNER = 64
-# Entries are numbered in int32.
-MAX_ENTRIES = 2**31 - 1
 # Lightning's seeds end here too.
 MAX_SEED = 2**32 - 1
 
@@ -93,109 +94,3 @@ class LighthouseConfig:
         tile_winners = CAUSAL_TILE_WINNERS if self.selection == "causal" else TILE_WINNERS
         top_k = self.resolve_top_k(num_tokens)
         return _pyramid(self.num_levels, self.pooling_factor, top_k, num_tokens, max(1, top_k // tile_winners))
-
-
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise TypeError or ValueError, quoting `value`, if it is not of the annotated type or one of its literals."""
-    options = get_args(hint)
-    if options and all(isinstance(option, str) for option in options):
-        if value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-        return
-    allowed = options or (hint,)
-    # bool is an int to Python, never to a reader of a recipe
-    if type(value) not in allowed:
-        names = " or ".join("None" if option is type(None) else option.__name__ for option in allowed)
-        raise TypeError(f"{name} must be {names}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class PyramidShape:
-    """Sizes of one pyramid. Entry (l, i) covers tokens `[i p^l, (i+1) p^l - 1]`; level 0 is the tokens.
-
-    Args:
-        num_tokens: N, the length of the sequence.
-        num_levels: L.
-        pooling_factor: p.
-        num_tiles: T, contiguous parts of the sequence that select independently.
-        tile_entries: Coarsest entries of one tile, all of them candidates.
-        winners: Winners of one tile at level l; index 0 is level 0, where nobody wins.
-    """
-
-    num_tokens: int
-    num_levels: int
-    pooling_factor: int
-    num_tiles: int
-    tile_entries: int
-    winners: tuple[int, ...]
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens after padding on the right to whole tiles of whole coarsest entries."""
-        return self.num_tiles * self.tile_entries * self.window(self.num_levels - 1)
-
-    def window(self, level: int) -> int:
-        """Tokens that an entry of `level` covers."""
-        return self.pooling_factor**level
-
-    def entries(self, level: int) -> int:
-        """Entries of `level`, padding included."""
-        return self.padded_tokens // self.window(level)
-
-    def start(self, level: int) -> int:
-        """Position of entry (level, 0) in the concatenation of all levels, finest first."""
-        return sum(self.entries(finer) for finer in range(level))
-
-    def candidates(self, level: int) -> int:
-        """Candidates of one tile at `level`: everything at the coarsest, the winners' children below."""
-        if level == self.num_levels - 1:
-            return self.tile_entries
-        return self.pooling_factor * self.winners[level + 1]
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of all levels."""
-        return self.start(self.num_levels)
-
-    @property
-    def tile_gathered(self) -> int:
-        """Gathered entries of one tile: every candidate of every level."""
-        return sum(self.candidates(level) for level in range(self.num_levels))
-
-    @property
-    def num_gathered(self) -> int:
-        """S, the length of the gathered sequence."""
-        return self.num_tiles * self.tile_gathered
-
-    @property
-    def compresses(self) -> bool:
-        """Whether the gathered sequence is shorter than the tokens; if not, dense attention is cheaper."""
-        return self.num_gathered < self.num_tokens
-
-
-def ceil_div(numerator: int, denominator: int) -> int:
-    """The quotient of two positive integers, rounded up."""
-    return (numerator + denominator - 1) // denominator
-
-
-def _pyramid(num_levels: int, pooling_factor: int, top_k: int, num_tokens: int, num_tiles: int) -> PyramidShape:
-    if num_tokens < 1:
-        raise ValueError(f"the sequence must have at least 1 token, got {num_tokens}")
-    coarsest_entries = ceil_div(num_tokens, pooling_factor ** (num_levels - 1))
-    tile_entries = ceil_div(coarsest_entries, num_tiles)
-
-    # coarsest level first; nobody wins among the tokens
-    winners: list[int] = []
-    candidates = tile_entries
-    for _ in range(num_levels - 1):
-        winners.append(min(top_k // num_tiles, candidates))
-        candidates = pooling_factor * winners[-1]
-    winners.append(0)
-
-    shape = PyramidShape(num_tokens, num_levels, pooling_factor, num_tiles, tile_entries, tuple(winners[::-1]))
-    if shape.num_entries > MAX_ENTRIES:
-        raise ValueError(
-            f"a pyramid over {num_tokens} tokens with num_levels={num_levels} and pooling_factor={pooling_factor} has "
-            f"{shape.num_entries} entries, at most {MAX_ENTRIES} can be numbered; choose fewer levels"
-        )
-    return shape

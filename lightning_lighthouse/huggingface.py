@@ -9,18 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_lighthouse.attention import check_backend
-from lightning_lighthouse.config import LighthouseConfig, check_type
+from lightning_lighthouse.backends import check_backend
+from lightning_lighthouse.checks import SettingError, check_type
+from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.patch import Patch, patch_attention
-from lightning_lighthouse.schedule import (
-    DENSE,
-    SettingError,
-    SwitchState,
-    check_switch_at,
-    resolve_switch_step,
-    resume_switch,
-)
+from lightning_lighthouse.schedule import DENSE, SwitchState, check_switch_at, resolve_switch_step, resume_switch
 from lightning_lighthouse.sdpa import sdpa_priority
 from lightning_lighthouse.targets import DenseLayers, check_layers
 

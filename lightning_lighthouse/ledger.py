@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from lightning_lighthouse.schedule import DENSE, LIGHTHOUSE
 
@@ -151,84 +145,3 @@ class Ledger:
             if validation is not None:
                 lines.append(f"dense validation loss, {name}: {validation.loss:.4f} (step {validation.step})")
         return lines
-
-
-class Stopwatch:
-    """Times batches into a ledger; stands still while the Trainer validates.
-
-    A GPU works behind the clock, but the sums are right wherever the host waited for it, which it does at each logged
-    step, at the switch, and before each validation.
-    """
-
-    def __init__(self) -> None:
-        self._mark: float | None = None
-        self._paced_phase: str | None = None
-        self._waited = 0.0
-
-    def fetched(self, seconds: float) -> None:
-        """A batch was handed out after `seconds`; they count where the time between two batches does."""
-        if self._mark is not None:
-            self._waited += seconds
-
-    def start(self) -> None:
-        """A batch begins; waiting for its data counts if the batch before it was timed too."""
-        if self._mark is None:
-            self._mark = time.perf_counter()
-
-    def stop(self, totals: PhaseTotals, phase: str, tokens: int) -> None:
-        """A batch of `tokens` tokens, over all ranks, ended."""
-        assert self._mark is not None
-        now = time.perf_counter()
-        seconds = now - self._mark
-        self._mark = now
-        totals.seconds += seconds
-        totals.tokens += tokens
-        if self._paced_phase == phase:
-            totals.paced_seconds += seconds
-            totals.paced_tokens += tokens
-            totals.paced_waiting += self._waited
-        self._waited = 0.0
-        self._paced_phase = phase
-
-    def drain(self, totals: PhaseTotals, phase: str, device: torch.device) -> None:
-        """Wait for the batches that the device still works on; the wait is training time."""
-        if device.type != "cuda":
-            return
-        start = time.perf_counter()
-        torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        totals.seconds += seconds
-        if self._paced_phase == phase:
-            totals.paced_seconds += seconds
-        if self._mark is not None:
-            self._mark += seconds
-
-    def pause(self) -> None:
-        """Something else than training begins."""
-        self._mark = None
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The time inside does not count."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._mark is not None:
-                self._mark += time.perf_counter() - start
-
-
-def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: the elements of its largest integer tensor, 0 if it has none."""
-    return max((tensor.numel() for tensor in _tensors(batch) if not tensor.is_floating_point()), default=0)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for value in batch:
-            yield from _tensors(value)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import MeanMetric
 
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.decoder import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
 from lightning_lighthouse.export import is_sharded
-from lightning_lighthouse.schedule import SettingError
 
 
 class Decoder(pl.LightningModule):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.checks import SettingError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

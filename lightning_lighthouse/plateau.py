@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_lighthouse.config import check_type
+from lightning_lighthouse.checks import check_type
 from lightning_lighthouse.ledger import Validation
 from lightning_lighthouse.schedule import check_switch_at
 

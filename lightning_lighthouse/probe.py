@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lighthouse.callback import LighthouseCallback
-from lightning_lighthouse.config import check_type
-from lightning_lighthouse.leak import Sample, Text, draw_positions, draw_trial, other_text, read_text, token_losses
-from lightning_lighthouse.schedule import DENSE, LIGHTHOUSE, SettingError
+from lightning_lighthouse.checks import SettingError, check_type
+from lightning_lighthouse.leak import Sample, draw_positions, draw_trial, other_text
+from lightning_lighthouse.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.text import Text, read_text, token_losses
+from lightning_lighthouse.whole_file import whole_file
 
 STATE_VERSION = 1
 TABLE = "probe.csv"
@@ -362,13 +363,7 @@ def _evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def _write_table(results: list[ProbeResult], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w", newline="") as file:
-            table = csv.DictWriter(file, [field.name for field in fields(ProbeResult)])
-            table.writeheader()
-            table.writerows(asdict(result) for result in results)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(ProbeResult)])
+        table.writeheader()
+        table.writerows(asdict(result) for result in results)

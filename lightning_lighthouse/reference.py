@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lighthouse import winners
-from lightning_lighthouse.config import LighthouseConfig, PyramidShape
+from lightning_lighthouse.config import LighthouseConfig
+from lightning_lighthouse.pyramid import PyramidShape
 
 
 class Selection(NamedTuple):

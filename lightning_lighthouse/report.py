@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_lighthouse import __version__
 from lightning_lighthouse.ledger import Ledger, PhaseTotals
 from lightning_lighthouse.schedule import DENSE, LIGHTHOUSE, SwitchState
+from lightning_lighthouse.whole_file import whole_file
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -87,13 +87,8 @@ def write_report(
             "device": _device(trainer.strategy.root_device),
             "versions": _versions(),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        try:
+        with whole_file(path) as partial:
             partial.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
     return path
 
 

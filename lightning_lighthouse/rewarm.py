@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.checks import SettingError
 
 
 class Rewarm:

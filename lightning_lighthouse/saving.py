@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
-PARTIAL = ".partial"
+from lightning_lighthouse.whole_file import PARTIAL, whole_file
 
 
 class SavingError(OSError):
@@ -22,10 +22,7 @@ class SavingError(OSError):
 
 
 def save_whole(content: Any, path: Path) -> None:
-    """Write `content` with torch.save to a file beside `path`, then put that in the place of `path`.
-
-    A process killed meanwhile leaves the old file, and `path` with the ending `.partial`, which the next save to `path`
-    writes over.
+    """Write `content` with torch.save to `path`, by `whole_file`.
 
     Args:
         content: What torch.save takes.
@@ -34,21 +31,12 @@ def save_whole(content: Any, path: Path) -> None:
     Raises:
         SavingError: The disk is full, or the folder cannot be written to; with the size that is needed.
     """
-    partial = path.with_name(path.name + PARTIAL)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                # the name must not reach the disk before the bytes do
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        # an open file: torch's own would hide the system's error
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch hides the system's error behind one of its own
+        # torch may wrap the system's error in one of its own
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__

@@ -9,16 +9,12 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lightning_lighthouse.config import check_type
+from lightning_lighthouse.checks import ResumeError, SettingError
 
 LIGHTHOUSE = "lighthouse"
 DENSE = "dense"
 # Each group is one recompile of a compiled model
 RETURN_GROUPS = 4
-
-
-class SettingError(ValueError):
-    """A setting that only the running Trainer can show to be wrong."""
 
 
 def check_switch_at(switch_at: int | float, name: str = "switch_at") -> int | float:
@@ -35,19 +31,6 @@ def check_switch_at(switch_at: int | float, name: str = "switch_at") -> int | fl
     if not in_range:
         raise ValueError(f"{name} must be {allowed}, got {switch_at!r}")
     return switch_at
-
-
-def check_count(name: str, value: int) -> int:
-    """Return `value` if it is a number of steps.
-
-    Raises:
-        TypeError: Not an int.
-        ValueError: Below 0.
-    """
-    check_type(name, value, int)
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
 
 
 def resolve_switch_step(switch_at: int | float, total_steps: int | float, name: str = "switch_at") -> int:
@@ -76,10 +59,6 @@ def check_return(return_steps: int, switch_step: int) -> None:
     """Refuse a gradual return that would begin before the training. Raises SettingError."""
     if return_steps > switch_step:
         raise SettingError(f"return_steps={return_steps} must end at the switch, which is at step {switch_step}")
-
-
-class ResumeError(ValueError):
-    """The settings contradict what the resumed run has done."""
 
 
 @dataclass

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.ledger import Ledger
 from lightning_lighthouse.plateau import PlateauRule
-from lightning_lighthouse.schedule import SettingError, SwitchState, check_return, resolve_switch_step, resume_switch
+from lightning_lighthouse.schedule import SwitchState, check_return, resolve_switch_step, resume_switch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

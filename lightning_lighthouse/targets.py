@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 # Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.

@@ -20,8 +20,8 @@ from lightning_lighthouse import attention, reference, routing
 from lightning_lighthouse.bench import command as bench
 from lightning_lighthouse.bench import layer as bench_layer
 from lightning_lighthouse.bench import steps as bench_steps
-from lightning_lighthouse.bench.arguments import PRESETS, complete, make_parser
 from lightning_lighthouse.bench.check import disagreement
+from lightning_lighthouse.bench.command import PRESETS, complete, make_parser
 from lightning_lighthouse.bench.layer import STAGES
 from lightning_lighthouse.bench.steps import measure_steps
 from lightning_lighthouse.bench.timing import Layer

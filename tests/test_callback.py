@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig, notices
-from lightning_lighthouse.schedule import ResumeError, SettingError
+from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig
 from lightning_lighthouse.cli import main
-from lightning_lighthouse.compare import read_report, summarize, table
+from lightning_lighthouse.compare import table
+from lightning_lighthouse.comparison import read_report, summarize
 
 
 def train(folder, enabled: bool = True):

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from lightning_lighthouse.cli_verify import main
 from lightning_lighthouse.data import packing
-from lightning_lighthouse.data.integrity import Manifest, check, main, verify
+from lightning_lighthouse.data.integrity import check, verify
+from lightning_lighthouse.data.manifest import Manifest
 from lightning_lighthouse.data.prepare import prepare
 
 SEQ_LEN = 61

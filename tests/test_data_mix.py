@@ -15,11 +15,13 @@ from recorded import fit
 from texts import content, stored_sequences, texts_of, write_jsonl
 
 from lightning_lighthouse import LighthouseRecipe
+from lightning_lighthouse.cli_prepare import main
 from lightning_lighthouse.data import mixing
-from lightning_lighthouse.data.integrity import Manifest, verify
+from lightning_lighthouse.data.integrity import verify
+from lightning_lighthouse.data.manifest import Manifest
 from lightning_lighthouse.data.mixing import MixedSource, mix, shares_of
 from lightning_lighthouse.data.packing import Packed
-from lightning_lighthouse.data.prepare import main, prepare
+from lightning_lighthouse.data.prepare import prepare
 from lightning_lighthouse.data.settings import WeightedSource
 
 

@@ -15,7 +15,7 @@ from texts import stored_sequences
 
 from lightning_lighthouse import LighthouseRecipe
 from lightning_lighthouse.data import packing
-from lightning_lighthouse.data.integrity import Manifest
+from lightning_lighthouse.data.manifest import Manifest
 from lightning_lighthouse.data.packing import Packed, WholePacker, make_packer
 from lightning_lighthouse.data.prepare import prepare
 

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import END, bytes_of, content, stored_sequences, texts_of, write_jsonl
 
+from lightning_lighthouse.cli_prepare import main
 from lightning_lighthouse.data import packing, pipeline
 from lightning_lighthouse.data import prepare as prepare_module
-from lightning_lighthouse.data.integrity import Manifest, verify
-from lightning_lighthouse.data.prepare import main, prepare
+from lightning_lighthouse.data.integrity import verify
+from lightning_lighthouse.data.manifest import Manifest
+from lightning_lighthouse.data.prepare import prepare
 
 
 @given(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_lighthouse.data.integrity import Manifest
+from lightning_lighthouse.data.manifest import Manifest
 
 pytestmark = pytest.mark.slow
 

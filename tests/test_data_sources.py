@@ -13,7 +13,7 @@ import pytest
 import torch
 from texts import END, stored_sequences, texts_of, write_jsonl
 
-from lightning_lighthouse.data.integrity import Manifest
+from lightning_lighthouse.data.manifest import Manifest
 from lightning_lighthouse.data.prepare import prepare
 from lightning_lighthouse.data.sources import find_files, read_documents
 from lightning_lighthouse.data.tokenizers import load_tokenizer

@@ -13,8 +13,8 @@ from families import CONFIG, GROUPED, LAYERS, build_transformers, transformers_b
 from foreign import VOCABULARY
 
 from lightning_lighthouse import notices, register_lighthouse_sdpa
+from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.routing import patches
-from lightning_lighthouse.schedule import ResumeError, SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")

@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_lighthouse.leak import (
-    PART_WINDOWS,
-    Sample,
-    Text,
-    draw_positions,
-    draw_trial,
-    other_text,
-    read_text,
-    token_losses,
-)
+from lightning_lighthouse.leak import PART_WINDOWS, Sample, draw_positions, draw_trial, other_text
 from lightning_lighthouse.model import Decoder
+from lightning_lighthouse.text import Text, read_text, token_losses
 
 
 def make_text(batch: int, num_tokens: int, first: int = 0) -> Text:

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, patch_attention
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.plateau import PlateauRule
-from lightning_lighthouse.schedule import SettingError
 
 
 def test_without_a_leak_the_difference_is_zero_bit_for_bit_and_with_one_it_is_not(tmp_path):

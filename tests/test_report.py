@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, LighthouseConfig, PlateauRule
-from lightning_lighthouse.ledger import Ledger, PhaseTotals, Stopwatch, Validation
+from lightning_lighthouse.ledger import Ledger, PhaseTotals, Validation
 from lightning_lighthouse.report import plain, settings
+from lightning_lighthouse.stopwatch import Stopwatch
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
 TOKENS_OF_A_BATCH = 2 * 129

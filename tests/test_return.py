@@ -15,8 +15,9 @@ from switch_run import CONFIG, Module, Watch, fit, routed_layers, same_weights, 
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lighthouse import LighthouseCallback, PlateauRule
+from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.patch import patch_attention
-from lightning_lighthouse.schedule import RETURN_GROUPS, ResumeError, SettingError, SwitchState, resume_switch
+from lightning_lighthouse.schedule import RETURN_GROUPS, SwitchState, resume_switch
 
 
 @settings(max_examples=200, deadline=None)

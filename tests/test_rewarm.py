@@ -13,8 +13,9 @@ from switch_run import CONFIG, Module, Rates, Watch, fit, same_weights, saving
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_lighthouse import LighthouseCallback
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.rewarm import Rewarm
-from lightning_lighthouse.schedule import DENSE, SettingError, SwitchState, resume_switch
+from lightning_lighthouse.schedule import DENSE, SwitchState, resume_switch
 
 
 @settings(max_examples=100, deadline=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lighthouse.compare import read_report
+from lightning_lighthouse.comparison import read_report
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "scaling.sh"
 SMALL = (

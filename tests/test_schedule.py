@@ -6,11 +6,10 @@ import math
 
 import pytest
 
+from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.schedule import (
     DENSE,
     LIGHTHOUSE,
-    ResumeError,
-    SettingError,
     SwitchState,
     check_switch_at,
     resolve_switch_step,

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from switch_run import CONFIG, Module, Watch, fit, same_weights, saving, stalls
 
 from lightning_lighthouse import LighthouseCallback, PlateauRule
+from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.ledger import Validation
-from lightning_lighthouse.schedule import LIGHTHOUSE, ResumeError, SettingError, SwitchState, resume_switch
+from lightning_lighthouse.schedule import LIGHTHOUSE, SwitchState, resume_switch
 
 
 def history(*losses, seconds=1.0):

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_lighthouse import LighthouseCallback, patch_attention, register_lighthouse_sdpa
-from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.sdpa import stock_sdpa
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")

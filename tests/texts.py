@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_lighthouse.data.integrity import Manifest
+from lightning_lighthouse.data.manifest import Manifest
 
 END = 256
 

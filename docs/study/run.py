@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from lightning_lighthouse.compare import read_report, summarize
+from lightning_lighthouse.comparison import read_report, summarize
 from lightning_lighthouse.probe import TABLE
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lighthouse.schedule import SettingError
+from lightning_lighthouse.checks import SettingError
 
 NAME = "lighthouse_sdpa"
 ORDINARY = "sdpa"

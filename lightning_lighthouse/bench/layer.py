@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lighthouse.attention import choose_stages, lighthouse_attention, score_entries
+from lightning_lighthouse.attention import lighthouse_attention, score_entries
+from lightning_lighthouse.backends import choose_stages
 from lightning_lighthouse.bench.report import ratio
 from lightning_lighthouse.bench.timing import (
     INPUT_SETS,

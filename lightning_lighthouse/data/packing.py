@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lightning_lighthouse.data.integrity import INDEX
+from lightning_lighthouse.data.manifest import INDEX
 from lightning_lighthouse.data.settings import WHOLE
 
 # litdata's usual size: large enough to stream, small enough to shuffle

@@ -15,11 +15,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lighthouse.data.forking import worker_context
-from lightning_lighthouse.data.integrity import Manifest, check, is_prepared
+from lightning_lighthouse.data.integrity import check
+from lightning_lighthouse.data.manifest import Manifest, is_prepared
 from lightning_lighthouse.data.prepare import check_prepared, check_workers, prepare
-from lightning_lighthouse.data.settings import Settings, WeightedSource, weighted_sources
+from lightning_lighthouse.data.settings import BYTES, Settings, WeightedSource, weighted_sources
 from lightning_lighthouse.data.splits import TEST, TRAIN, VALIDATION
-from lightning_lighthouse.data.tokenizers import BYTES, identify_tokenizer, load_tokenizer
+from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
 
 logger = logging.getLogger("lightning_lighthouse")
 

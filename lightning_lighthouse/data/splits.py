@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_lighthouse.data.integrity import Counts, Manifest, SourceCounts, record_files
+from lightning_lighthouse.data.integrity import record_files
+from lightning_lighthouse.data.manifest import Counts, Manifest, SourceCounts
 from lightning_lighthouse.data.mixing import MixedSource, mix, shares_of
 from lightning_lighthouse.data.packing import ChunkWriter, Packed, make_packer
 from lightning_lighthouse.data.pipeline import Processes, Tokenized, start_processes, tokenize

@@ -16,7 +16,7 @@ import torch
 from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 from litdata.streaming.sampler import ChunkedIndex
 
-from lightning_lighthouse.data.integrity import Manifest
+from lightning_lighthouse.data.manifest import Manifest
 
 
 class DamagedDataError(ValueError):

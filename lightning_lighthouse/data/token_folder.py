@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_lighthouse.data.integrity import INDEX, MANIFEST
-from lightning_lighthouse.data.tokenizers import BYTES, Tokenizer, token_dtype
+from lightning_lighthouse.data.manifest import INDEX, MANIFEST
+from lightning_lighthouse.data.settings import BYTES
+from lightning_lighthouse.data.tokenizers import Tokenizer, token_dtype
 
 
 class TokenDocument(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lighthouse.config import PyramidShape
 from lightning_lighthouse.kernels.ops import Operator, empty_heads_inner, pack, unpack
 from lightning_lighthouse.kernels.rows import collect, spread
 from lightning_lighthouse.kernels.tiles import Selection
+from lightning_lighthouse.pyramid import PyramidShape
 
 
 def _gather(x: Tensor, slots: Tensor, sizes: list[int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from lightning_lighthouse.config import PyramidShape
+from lightning_lighthouse.pyramid import PyramidShape
 
 NAMESPACE = "lightning_lighthouse"
 # The kernels compute offsets between the channels of one row in int32; all others in int64.

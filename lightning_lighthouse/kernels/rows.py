@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lighthouse.config import PyramidShape, ceil_div
 from lightning_lighthouse.kernels.ops import within_reach
+from lightning_lighthouse.pyramid import PyramidShape, ceil_div
 
 # Values of one block: 16 bytes of bf16 for each thread of a warp, so that one load is one instruction
 WARP_VALUES = 256

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lighthouse.config import LighthouseConfig, PyramidShape
+from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.kernels.ops import Operator, empty_heads_inner, pack, unpack
 from lightning_lighthouse.kernels.rows import collect, spread
 from lightning_lighthouse.kernels.tiles import Selection
+from lightning_lighthouse.pyramid import PyramidShape
 
 
 def _scatter(o: Tensor, slots: Tensor, sizes: list[int], mean: bool) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lighthouse.config import LighthouseConfig, PyramidShape, ceil_div
+from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.kernels.ops import Operator, pack, unpack, within_reach
 from lightning_lighthouse.kernels.rows import (
     UNROLL,
@@ -28,6 +28,7 @@ from lightning_lighthouse.kernels.rows import (
     num_coarsest,
     on_device_of,
 )
+from lightning_lighthouse.pyramid import PyramidShape, ceil_div
 
 # A warp alone sums its rows without waiting for others
 NUM_WARPS = 1

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lighthouse.config import LighthouseConfig, PyramidShape
+from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.hashing import mix
 from lightning_lighthouse.kernels.causal import select_causal_fwd
 from lightning_lighthouse.kernels.ops import Operator, pack, unpack
@@ -37,6 +37,7 @@ from lightning_lighthouse.kernels.tiles import (
     threshold,
     to_keys,
 )
+from lightning_lighthouse.pyramid import PyramidShape
 
 # Random keys have 30 bits, and entry 0 the key above them
 KEY_SHIFT = tl.constexpr(2)

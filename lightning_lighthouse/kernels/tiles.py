@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lighthouse.config import PyramidShape
 from lightning_lighthouse.kernels.rows import level_entries, level_start, num_slots
+from lightning_lighthouse.pyramid import PyramidShape
 
 # Candidates of a tile read at once. Larger tiles are read in chunks; smaller ones, the usual case, take one.
 MAX_CHUNK = 2048
