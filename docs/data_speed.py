@@ -20,8 +20,8 @@ from typing import Any
 
 from lightning_lighthouse import LighthouseRecipe
 from lightning_lighthouse.data.manifest import Manifest
-from lightning_lighthouse.data.prepare import prepare
-from lightning_lighthouse.data.sources import find_files, read_documents
+from lightning_lighthouse.data.preparing.prepare import prepare
+from lightning_lighthouse.data.preparing.sources import find_files, read_documents
 
 MB = 1e6
 # Batches at both ends of an epoch that are not measured

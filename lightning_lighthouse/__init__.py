@@ -13,33 +13,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_lighthouse.adapters.transformers_mask import register_lighthouse_sdpa
-    from lightning_lighthouse.attention import lighthouse_attention, select_entries
-    from lightning_lighthouse.callback import LighthouseCallback
-    from lightning_lighthouse.config import LighthouseConfig
-    from lightning_lighthouse.data.recipe import LighthouseRecipe
+    from lightning_lighthouse.attention.config import LighthouseConfig
+    from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
+    from lightning_lighthouse.data.module import LighthouseRecipe
     from lightning_lighthouse.data.settings import WeightedSource
-    from lightning_lighthouse.huggingface import LighthouseTrainerCallback
-    from lightning_lighthouse.patch import patch_attention
-    from lightning_lighthouse.plateau import PlateauRule
-    from lightning_lighthouse.probe import FutureLeakProbe
-    from lightning_lighthouse.routing import causal_attention
+    from lightning_lighthouse.evaluation.leak_probe import FutureLeakProbe
+    from lightning_lighthouse.huggingface.trainer_callback import LighthouseTrainerCallback
+    from lightning_lighthouse.phases.plateau import PlateauRule
+    from lightning_lighthouse.routing.adapters.transformers_mask import register_lighthouse_sdpa
+    from lightning_lighthouse.routing.layers import causal_attention
+    from lightning_lighthouse.routing.patch import patch_attention
+    from lightning_lighthouse.training.callback import LighthouseCallback
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FutureLeakProbe": "probe",
-    "LighthouseCallback": "callback",
-    "LighthouseConfig": "config",
-    "LighthouseRecipe": "data.recipe",
-    "PlateauRule": "plateau",
+    "FutureLeakProbe": "evaluation.leak_probe",
+    "LighthouseCallback": "training.callback",
+    "LighthouseConfig": "attention.config",
+    "LighthouseRecipe": "data.module",
+    "PlateauRule": "phases.plateau",
     "WeightedSource": "data.settings",
-    "LighthouseTrainerCallback": "huggingface",
-    "causal_attention": "routing",
-    "lighthouse_attention": "attention",
-    "patch_attention": "patch",
-    "register_lighthouse_sdpa": "adapters.transformers_mask",
-    "select_entries": "attention",
+    "LighthouseTrainerCallback": "huggingface.trainer_callback",
+    "causal_attention": "routing.layers",
+    "lighthouse_attention": "attention.lighthouse",
+    "patch_attention": "routing.patch",
+    "register_lighthouse_sdpa": "routing.adapters.transformers_mask",
+    "select_entries": "attention.lighthouse",
 }
 
 __all__ = [

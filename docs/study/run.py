@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
-from lightning_lighthouse.comparison import read_report, summarize
-from lightning_lighthouse.probe import TABLE
+from lightning_lighthouse.evaluation.leak_probe import TABLE
+from lightning_lighthouse.runs.comparison import read_report, summarize
 
 HERE = Path(__file__).parent
 # every worker appends to the same two files

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from lightning_lighthouse.comparison import seconds_to
+from lightning_lighthouse.runs.comparison import seconds_to
 
 HERE = Path(__file__).parent
 HEAD = (

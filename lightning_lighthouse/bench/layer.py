@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lighthouse.attention import lighthouse_attention, score_entries
-from lightning_lighthouse.backends import choose_stages
-from lightning_lighthouse.bench.report import ratio
+from lightning_lighthouse.attention.backends import choose_stages
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.lighthouse import lighthouse_attention, score_entries
+from lightning_lighthouse.attention.sdpa import causal_sdpa
+from lightning_lighthouse.bench.rows import ratio
 from lightning_lighthouse.bench.timing import (
     INPUT_SETS,
     Layer,
@@ -26,8 +28,6 @@ from lightning_lighthouse.bench.timing import (
     make_inputs,
     peak_mib,
 )
-from lightning_lighthouse.config import LighthouseConfig
-from lightning_lighthouse.sdpa import causal_sdpa
 
 # in the order in which a layer runs them
 STAGES = ("score", "select", "gather", "attend", "scatter", "scatter_backward", "attend_backward", "gather_backward")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_lighthouse.bench.report import line, ratio
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.bench.rows import line, ratio
 from lightning_lighthouse.bench.timing import Layer, durations_ms, mark
-from lightning_lighthouse.config import LighthouseConfig
 from lightning_lighthouse.notices import quiet_lightning
-from lightning_lighthouse.targets import DenseLayers
+from lightning_lighthouse.routing.targets import DenseLayers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -65,7 +65,7 @@ def bench_steps(
     Yields:
         The setting, that of the first one for the dense step, and the row.
     """
-    from lightning_lighthouse.callback import LighthouseCallback
+    from lightning_lighthouse.training.callback import LighthouseCallback
 
     num_tokens, first = settings[0]
     layers = dense_layers if isinstance(dense_layers, str) else " ".join(map(str, dense_layers or [])) or "none"

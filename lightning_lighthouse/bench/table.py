@@ -8,10 +8,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.bench.layer import STAGES, LayerRow, Timing, measure_dense, measure_row
-from lightning_lighthouse.bench.report import line, ratio
+from lightning_lighthouse.bench.rows import line, ratio
 from lightning_lighthouse.bench.timing import Layer, copy_bandwidth
-from lightning_lighthouse.config import LighthouseConfig
 
 Setting = tuple[int, LighthouseConfig]
 Measured = tuple[LighthouseConfig, LayerRow]

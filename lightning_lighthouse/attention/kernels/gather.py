@@ -1,0 +1,68 @@
+"""Gather: pool the tokens over windows and store the entries that were selected, in one pass over the tokens."""
+
+# The legend is that of kernels/rows.py
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lighthouse.attention.kernels.ops import Operator, empty_heads_inner, pack, unpack
+from lightning_lighthouse.attention.kernels.rows import collect, spread
+from lightning_lighthouse.attention.kernels.tiles import Selection
+from lightning_lighthouse.attention.pyramid import PyramidShape
+
+
+def _gather(x: Tensor, slots: Tensor, sizes: list[int]) -> Tensor:
+    xs = _empty_gathered(x, slots, sizes)
+    collect(x, xs, slots, unpack(sizes), shift=0, mean=False)
+    return xs
+
+
+def _empty_gathered(x: Tensor, slots: Tensor, sizes: list[int]) -> Tensor:
+    return empty_heads_inner(x, unpack(sizes).num_gathered)
+
+
+def _gather_backward(dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool) -> Tensor:
+    dx = _empty_tokens(dxs, slots, sizes, heads_inner)
+    spread(dxs, dx, slots, unpack(sizes), shift=0, mean=False)
+    return dx
+
+
+def _empty_tokens(dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool) -> Tensor:
+    # in the memory order of x
+    num_tokens = unpack(sizes).num_tokens
+    if heads_inner:
+        return empty_heads_inner(dxs, num_tokens)
+    return dxs.new_empty((*dxs.shape[:2], num_tokens, dxs.shape[3]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, slots, sizes = inputs
+    # neither x nor what was gathered: integers alone
+    ctx.save_for_backward(slots)
+    ctx.sizes = sizes
+    ctx.heads_inner = x.stride(1) < x.stride(2)
+
+
+def _backward(ctx: Any, dxs: Tensor) -> tuple[Tensor | None, ...]:
+    (slots,) = ctx.saved_tensors
+    return gather_bwd(dxs, slots, ctx.sizes, ctx.heads_inner), None, None
+
+
+gather_bwd = Operator(_gather_backward, _empty_tokens)
+gather_fwd = Operator(_gather, _empty_gathered, _setup_context, _backward)
+
+
+def gather(
+    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, selection: Selection, shape: PyramidShape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool q, k and v alike and take the selected entries: `[B, H, N, D] -> [B, H, S, D]`.
+
+    An entry is the mean over its window. Padding counts as zeros and every entry is divided by its whole window.
+    """
+    # one operator each, so that the backward frees each short gradient before it makes the next long one
+    sizes = pack(shape)
+    qs_BHSD, ks_BGSD, vs_BGSD = (gather_fwd(x, selection.slots, sizes) for x in (q_BHND, k_BGND, v_BGND))
+    return qs_BHSD, ks_BGSD, vs_BGSD

@@ -1,0 +1,150 @@
+"""Lighthouse Attention as one function: score > select > gather > attend > scatter (arXiv 2605.06554, section 3).
+
+The stages come from one of two backends with the same names: `reference` (plain PyTorch, everywhere) or `kernels`
+(Triton, CUDA). Attention itself is stock SDPA on the short gathered sequence.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lighthouse.attention.backends import choose_stages
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.dilated_scorer import dilated_scores
+from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.sdpa import causal_sdpa
+from lightning_lighthouse.notices import notice_once
+
+DEFAULT = LighthouseConfig()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def lighthouse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: LighthouseConfig | None = None,
+    *,
+    scale: float | None = None,
+    step: Tensor | None = None,
+) -> Tensor:
+    """Causal self-attention over a pyramid of pooled q, k and v.
+
+    A sequence too short to be compressed gets dense causal SDPA, and one notice.
+
+    Args:
+        q: `[B, Hq, N, D]`; positional rotation already applied.
+        k: `[B, Hkv, N, D]`, Hq a multiple of Hkv.
+        v: `[B, Hkv, N, D]`.
+        config: Settings; None for the defaults.
+        scale: Factor of the attention logits; None: `D ** -0.5`.
+        step: The training step that selection="random" draws for, a 0-dim int64 tensor on the CPU; None: step 0.
+
+    Returns:
+        `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or the backend cannot run on the device.
+    """
+    config = config or DEFAULT
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v)
+    shape = config.pyramid(q.shape[2])
+    if not shape.compresses:
+        notice_once(
+            "short",
+            f"{shape.num_tokens} tokens are too short to gain: Lighthouse would gather {shape.num_gathered} entries "
+            f"(num_levels={config.num_levels}, pooling_factor={config.pooling_factor}, "
+            f"top_k={config.resolve_top_k(shape.num_tokens)}); such sequences get dense attention",
+        )
+        return causal_sdpa(q, k, v, scale=scale, backend=config.sdpa)
+
+    stages = choose_stages(config, q.device, q.dtype)
+    # the selection is a choice, not a function: no gradient reaches the scores
+    with torch.no_grad():
+        scores = score_entries(stages, q, k, v, shape, config, scale=scale)
+        selection = stages.select(scores, shape, config, step)
+    qs, ks, vs = stages.gather(q, k, v, selection, shape)
+    o = causal_sdpa(qs, ks, vs, scale=scale, backend=config.sdpa)
+    return stages.scatter(o, selection, shape, config)
+
+
+def score_entries(
+    stages: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: PyramidShape,
+    config: LighthouseConfig,
+    *,
+    scale: float | None,
+) -> Any:
+    """The scores of all entries by the scorer of `config`, as `select` of the same backend takes them."""
+    if config.scorer == "dilated" and config.reads_scores:
+        return stages.pool_scores(*dilated_scores(q, k, v, config, scale=scale), shape, config)
+    return stages.score(q, k, v, shape, config)
+
+
+def select_entries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: LighthouseConfig | None = None,
+    *,
+    scale: float | None = None,
+    step: Tensor | None = None,
+) -> Tensor:
+    """The entries that are gathered, in the order of the gathered sequence, also of one too short to gain.
+
+    Args:
+        q: `[B, Hq, N, D]`.
+        k: `[B, Hkv, N, D]`.
+        v: `[B, Hkv, N, D]`; read by some scorers only.
+        config: Settings; None for the defaults.
+        scale: Factor of the attention logits; None: `D ** -0.5`. Read by some scorers only.
+        step: As in `lighthouse_attention`.
+
+    Returns:
+        `[B, Hkv, S]` int32, positions in the concatenation of all levels, finest first:
+        entry (l, i) is at `config.pyramid(N).start(l) + i`.
+    """
+    config = config or DEFAULT
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v)
+    shape = config.pyramid(q.shape[2])
+    stages = choose_stages(config, q.device, q.dtype)
+    with torch.no_grad():
+        return stages.select(score_entries(stages, q, k, v, shape, config, scale=scale), shape, config, step).index
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the inputs of the builtin; it does not know this function."""
+    device = tensors[0].device.type
+    # torch refuses to be asked about meta
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # the builtin keeps float64 too
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    sizes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be [batch, heads, tokens, head dim], got {sizes}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(f"k and v must have one shape, and batch, tokens and head dim of q, got {sizes}")
+    if min(*q.shape[1:], *k.shape[1:]) < 1:
+        raise ValueError(f"q, k and v must have at least one head, token and channel, got {sizes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the query heads must be a multiple of the key/value heads, got {sizes}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise ValueError(
+            f"q, k and v must have one floating dtype of 16, 32 or 64 bits, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")

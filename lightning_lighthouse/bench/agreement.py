@@ -1,0 +1,67 @@
+"""Nothing is timed until the chosen backend has agreed with the reference on a small case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.lighthouse import lighthouse_attention
+from lightning_lighthouse.bench.timing import Layer, make_inputs
+
+# The longest the padded small case may be, in its tokens: deep pyramids over few tokens are all padding.
+MAX_PADDING = 4
+
+
+def small_case(device: torch.device, config: LighthouseConfig) -> tuple[int, LighthouseConfig]:
+    """A short length, and a budget for `config` that makes two tiles where the length allows it.
+
+    Raises:
+        ValueError: The pyramid is too large for one.
+    """
+    num_tokens = 4099 if device.type == "cuda" else 1031
+    for top_k in (256, 64, 16, 4, 1):
+        case = replace(config, top_k=top_k)
+        shape = case.pyramid(num_tokens)
+        if shape.compresses and shape.padded_tokens <= MAX_PADDING * num_tokens:
+            return num_tokens, case
+    raise ValueError(
+        f"num_levels={config.num_levels} and pooling_factor={config.pooling_factor} are too large to compare backends "
+        f"on {num_tokens} tokens, without which nothing is timed"
+    )
+
+
+def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
+    """How the chosen backend differs from the reference on a small case; None where it does not.
+
+    Output and gradients may be off by twice the error of the reference in the layer's dtype, and one rounding. Both
+    errors are those against float64.
+    """
+    num_tokens, chosen = small_case(layer.device, config)
+    kv_heads = min(2, layer.kv_heads)
+    small = replace(layer, heads=layer.heads // layer.kv_heads * kv_heads, kv_heads=kv_heads)
+
+    inputs = make_inputs(small, num_tokens, seed=42)
+    reference = replace(chosen, backend="reference")
+    # fused attention knows no float64
+    exact = _results([x.double() for x in inputs], replace(reference, sdpa="math"))
+    twin, actual = _results(inputs, reference), _results(inputs, chosen)
+    for name, truth, from_twin, value in zip(("output", "dq", "dk", "dv"), exact, twin, actual, strict=True):
+        largest = truth.abs().max()
+        allowed = 2 * (from_twin - truth).abs().max() / largest + torch.finfo(layer.dtype).eps
+        error = (value - truth).abs().max() / largest
+        # written so that a NaN fails
+        if not error <= allowed:
+            return (
+                f"backend {config.backend!r} is wrong on {layer.device.type}: {name} is off by {error:.2g} of its "
+                f"largest value, {allowed:.2g} is allowed"
+            )
+    return None
+
+
+def _results(inputs: list[Tensor], config: LighthouseConfig) -> list[Tensor]:
+    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = lighthouse_attention(q, k, v, config)
+    return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, inputs[3]))]

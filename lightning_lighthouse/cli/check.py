@@ -1,0 +1,109 @@
+"""`lighthouse check`: parses and builds what `fit` would, notes every problem, and trains nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.cli.fit import LighthouseCLI, asks_help, drop_notices
+from lightning_lighthouse.cli.recipe import SWITCHES, UsageError
+from lightning_lighthouse.model import Decoder
+from lightning_lighthouse.notices import quiet_lightning
+from lightning_lighthouse.phases.schedule import check_return, resolve_switch_step
+from lightning_lighthouse.training.callback import LighthouseCallback
+
+
+class RecipeCheck(LighthouseCLI):
+    """Parses and builds what `fit` would, notes every problem, and trains nothing."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.problems: list[str] = []
+        super().__init__("fit", arguments)
+
+    def refuse(self, *problems: str) -> None:
+        """Note the problems and go on."""
+        self.problems.extend(problems)
+
+    def before_instantiate_classes(self) -> None:
+        """Look for no checkpoint: which there are is not the recipe's matter."""
+        self.built = self.config[self.command].clone()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer for one CPU: a recipe is right or wrong wherever it is checked."""
+        known = {
+            "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
+            "strategy": {"auto", *StrategyRegistry.available_strategies()},
+        }
+        for name, allowed in known.items():
+            value = self.built.trainer[name]
+            if isinstance(value, str) and value not in allowed:
+                self.refuse(f"trainer.{name} must be one of {', '.join(sorted(allowed))}, got {value!r}")
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+        alone = dict.fromkeys(("callbacks", "plugins", "profiler"))
+        return Trainer(**{**vars(self.built.trainer), **here, **alone, "logger": False})
+
+    def after_instantiate_classes(self) -> None:
+        """Look at what `fit` would refuse once it has begun, and say what was noted."""
+        callback, model = self.built.lighthouse, self.model
+        if isinstance(callback, LighthouseCallback) and callback.enabled:
+            try:
+                self._check_switch(callback)
+            except SettingError as error:
+                self.refuse(str(error))
+        if isinstance(model, Decoder):
+            num_tokens = None
+            # a tokenizer's file is looked at by `fit`
+            with suppress(OSError, ImportError, ValueError):
+                num_tokens = getattr(self.datamodule, "vocab_size", None)
+            with self._refusals("model"):
+                model.check_vocabulary(num_tokens)
+        if self.problems:
+            raise UsageError(*self.problems)
+
+    def _check_switch(self, callback: LighthouseCallback) -> None:
+        """Refuse a switch that cannot be, as far as the number of steps is known without the data."""
+        trainer = self.built.trainer
+        if trainer.max_epochs not in (None, -1) or trainer.fast_dev_run:
+            return
+        if trainer.max_steps > 0:
+            check_return(callback.return_steps, resolve_switch_step(callback.switch_at, trainer.max_steps))
+        elif trainer.max_epochs == -1 or trainer.max_time is not None:
+            # without epochs or steps Lightning's count is infinite
+            resolve_switch_step(callback.switch_at, math.inf)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train nothing."""
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Run `check`: print "ok", or raise UsageError with every problem found.
+
+    Args:
+        arguments: Recipes, with or without `-c`, and flags.
+
+    Returns:
+        0.
+    """
+    if asks_help(arguments):
+        print(
+            "usage: lighthouse check RECIPE.yaml [-c MORE.yaml ...] [--KEY VALUE ...]\n\nKeys: lighthouse fit --help."
+        )
+        return 0
+    drop_notices()
+    given: list[str] = []
+    for argument in arguments:
+        is_value = bool(given) and given[-1].startswith("-") and "=" not in given[-1] and given[-1] not in SWITCHES
+        given += [argument] if argument.startswith("-") or is_value else ["-c", argument]
+    # the model is built without memory
+    with quiet_lightning(), torch.device("meta"):
+        RecipeCheck(given)
+    print("ok")
+    return 0

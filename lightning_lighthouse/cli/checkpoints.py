@@ -1,0 +1,141 @@
+"""The checkpoint that a command starts from: found, complete, and loaded as nothing but data."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_lighthouse.cli.recipe import UsageError
+from lightning_lighthouse.runs.saving import is_remote
+
+# torch.load listens to these
+FORCE_DATA, FORCE_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def loaded_as_data(path: str | None) -> Iterator[None]:
+    """Let no checkpoint run code that is loaded inside, by this process or one that it starts.
+
+    Lightning itself would trust one that it downloads; and one that it loads after sharding, where the environment
+    says so.
+
+    Args:
+        path: What is loaded inside, for the message; None for nothing.
+
+    Raises:
+        ValueError: It holds more than data, no training, or the weights of another model.
+    """
+    kept = {name: os.environ.pop(name, None) for name in (FORCE_DATA, FORCE_CODE)}
+    os.environ[FORCE_DATA] = "1"
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({name[1]})" if name else ""
+        raise ValueError(
+            f"checkpoint {path} holds more than tensors and plain values{what}: loading it could run code, and is "
+            "refused; no setting allows it"
+        ) from error
+    except RuntimeError as error:
+        head, _, problems = str(error).partition("\n")
+        if not head.startswith("Error(s) in loading state_dict"):
+            raise
+        first, *more = problems.strip().splitlines()
+        and_more = f", and {len(more)} more such lines" if more else ""
+        raise ValueError(f"checkpoint {path} does not fit the model: {first.strip()}{and_more}") from error
+    except KeyError as error:
+        if error.args != ("pytorch-lightning_version",):
+            raise
+        raise ValueError(f"{path} is no checkpoint of a training: it holds no state to go on from") from error
+    finally:
+        del os.environ[FORCE_DATA]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+def resolve_checkpoint(command: str, config: Namespace) -> None:
+    """Replace `--ckpt_path` auto, last or best by the newest such file of this recipe's runs, and log to that run.
+
+    Args:
+        command: "fit", "validate" or "test".
+        config: Its settings, changed in place.
+
+    Raises:
+        UsageError: auto, for another command than fit; or the logger's folders are not known here.
+        FileNotFoundError: There is no such checkpoint; auto starts afresh instead.
+        ValueError: The checkpoint is not complete, or damaged.
+    """
+    asked = config.ckpt_path
+    if asked in ("auto", "last", "best"):
+        if asked == "auto" and command != "fit":
+            raise UsageError(f"ckpt_path must be a file, 'last' or 'best' for {command}, got 'auto'")
+        root, pattern = _checkpoints(config)
+        pattern += "best.ckpt" if asked == "best" else "last.ckpt"
+        found = max(root.glob(pattern), key=_written, default=None)
+        config.ckpt_path = None if found is None else str(found)
+        if found is not None and pattern.startswith("*"):
+            config.trainer.logger.init_args.version = found.parent.parent.name
+        elif found is None and asked == "auto":
+            rank_zero_info(f"ckpt_path auto: there is no {root / pattern}, the training starts afresh")
+        elif found is None:
+            raise FileNotFoundError(f"ckpt_path {asked}: there is no {root / pattern}; give a file, or no ckpt_path")
+    if config.ckpt_path is not None:
+        _check_complete(str(config.ckpt_path))
+
+
+def _checkpoints(config: Namespace) -> tuple[Path, str]:
+    """Where the checkpoints of a recipe's runs are: a folder, and a pattern under it that lacks the file's name."""
+    if config.checkpoint.dirpath is not None:
+        return Path(config.checkpoint.dirpath), ""
+    logger = config.trainer.logger
+    if not logger:
+        return Path(config.trainer.default_root_dir or "."), "checkpoints/"
+    class_path = str(getattr(logger, "class_path", "")).rpartition(".")[-1]
+    if class_path not in ("TensorBoardLogger", "CSVLogger"):
+        raise UsageError(
+            f"ckpt_path {config.ckpt_path} searches the folders of a TensorBoardLogger or CSVLogger, trainer.logger "
+            "is another: give a file, or set checkpoint.dirpath"
+        )
+    settings = logger.init_args
+    version = settings.version if isinstance(settings.version, str | None) else f"version_{settings.version}"
+    return Path(settings.save_dir) / (settings.name or ""), f"{version or '*'}/checkpoints/"
+
+
+def _check_complete(path: str) -> None:
+    """Refuse a file that was cut short or altered; a folder is the business of its strategy."""
+    checkpoint = Path(path)
+    if is_remote(path) or checkpoint.is_dir():
+        return
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+    fault = _fault(checkpoint)
+    if not fault:
+        return
+    others = (path for path in checkpoint.parent.glob("*.ckpt") if path.is_file() and path != checkpoint)
+    newest = next((path for path in sorted(others, key=_written, reverse=True) if not _fault(path)), None)
+    fix = f"the newest complete one beside it is {newest}" if newest else "there is no complete one beside it"
+    raise ValueError(f"checkpoint {checkpoint} is {fault}; {fix}")
+
+
+def _fault(checkpoint: Path) -> str:
+    """What is wrong with the zip archive that torch writes, or nothing. Reads all of it: each part has a checksum."""
+    # the table of contents comes last
+    if not zipfile.is_zipfile(checkpoint):
+        return f"not complete ({checkpoint.stat().st_size} bytes)"
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return f"damaged ({error})"
+    return f"damaged (the checksum of {bad} is another)" if bad else ""
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime

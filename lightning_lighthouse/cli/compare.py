@@ -1,0 +1,90 @@
+"""`lighthouse compare`: runs side by side, from the `lighthouse.json` that each left behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from lightning_lighthouse.cli.parser import Parser
+from lightning_lighthouse.runs.comparison import Run, read_report, summarize
+from lightning_lighthouse.runs.record import REPORT
+
+DESCRIPTION = (
+    "Compare runs: steps, training seconds, speed, dense validation losses, and the seconds that each needed to reach "
+    "the final loss of one of them."
+)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The runs as lines of text, a column each for what differs between readers' questions: cost, speed, loss."""
+    head = [
+        "run",
+        "attention",
+        "ranks",
+        "steps",
+        "seconds",
+        "tokens/s",
+        "waiting",
+        "at switch",
+        "after",
+        "final",
+        "to ref. s",
+        "GiB",
+    ]
+    rows = [head]
+    for run in runs:
+        both = run.lighthouse_steps and run.dense_steps
+        speeds = [run.lighthouse_tokens_per_second, run.dense_tokens_per_second]
+        waiting = [run.lighthouse_waiting_share, run.dense_waiting_share]
+        rows.append(
+            [
+                run.run,
+                run.attention,
+                str(run.world_size),
+                f"{run.lighthouse_steps} + {run.dense_steps}" if both else str(run.lighthouse_steps + run.dense_steps),
+                f"{run.lighthouse_seconds:.1f} + {run.dense_seconds:.1f}"
+                if both
+                else f"{run.lighthouse_seconds + run.dense_seconds:.1f}",
+                ", ".join(f"{speed:,.0f}" for speed in speeds if speed is not None) or "-",
+                ", ".join(f"{share:.1%}" for share in waiting if share is not None) or "-",
+                _shown(run.loss_at_switch, ".4f"),
+                _shown(run.loss_after_switch, ".4f"),
+                _shown(run.final_loss, ".4f"),
+                _shown(run.seconds_to_reference, ".1f"),
+                _shown(run.peak_gib, ".1f"),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lighthouse compare`; returns the exit status."""
+    parser = Parser(prog="lighthouse compare", description=DESCRIPTION)
+    parser.add_argument("runs", nargs="+", help=f"log folders of runs, or their {REPORT}")
+    parser.add_argument("--reference", help="the run whose final loss is to be reached (default: the first)")
+    parser.add_argument("--csv", action="store_true", help="print comma-separated values instead of a table")
+    arguments = parser.parse_args(argv)
+
+    reference = read_report(Path(arguments.reference or arguments.runs[0]))["validations"]
+    loss = reference[-1]["loss"] if reference else None
+    runs = [summarize(str(run), read_report(Path(run)), loss) for run in arguments.runs]
+    if not arguments.csv:
+        print(table(runs))
+        return 0
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in fields(Run)])
+    writer.writeheader()
+    writer.writerows(asdict(run) for run in runs)
+    sys.stdout.write(text.getvalue())
+    return 0

@@ -1,0 +1,6 @@
+"""What a model can do, measured on text: how much it reads of its future."""
+
+from lightning_lighthouse.evaluation.leak_probe import FutureLeakProbe
+from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
+
+__all__ = ["FutureLeakProbe", "Text", "read_text", "token_losses"]

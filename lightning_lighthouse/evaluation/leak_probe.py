@@ -1,0 +1,369 @@
+"""FutureLeakProbe: measures, while a run trains, how much the Lighthouse phase lets the model read of its future."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_lighthouse.checks import SettingError, check_type
+from lightning_lighthouse.evaluation.leak import Sample, draw_positions, draw_trial, other_text
+from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.runs.whole_file import whole_file
+from lightning_lighthouse.training.callback import LighthouseCallback
+
+STATE_VERSION = 1
+TABLE = "probe.csv"
+CURVES = ("leak_nats", "leak_stderr", "lighthouse_loss", "dense_loss", "spike_nats")
+# A standard error from fewer samples says little of itself
+MIN_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What one probe found; the losses are those of the same text with the same weights.
+
+    Args:
+        step: Optimizer steps done.
+        leak_nats: Mean rise of the loss on the true next token when the text after it is replaced.
+        leak_stderr: Standard error of that mean.
+        num_positions: Positions tested.
+        lighthouse_loss: Loss with Lighthouse Attention, in nats per token.
+        dense_loss: Loss with dense attention.
+        spike_nats: `dense_loss - lighthouse_loss`: what a switch at this step would cost.
+        seconds: Time that the probe took, compilation included.
+    """
+
+    step: int
+    leak_nats: float
+    leak_stderr: float
+    num_positions: int
+    lighthouse_loss: float
+    dense_loss: float
+    spike_nats: float
+    seconds: float
+
+
+class FutureLeakProbe(Callback):
+    """Show what the selection leaks: the loss on a true token with and without the text that follows it.
+
+        Trainer(callbacks=[LighthouseCallback(switch_at=0.9), FutureLeakProbe()])
+
+    With the phase on for the probe alone, on validation text, positions inside windows of the coarsest level are
+    drawn, and the text after them is replaced by that of another sequence. Attention is causal, so the loss on the
+    true next token changes only as far as the selection has told the model about it: the leak, in nats. Beside it
+    stand the losses of both phases on the same text, and the spike, the rise that a switch would bring now. Method and
+    limits: docs/design.md.
+
+    A probe runs after validations of the Lighthouse phase, or every so many steps, and right before the switch; after
+    it there is nothing to measure. The scalars `probe/*` go to the Trainer's loggers, a line to the log, and all
+    results to `probe.csv` in the log folder. Training and validation are left as they are, random numbers included.
+    A compiled model compiles once more, for the phase without gradients.
+
+    The module needs `token_losses(inputs, targets)`, all `[batch, tokens]`, or a `forward(inputs)` that returns logits
+    or an object with `.logits`. Validation batches are token ids as `read_text` finds them.
+
+    Args:
+        every_n_steps: Optimizer steps from one probe to the next; 0: only the one right before the switch; None: a
+            probe at each validation.
+        max_stderr: A probe ends when the standard error of the leak is at most this many nats.
+        max_seconds: A probe ends, precise or not, after this time; its first batch, which compiles, is not counted.
+        max_total_seconds: No probe starts if it could exceed this time, for all probes of the run together, compilation
+            left out, and with `max_seconds` kept for the one right before the switch. 36 s are 1% of an hour.
+        num_batches: Validation batches, the first of each rank, whose text is used.
+        many_positions: Test many positions of a sequence at a time, and replace a few windows after each. False: one
+            position, and all text after it: slower by the number of positions, and exact for each of them.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range. During validation: the batches are padded.
+        SettingError: At fit start: no LighthouseCallback, a module without losses of single tokens, or FSDP1.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        max_stderr: float = 0.05,
+        max_seconds: float = 4.0,
+        max_total_seconds: float = 36.0,
+        num_batches: int = 4,
+        many_positions: bool = True,
+    ) -> None:
+        check_type("every_n_steps", every_n_steps, int | None)
+        check_type("num_batches", num_batches, int)
+        check_type("many_positions", many_positions, bool)
+        for name, value, minimum in (("every_n_steps", every_n_steps, 0), ("num_batches", num_batches, 1)):
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        limits = {"max_stderr": max_stderr, "max_seconds": max_seconds, "max_total_seconds": max_total_seconds}
+        for name, limit in limits.items():
+            check_type(name, limit, int | float)
+            if not limit > 0:
+                raise ValueError(f"{name} must be greater than 0, got {limit}")
+        if max_total_seconds < 2 * max_seconds:
+            raise ValueError(
+                f"max_total_seconds must be at least twice max_seconds={max_seconds}, got {max_total_seconds}"
+            )
+        self.every_n_steps = every_n_steps
+        self.max_stderr = max_stderr
+        self.max_seconds = max_seconds
+        self.max_total_seconds = max_total_seconds
+        self.num_batches = num_batches
+        self.many_positions = many_positions
+
+        self.results: list[ProbeResult] = []
+        self._lighthouse: LighthouseCallback | None = None
+        self._texts: list[Text] = []
+        # whether the last training batch was one of the Lighthouse phase, and the step before it
+        self._was_routed = False
+        self._step = 0
+        self._is_fitting = True
+        self._told: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint."""
+        return "FutureLeakProbe"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The results so far."""
+        return {"version": STATE_VERSION, "results": [asdict(result) for result in self.results]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the results of a resumed run."""
+        if not self._is_fitting:
+            return
+        if state_dict.get("version") != STATE_VERSION:
+            version = state_dict.get("version")
+            raise ValueError(f"the checkpoint's FutureLeakProbe state must have version {STATE_VERSION}, got {version}")
+        self.results = [ProbeResult(**result) for result in state_dict["results"]]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured."""
+        self._is_fitting = stage == "fit"
+        self._texts = []
+        if not self._is_fitting:
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, LighthouseCallback)]
+        if not found:
+            raise SettingError("FutureLeakProbe measures what LighthouseCallback does: add one to the Trainer")
+        self._lighthouse = found[0]
+        if not self._lighthouse.enabled:
+            rank_zero_info("Lighthouse probe: nothing to measure with enabled=False")
+            return
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise SettingError("FutureLeakProbe cannot run under FSDPStrategy; use ModelParallelStrategy, or no probe")
+        offers = callable(getattr(pl_module, "token_losses", None))
+        if not offers and type(pl_module).forward is LightningModule.forward:
+            raise SettingError(
+                f"FutureLeakProbe needs the loss of each token: give {type(pl_module).__name__} a method "
+                "token_losses(inputs, targets), all [batch, tokens], or a forward(inputs) that returns logits"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what belongs to another run."""
+        self._was_routed = False
+        # a second fit of the same callback that starts anew
+        self.results = [result for result in self.results if result.step <= trainer.global_step]
+        if self._is_active and not trainer.enable_validation:
+            rank_zero_warn("Lighthouse probe: without validation there is no text to measure on; nothing is measured")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the text of the first batches."""
+        is_wanted = self._is_active and (self._was_routed or trainer.sanity_checking)
+        if not is_wanted or dataloader_idx > 0 or batch_idx >= self.num_batches:
+            return
+        if batch_idx == 0:
+            self._texts = []
+        self._texts.append(read_text(batch))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Probe before the first dense batch, where only now it is known to be that."""
+        if not self._is_active:
+            return
+        assert self._lighthouse is not None
+        self._step = trainer.global_step
+        is_routed = self._lighthouse.phase_at(self._step) == LIGHTHOUSE
+        if self._was_routed and not is_routed:
+            self._probe(trainer, pl_module, before_switch=True)
+        if not is_routed:
+            self._texts = []
+        self._was_routed = is_routed
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe every so many steps, and after the last step of the Lighthouse phase."""
+        if not self._was_routed or trainer.global_step == self._step:
+            return
+        assert self._lighthouse is not None
+        every = self.every_n_steps
+        if self._lighthouse.phase_at(trainer.global_step) == DENSE:
+            self._probe(trainer, pl_module, before_switch=True)
+        # not the remainder: several optimizers count several steps at once
+        elif every and trainer.global_step // every > self._step // every:
+            self._probe(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe at each validation, unless `every_n_steps` says otherwise."""
+        if self._was_routed and self.every_n_steps is None and not trainer.sanity_checking:
+            self._probe(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the text."""
+        self._was_routed = False
+        self._texts = []
+
+    @property
+    def _is_active(self) -> bool:
+        return self._is_fitting and self._lighthouse is not None and self._lighthouse.enabled
+
+    def _probe(self, trainer: Trainer, module: LightningModule, before_switch: bool = False) -> None:
+        """Measure, unless this step was measured or the time is used up; log and write the result."""
+        if self.results and self.results[-1].step == trainer.global_step:
+            return
+        if not trainer.strategy.reduce_boolean_decision(bool(self._texts)):
+            self._tell_once("no validation text was seen before the first probe was due: it is left out")
+            return
+        spent = sum(result.seconds for result in self.results)
+        if not before_switch and spent + 2 * self.max_seconds > self.max_total_seconds:
+            self._tell_once(
+                f"{spent:.1f} s of max_total_seconds={self.max_total_seconds} are used; the next probe is the one "
+                "before the switch"
+            )
+            return
+        result = self._measure(trainer, module)
+        self.results.append(result)
+        rank_zero_info(
+            f"Lighthouse probe: step {result.step}: leak {result.leak_nats:.3f} +- {result.leak_stderr:.3f} nats "
+            f"({result.num_positions} positions); loss {result.lighthouse_loss:.4f}, dense {result.dense_loss:.4f}, "
+            f"spike {result.spike_nats:.3f}; {result.seconds:.1f} s"
+        )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics({f"probe/{name}": getattr(result, name) for name in CURVES}, result.step)
+        # log_dir is broadcast: every rank asks
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero:
+            _write_table(self.results, folder / TABLE)
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            rank_zero_warn(f"Lighthouse probe: {line}")
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> ProbeResult:
+        assert self._lighthouse is not None
+        config = self._lighthouse.attention
+        start = time.perf_counter()
+        with self._lighthouse.lend_patch(trainer) as patch, _evaluation(trainer, module):
+            ranks = _Ranks(trainer)
+            num_batches = int(ranks.reduce([len(self._texts)], "min")[0])
+            texts = self._texts[:num_batches]
+
+            sums = [0.0, 0.0, 0.0]
+            for index, text in enumerate(texts):
+                if index and ranks.is_late(0.5 * self.max_seconds):
+                    break
+                patch.on(inference=True)
+                lighthouse = token_losses(module, text.inputs, text.targets)[:, : text.num_targets]
+                patch.off()
+                dense = token_losses(module, text.inputs, text.targets)[:, : text.num_targets]
+                added = ranks.reduce([dense.numel(), lighthouse.sum().item(), dense.sum().item()])
+                sums = [a + b for a, b in zip(sums, added, strict=True)]
+                if not index:
+                    ranks.start_clock()
+
+            patch.on(inference=True)
+            sample = Sample()
+            # the same positions at each probe of a run: what changes is the model
+            generator = torch.Generator().manual_seed(ranks.share)
+            window = config.pooling_factor ** (config.num_levels - 1)
+            drawn = [draw_positions(text, window, generator, self.many_positions) for text in texts]
+            num_rounds = int(ranks.reduce([min(len(positions) for positions, _ in drawn)], "min")[0])
+            for trial_index in range(num_rounds * num_batches):
+                if sample.count >= MIN_SAMPLES and sample.stderr <= self.max_stderr:
+                    break
+                if trial_index and ranks.is_late(self.max_seconds):
+                    break
+                rounds, index = divmod(trial_index, num_batches)
+                text, (positions, part) = texts[index], drawn[index]
+                trial = draw_trial(text, other_text(texts, index, rounds), positions[rounds], part, generator)
+                first, second = (token_losses(module, version, text.targets) for version in trial.versions)
+                found = trial.differences(first, second).double()
+                sample.add(*ranks.reduce([found.numel(), found.sum().item(), found.square().sum().item()]))
+
+        num_tokens, lighthouse_sum, dense_sum = sums
+        return ProbeResult(
+            step=trainer.global_step,
+            leak_nats=sample.mean,
+            leak_stderr=sample.stderr,
+            num_positions=sample.count,
+            lighthouse_loss=lighthouse_sum / num_tokens,
+            dense_loss=dense_sum / num_tokens,
+            spike_nats=(dense_sum - lighthouse_sum) / num_tokens,
+            seconds=trainer.strategy.broadcast(time.perf_counter() - start),
+        )
+
+
+class _Ranks:
+    """What the ranks of a probe agree on, so that all of them do the same number of forwards."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._strategy = trainer.strategy
+        shares = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        # which share of the data this rank sees
+        self.share: int = shares["rank"]
+        # ranks that split a model see the same text
+        self._copies = trainer.world_size // shares["num_replicas"]
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Time counts from now."""
+        self._start = time.perf_counter()
+
+    def is_late(self, seconds: float) -> bool:
+        """Whether more than `seconds` have passed, by the clock of rank 0."""
+        return self._strategy.broadcast(time.perf_counter() - self._start > seconds)
+
+    def reduce(self, values: list[float], how: str = "sum") -> list[float]:
+        """The sums over the shares of the data, or the minima over the ranks."""
+        device = self._strategy.root_device
+        tensor = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        reduced: list[float] = self._strategy.reduce(tensor, reduce_op=how).tolist()
+        return [value / self._copies for value in reduced] if how == "sum" else reduced
+
+
+@contextmanager
+def _evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """As in validation: no gradients, eval mode, the Trainer's precision; random numbers as if nothing had happened."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _write_table(results: list[ProbeResult], path: Path) -> None:
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(ProbeResult)])
+        table.writeheader()
+        table.writerows(asdict(result) for result in results)

@@ -1,0 +1,270 @@
+"""`Decoder`: a Llama-style language model to pre-train, as a LightningModule: loss, optimizer, schedule, sharding."""
+
+# B batch, N tokens, W width of the model, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torchmetrics import MeanMetric
+
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.model.network import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
+from lightning_lighthouse.runs.final_weights import is_sharded
+
+
+class Decoder(pl.LightningModule):
+    """A Llama-style language model with its loss, optimizer and schedule.
+
+    A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
+    The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data module
+    has `bytes_per_token`, `val/bits_per_byte`.
+
+    Args:
+        preset: The sizes to start from. "toy": 0.9M parameters, learns on a CPU; "small": 41M; "base": 114M;
+            "paper": 268M, the model of the paper. The counts are for 257 tokens of vocabulary.
+        num_layers: Blocks; None: the preset's.
+        dim: Width of the model, a multiple of twice `num_heads`; None: the preset's.
+        num_heads: Query heads; None: the preset's.
+        num_kv_heads: Key/value heads, a divisor of `num_heads`; None: the preset's, or a given `num_heads`.
+        ffn_dim: Width of the SwiGLU; None: the preset's.
+        rope_theta: Base of the rotary frequencies; None: the preset's.
+        vocab_size: Tokens in the vocabulary; the default is the 256 bytes and an end-of-document token.
+        learning_rate: Peak learning rate of AdamW.
+        betas: Decay rates of AdamW's two averages.
+        eps: AdamW's term against division by zero.
+        weight_decay: Weight decay of the matrices; the norms have none.
+        warmup_steps: Optimizer steps of linear warm-up.
+        schedule: What follows the warm-up. "constant": the peak to the end. "wsd": the peak, then a linear decay
+            towards 0.
+        decay_fraction: Fraction of all steps that "wsd" decays over.
+        loss_chunk: Tokens whose logits are in memory at a time.
+        compile: Compile each block, and the head, with torch.compile; worth it on a GPU.
+        checkpoint: What is computed again in the backward pass to save memory: "none", or every "block".
+
+    Raises:
+        ValueError: A value is out of range, or two do not fit together.
+    """
+
+    def __init__(
+        self,
+        preset: Literal["toy", "small", "base", "paper"] = "toy",
+        num_layers: int | None = None,
+        dim: int | None = None,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        rope_theta: float | None = None,
+        vocab_size: int = 257,
+        learning_rate: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+        schedule: Literal["constant", "wsd"] = "constant",
+        decay_fraction: float = 0.2,
+        loss_chunk: int = 8192,
+        compile: bool = False,
+        checkpoint: Literal["none", "block"] = "none",
+    ) -> None:
+        super().__init__()
+        _check("preset", preset, preset in PRESETS, "one of " + ", ".join(map(repr, PRESETS)))
+        _check("schedule", schedule, schedule in ("constant", "wsd"), "'constant' or 'wsd'")
+        _check("checkpoint", checkpoint, checkpoint in ("none", "block"), "'none' or 'block'")
+        _check("vocab_size", vocab_size, vocab_size >= 1, "at least 1")
+        _check("learning_rate", learning_rate, learning_rate > 0, "greater than 0")
+        _check("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+        _check("eps", eps, eps > 0, "greater than 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        _check("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0")
+        _check("decay_fraction", decay_fraction, 0 < decay_fraction <= 1, "in (0, 1]")
+        _check("loss_chunk", loss_chunk, loss_chunk >= 1, "at least 1")
+        self.save_hyperparameters()
+        overrides: dict[str, Any] = {
+            field.name: self.hparams[field.name] for field in fields(Shape) if self.hparams[field.name] is not None
+        }
+        if "num_heads" in overrides:
+            overrides.setdefault("num_kv_heads", overrides["num_heads"])
+        self.shape = replace(PRESETS[preset], **overrides)
+        _check_shape(self.shape)
+
+        self.embedding = nn.Embedding(vocab_size, self.shape.dim)
+        self.blocks = nn.ModuleList(Block(self.shape) for _ in range(self.shape.num_layers))
+        self.head = Head(self.shape.dim, vocab_size)
+        self._initialize()
+        self.bytes_per_token: float | None = None
+        # a NaN loss must show; torchmetrics' "disable" would ignore the weights
+        self.nats_per_token = MeanMetric(nan_strategy=math.nan)
+        self.bits_per_byte = MeanMetric(nan_strategy=math.nan)
+
+    def _initialize(self) -> None:
+        # every block adds twice to the stream, whose variance is then independent of the depth
+        depth_scale = (2 * self.shape.num_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                into_stream = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+                nn.init.normal_(parameter, std=0.02 * (depth_scale if into_stream else 1.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the next token: `[B, N] -> [B, N, V]`, all of them in memory."""
+        return self.head.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the last block leaves, before the last norm: `[B, N] -> [B, N, W]`."""
+        x_BNW = self.embedding(tokens)
+        # the stream is as wide as the products that feed it: half the memory traffic of a float32 one
+        if torch.is_autocast_enabled(x_BNW.device.type):
+            x_BNW = x_BNW.to(torch.get_autocast_dtype(x_BNW.device.type))
+        cos, sin = rotary_tables(tokens.shape[1], self.shape.head_dim, self.shape.rope_theta, tokens.device)
+        saves_memory = self.hparams["checkpoint"] == "block" and torch.is_grad_enabled()
+        for block in self.blocks:
+            x_BNW = recompute(block, x_BNW, cos, sin) if saves_memory else block(x_BNW, cos, sin)
+        return x_BNW
+
+    def loss(self, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
+        tokens = _tokens(batch)
+        return chunked_loss(self.head, self.hidden(tokens[:, :-1]), tokens[:, 1:], self.hparams["loss_chunk"])
+
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
+        chunk = self.hparams["loss_chunk"]
+        chunks = zip(self.hidden(inputs).flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
+
+    def setup(self, stage: str) -> None:
+        """Ask the data module for its vocabulary, and refuse one too large; and for the bytes of a token."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.check_vocabulary(getattr(data, "vocab_size", None))
+        self.bytes_per_token = getattr(data, "bytes_per_token", None)
+
+    def check_vocabulary(self, needed: int | None) -> None:
+        """Refuse data of more tokens than the model has; None: unknown. Raises SettingError."""
+        given = self.hparams["vocab_size"]
+        if needed is not None and needed > given:
+            raise SettingError(f"vocab_size must be at least the {needed} of the data's tokenizer, got {given}")
+
+    def configure_model(self) -> None:
+        """Compile the blocks and the head in place; shard under ModelParallelStrategy. Parameters keep their names."""
+        if self.hparams["compile"]:
+            for part in [*self.blocks, self.head]:
+                # fixed lengths: the sizes of the pyramid follow from N
+                part.compile(fullgraph=True, dynamic=False)
+        if self.device_mesh is not None and not is_sharded(self):
+            self._shard(self.device_mesh["data_parallel"])
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        """FSDP2: a group of parameters for each block, and one for the embedding and the head.
+
+        The head stays whole from its first chunk of tokens to the last one's backward pass.
+        """
+        # its import takes a second that one process need not wait
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        # Lightning calls the steps, which call `loss`, not the forward that FSDP2 knows of
+        register_fsdp_forward_method(self, "loss")
+        register_fsdp_forward_method(self, "token_losses")
+
+    def training_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> Tensor:
+        """Return the loss, and show it in the progress bar."""
+        loss = self.loss(batch)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> None:
+        """Log `val/loss` and `val/bits_per_byte`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> None:
+        """Log `test/loss` and `test/bits_per_byte`."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor] | Tensor, stage: str) -> None:
+        loss = self.loss(batch)
+        num_tokens = _tokens(batch)[:, 1:].numel()
+        self.nats_per_token.update(loss, num_tokens)
+        self.log(f"{stage}/loss", self.nats_per_token, prog_bar=True)
+        if self.bytes_per_token is not None:
+            self.bits_per_byte.update(loss / (math.log(2) * self.bytes_per_token), num_tokens)
+            self.log(f"{stage}/bits_per_byte", self.bits_per_byte)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with weight decay on the matrices, and the schedule, a step at a time."""
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        settings = {name: self.hparams[name] for name in ("betas", "eps")}
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], fused=True, **settings)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says, under bf16-mixed too."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
+            # Lightning refuses a fused optimizer for the sake of float16's loss scale, and bfloat16 has none
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _schedule(self) -> Callable[[int], float]:
+        """The factor of the learning rate at each optimizer step, counted from 0."""
+        warmup_steps = self.hparams["warmup_steps"]
+        if self.hparams["schedule"] == "constant":
+            return lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
+
+        total = self.trainer.estimated_stepping_batches
+        # -1 for an iterable data set without max_steps
+        if not 0 < total < math.inf:
+            raise ValueError(
+                f"schedule='wsd' needs a known number of steps, the Trainer estimates {total}; "
+                "set trainer.max_steps, or schedule='constant'"
+            )
+        decay_steps = max(1, round(self.hparams["decay_fraction"] * total))
+        return lambda step: max(0.0, min(1.0, (step + 1) / max(1, warmup_steps), (total - step) / decay_steps))
+
+
+def _tokens(batch: Mapping[str, Tensor] | Tensor) -> Tensor:
+    if isinstance(batch, Mapping):
+        if "tokens" not in batch:
+            raise ValueError(f"the batch must hold 'tokens', got {', '.join(map(repr, batch)) or 'nothing'}")
+        batch = batch["tokens"]
+    if batch.ndim != 2 or batch.shape[1] < 2:
+        raise ValueError(f"tokens must be [batch, at least 2 tokens], got {list(batch.shape)}")
+    return batch
+
+
+def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_shape(shape: Shape) -> None:
+    for field in fields(shape):
+        value = getattr(shape, field.name)
+        _check(field.name, value, value > 0, "greater than 0")
+    if shape.dim % (2 * shape.num_heads):
+        raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * shape.num_heads}, got {shape.dim}")
+    if shape.num_heads % shape.num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads = {shape.num_heads}, got {shape.num_kv_heads}")

@@ -1,0 +1,147 @@
+"""What each phase of a run cost and reached: steps, seconds, tokens, dense validation losses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+
+
+@dataclass
+class PhaseTotals:
+    """Sums over one phase, all ranks.
+
+    Args:
+        steps: Optimizer steps.
+        seconds: Training time, validation and checkpoints left out.
+        tokens: Tokens of all batches.
+        paced_tokens: Tokens of the batches whose time counts for throughput: all but the first of a phase and of a
+            run, which compile.
+        paced_seconds: Time of those batches.
+        paced_waiting: What of that went by before the loader handed the batch out; on rank 0, the others' differs.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    paced_tokens: int = 0
+    paced_seconds: float = 0.0
+    paced_waiting: float = 0.0
+    _window_start: tuple[int, float] = (0, 0.0)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None before a batch was timed."""
+        return self.paced_tokens / self.paced_seconds if self.paced_seconds > 0 else None
+
+    @property
+    def waiting_share(self) -> float | None:
+        """Share of the timed batches' time that the process waited for data; None before a batch was timed.
+
+        A GPU that still has work meanwhile loses less.
+        """
+        return self.paced_waiting / self.paced_seconds if self.paced_seconds > 0 else None
+
+    def window_rate(self) -> float | None:
+        """Tokens per second since the last call; None if no batch was timed since."""
+        tokens, seconds = self._window_start
+        self._window_start = self.paced_tokens, self.paced_seconds
+        if self.paced_seconds <= seconds:
+            return None
+        return (self.paced_tokens - tokens) / (self.paced_seconds - seconds)
+
+
+class Validation(NamedTuple):
+    """One dense validation.
+
+    Args:
+        step: Optimizer steps done.
+        seconds: Training time spent until then, both phases.
+        phase: Phase of the last training batch.
+        loss: Validation loss.
+    """
+
+    step: int
+    seconds: float
+    phase: str
+    loss: float
+
+
+@dataclass
+class Ledger:
+    """Totals of both phases, and every dense validation."""
+
+    lighthouse: PhaseTotals = field(default_factory=PhaseTotals)
+    dense: PhaseTotals = field(default_factory=PhaseTotals)
+    validations: list[Validation] = field(default_factory=list)
+
+    def totals(self, phase: str) -> PhaseTotals:
+        """The totals of LIGHTHOUSE or DENSE."""
+        return {LIGHTHOUSE: self.lighthouse, DENSE: self.dense}[phase]
+
+    @property
+    def seconds(self) -> float:
+        """Training time of both phases."""
+        return self.lighthouse.seconds + self.dense.seconds
+
+    @property
+    def lighthouse_validations(self) -> list[Validation]:
+        """Those of the Lighthouse phase, since the last return to it."""
+        dense = [index for index, validation in enumerate(self.validations) if validation.phase == DENSE]
+        return self.validations[dense[-1] + 1 if dense else 0 :]
+
+    @property
+    def before_switch(self) -> Validation | None:
+        """The last validation of the Lighthouse phase."""
+        return next((v for v in reversed(self.validations) if v.phase == LIGHTHOUSE), None)
+
+    @property
+    def after_switch(self) -> Validation | None:
+        """The first validation after that with dense training behind it; None for a dense baseline."""
+        before = self.before_switch
+        if before is None:
+            return None
+        return next((v for v in self.validations[self.validations.index(before) :] if v.phase == DENSE), None)
+
+    @property
+    def last_validation(self) -> Validation | None:
+        """The newest."""
+        return self.validations[-1] if self.validations else None
+
+    def add_validation(self, step: int, phase: str, loss: float) -> None:
+        """Record a dense validation after `step` optimizer steps, the last of them in `phase`."""
+        self.validations.append(Validation(step, self.seconds, phase, loss))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            LIGHTHOUSE: asdict(self.lighthouse),
+            DENSE: asdict(self.dense),
+            "validations": [tuple(validation) for validation in self.validations],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Ledger:
+        """The ledger of a checkpoint; one of an older version has no list of validations."""
+        validations = [Validation(*values) for values in state.get("validations", [])]
+        return cls(PhaseTotals(**state[LIGHTHOUSE]), PhaseTotals(**state[DENSE]), validations)
+
+    def summary(self) -> list[str]:
+        """The run in a few lines."""
+        lines = []
+        for phase in (LIGHTHOUSE, DENSE):
+            totals = self.totals(phase)
+            if totals.steps:
+                rate, waiting = totals.tokens_per_second, totals.waiting_share
+                pace = "" if rate is None else f", {rate:,.0f} tokens/s, {waiting:.1%} of the time waiting for data"
+                lines.append(f"{phase:<10} {totals.steps:>7} steps {totals.seconds:>9.1f} s{pace}")
+        validations = {
+            "last before the switch": self.before_switch,
+            "first after the switch": self.after_switch,
+            "final": self.last_validation,
+        }
+        for name, validation in validations.items():
+            if validation is not None:
+                lines.append(f"dense validation loss, {name}: {validation.loss:.4f} (step {validation.step})")
+        return lines

@@ -1,0 +1,131 @@
+"""Check that every attention layer that should be routed was.
+
+A layer that silently stays dense is the failure that this file exists for: the run would be slow and nobody would know.
+Each call of SDPA in scope leaves a note: "routed", or the reason why it stayed dense. In eager code a note carries its
+layer. Under torch.compile a note is left once, when a frame is traced, and layers that share a frame share it. A frame
+traced before leaves none: what was once seen to be routed is remembered for the life of the module, and for the next
+modules of the same code, which use the frame again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from lightning_lighthouse.routing.reasons import CHECKPOINT_INSIDE, ENTERED, EXITED, NO_CALL, NOT_RUN, ROUTED, remedy
+from lightning_lighthouse.routing.score_spread import ScoreSpread
+
+_seen_routed: WeakSet[nn.Module] = WeakSet()
+# Code of layers that lay inside a traced frame, and of those that ran in eager code around one.
+_routed_inside: WeakSet[Any] = WeakSet()
+_routed_around: WeakSet[Any] = WeakSet()
+
+
+class Audit:
+    """Notes of the first routed batch.
+
+    Args:
+        targets: The routed layers by name.
+    """
+
+    def __init__(self, targets: dict[str, nn.Module]) -> None:
+        self._targets = targets
+        self._by_layer: dict[nn.Module, set[str]] = defaultdict(set)
+        self._traced: set[str] = set()
+        # what was traced inside a layer that itself runs in eager code, by its class: such layers share frames
+        self._traced_in: dict[type, set[str]] = defaultdict(set)
+        # layers that a trace has entered and not left: the trace, and whether it has met a call there
+        self._open: list[tuple[Any, bool]] = []
+        self.spread = ScoreSpread()
+
+    def excuse(self, names: Collection[str]) -> None:
+        """Ask nothing of these layers: they are meant to be dense."""
+        self._targets = {name: layer for name, layer in self._targets.items() if name not in names}
+
+    @property
+    def saw_a_layer(self) -> bool:
+        """Whether any layer ran, or was traced."""
+        return bool(self._by_layer or self._traced)
+
+    def add(self, layer: nn.Module | None, note: str) -> None:
+        """Record that a layer ran, or what became of its call: `layer` is None while a frame is traced."""
+        trace = torch._guards.TracingContext.try_get()
+        if trace is not None:
+            note = self._follow(trace, note)
+            if layer is not None:
+                self._traced_in[type(layer)].add(note)
+        if layer is None:
+            self._traced.add(note)
+        else:
+            self._by_layer[layer].add(note)
+
+    def _follow(self, trace: Any, note: str) -> str:
+        """Notice a layer that a trace leaves without a call; a graph break ends a trace inside the layer."""
+        if note == ENTERED:
+            self._open.append((trace, False))
+        elif note == EXITED:
+            entered_in, has_called = self._open.pop() if self._open else (None, True)
+            return NO_CALL if entered_in is trace and not has_called else ENTERED
+        elif self._open:
+            self._open[-1] = (self._open[-1][0], True)
+        return note
+
+    def unrouted(self) -> dict[str, str]:
+        """The layers that were not routed, with the reason and what to do. Layers that were are remembered."""
+        missing = {}
+        for name, layer in self._targets.items():
+            notes = self._by_layer.get(layer) or self._traced
+            if notes == {ENTERED}:
+                notes = notes | self._traced_in[type(layer)]
+            reasons = notes - {ENTERED}
+            # several layers share a traced frame: one dense call among them leaves all of them in doubt
+            doubtful = layer not in self._by_layer and reasons != {ROUTED}
+            # routed forward, dense in the recompute of an outer reentrant checkpoint: wrong gradients
+            doubtful |= CHECKPOINT_INSIDE in reasons
+            if ROUTED in reasons and not doubtful:
+                _seen_routed.add(layer)
+                if layer not in self._by_layer:
+                    _routed_inside.add(_code(layer))
+                elif ROUTED in self._traced_in[type(layer)]:
+                    _routed_around.add(_code(layer))
+            elif reasons:
+                missing[name] = "; ".join(_explained(reason, layer) for reason in sorted(reasons - {ROUTED}))
+            elif layer not in _seen_routed and not self._uses_old_frames(layer, notes):
+                missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
+        return missing
+
+    def _uses_old_frames(self, layer: nn.Module, notes: set[str]) -> bool:
+        """Whether nothing was traced because frames of a former model of the same code serve this one."""
+        if notes:
+            return not self._traced_in[type(layer)] and _code(layer) in _routed_around
+        return not self.saw_a_layer and _code(layer) in _routed_inside
+
+
+def _code(layer: nn.Module) -> Any:
+    """The code of a routed layer's former forward."""
+    forward = vars(layer).get("_lighthouse_chained") or type(layer).forward
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    forward = getattr(forward, "__func__", forward)
+    return getattr(forward, "__code__", type(layer))
+
+
+def _explained(reason: str, layer: nn.Module) -> str:
+    advice = remedy(reason, layer)
+    return f"{reason} ({advice})" if advice else reason
+
+
+def explain(missing: dict[str, str], num_targets: int) -> str:
+    """One line that names every layer that stayed dense and why, grouped by reason."""
+    by_reason = defaultdict(list)
+    for name, reason in missing.items():
+        by_reason[reason].append(name or "the module itself")
+    parts = [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return (
+        f"{len(missing)} of {num_targets} attention layers that should be routed to Lighthouse stayed dense: "
+        + " | ".join(parts)
+    )

@@ -1,0 +1,254 @@
+"""Route a model's causal self-attention to Lighthouse Attention and back; plain PyTorch, no Lightning.
+
+`patch_attention` finds the attention modules and gives a handle that turns the routing on and off and undoes it. How a
+call is routed is in `routing`. No parameter is added and no module renamed: `state_dict` never changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.notices import logger
+from lightning_lighthouse.phases.schedule import RETURN_GROUPS
+from lightning_lighthouse.routing.adapters import generation
+from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
+from lightning_lighthouse.routing.audit import Audit, explain
+from lightning_lighthouse.routing.layers import bind, patch_of, patches, swap, unbind, unswap
+from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
+
+
+class Patch:
+    """Handle of a patched model, made by `patch_attention`. Off at first.
+
+    As a context manager it is on inside and restores the model at the end.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: dict[str, nn.Module], config: LighthouseConfig, statement: CausalStatement
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.config = config
+        self.is_on = False
+        # Whether calls without gradients in eval mode are routed too.
+        self.with_inference = False
+        # Collects notes from the first `on` until the patch is checked.
+        self.audit: Audit | None = None
+        self._missing: dict[str, str] | None = None
+        self._statement = statement
+        # Set and reset by the routed modules while they run. A plain bool that returns to its old value: Dynamo
+        # refuses any other side effect inside activation checkpointing.
+        self.in_scope = False
+        # Eager only: the routed module that runs, and what autograd looked like when it started.
+        self.layer: nn.Module | None = None
+        self.autograd_mark: Any = None
+        # A tensor: compiled frames read it anew each time. On the CPU: kernels get its value without a synchronisation.
+        self.step = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether the model is patched still; False once it was restored."""
+        return self in patches
+
+    def set_step(self, step: int) -> None:
+        """Tell the number of the training step, for which selection="random" draws; 0 at first.
+
+        Forward, backward and recomputation of a step, and all ranks, must see the same number.
+        """
+        self.step.fill_(step)
+
+    def on(self, inference: bool = False) -> None:
+        """Route the calls of the routed layers to Lighthouse Attention.
+
+        `generate` is dense all the same, as are single tokens after a cache.
+
+        Args:
+            inference: Route calls without gradients in eval mode too. Otherwise those of eager code stay dense:
+                validation, or the first pass over a prompt.
+
+        Raises:
+            RuntimeError: The patch was restored.
+        """
+        self._require_patched()
+        if self.audit is None and self._missing is None:
+            self.audit = Audit(self.targets)
+        self.is_on = self._statement.holds = True
+        self.with_inference = inference
+
+    def off(self) -> None:
+        """Leave every call to stock SDPA: for validation and whatever else is not training."""
+        self.is_on = self._statement.holds = False
+
+    def dense(self) -> None:
+        """Train dense: every call goes to stock SDPA, but `hf_assume_causal` holds on.
+
+        Raises:
+            RuntimeError: The patch was restored.
+        """
+        self._require_patched()
+        self.is_on, self._statement.holds = False, True
+
+    def hand_back(self, layers: Collection[str]) -> None:
+        """Leave the calls of these layers to stock SDPA also while the patch is on; () hands back none.
+
+        A frame that torch.compile made of several layers is compiled anew for each set of them, a frame of one once.
+
+        Args:
+            layers: Names from `targets`; they replace those handed back before.
+
+        Raises:
+            KeyError: One is not among the routed layers.
+        """
+        returned = {self.targets[name] for name in layers}
+        for module in self.targets.values():
+            module.__dict__["_lighthouse_route"].is_returned = module in returned
+        if returned and self.audit is not None:
+            self.audit.excuse(layers)
+
+    def _require_patched(self) -> None:
+        if not self.is_patched:
+            raise RuntimeError("this patch was restored; patch the model anew")
+
+    def unrouted(self) -> dict[str, str]:
+        """The layers that were not routed while the patch was on, by name, with the reason; {} if it never was.
+
+        The first call decides: nothing is collected after it. Under torch.compile a layer leaves its note when its
+        frame is traced.
+        """
+        if self.audit is not None:
+            self._missing = self.audit.unrouted()
+            flat_scores = self.audit.spread.warning(self.targets, self.config)
+            if flat_scores:
+                logger.warning(flat_scores)
+            self.audit = None
+        return self._missing or {}
+
+    def check(self, on_unroutable: Literal["raise", "warn"] = "raise") -> None:
+        """Make sure that every layer was routed; to be called after the first step with the patch on.
+
+        The first call decides, and later ones do nothing.
+
+        Args:
+            on_unroutable: "warn" goes on with the layers dense that were not.
+
+        Raises:
+            RuntimeError: Layers stayed dense; the message names each with the reason.
+        """
+        missing = self.unrouted() if self.audit is not None else {}
+        if not missing:
+            return
+        line = explain(missing, len(self.targets))
+        if on_unroutable == "raise":
+            raise RuntimeError(line)
+        warnings.warn(line, stacklevel=2)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Off inside, and as before after it."""
+        before = self.is_on, self._statement.holds
+        self.off()
+        try:
+            yield
+        finally:
+            if self.is_patched:
+                self.is_on, self._statement.holds = before
+
+    def restore(self) -> None:
+        """Undo the patch: the model is as it was. Harmless when already restored."""
+        self.is_on = self.in_scope = False
+        self.layer = self.audit = None
+        if not self.is_patched:
+            return
+        patches.remove(self)
+        self._statement.withdraw()
+        for module in self.targets.values():
+            unbind(module)
+        generation.unbind(self.model)
+        if not patches:
+            unswap()
+
+    def __enter__(self) -> Patch:
+        self.on()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        unchecked = kind is None and self.audit is not None and self.audit.saw_a_layer
+        missing = self.unrouted() if unchecked else {}
+        self.restore()
+        if missing:
+            raise RuntimeError(explain(missing, len(self.targets)))
+
+    # An EMA copy of a patched model follows the original: on with it, dense once it is restored.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        return self
+
+    # A patch lives in one process: a pickled module comes back without it.
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+@contextmanager
+def room_to_recompile() -> Iterator[None]:
+    """Let torch.compile compile a frame RETURN_GROUPS times more often, so that layers can be handed back.
+
+    A frame that exceeds the limit runs uncompiled from then on, with a warning in the log at most.
+    """
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=config.recompile_limit + RETURN_GROUPS):
+        yield
+
+
+def patch_attention(
+    model: nn.Module,
+    config: LighthouseConfig | None = None,
+    *,
+    dense_layers: DenseLayers = None,
+    select: str | None = None,
+    hf_assume_causal: bool = False,
+) -> Patch:
+    """Prepare the causal self-attention of `model` to be routed to Lighthouse Attention.
+
+        with patch_attention(model, LighthouseConfig(top_k=512)):
+            loss = model(tokens)
+
+    Args:
+        model: Any module whose attention calls `F.scaled_dot_product_attention(..., is_causal=True)`; compiled before
+            or after, wrapped or not.
+        config: Settings; None for the defaults.
+        dense_layers: Attention layers that stay dense, negative from the end; None and [] for none. "published": the
+            first and last two of 16 or more, else the first and last.
+        select: Glob over module names that chooses the attention modules.
+        hf_assume_causal: Your statement that every training batch of a transformers model is plain causal, without
+            padding and without documents packed by position_ids: no mask is then built, in any layer, while the
+            patch is on or trains dense. A batch that shows otherwise is an error.
+
+    Returns:
+        The handle, off: `on()`, `off()`, `dense()`, `check()`, `restore()`. As a context manager it is on, and an
+        unchecked patch is checked at the end.
+
+    Raises:
+        ValueError: No attention found, no layer left to route, the model is patched already, or `hf_assume_causal`
+            without a transformers model.
+    """
+    if type(hf_assume_causal) is not bool:
+        raise TypeError(f"hf_assume_causal must be a bool, got {hf_assume_causal!r}")
+    targets = choose_routed(find_targets(model, select), dense_layers)
+    taken = [name for name, module in targets.items() if patch_of(module) in patches]
+    if taken:
+        raise ValueError(f"{type(model).__name__} is patched already ({taken[0]}); restore the first patch before")
+    patch = Patch(model, targets, config or LighthouseConfig(), CausalStatement(model, hf_assume_causal))
+    if not patches:
+        swap()
+    patches.append(patch)
+    for module in targets.values():
+        bind(module, patch)
+    generation.bind(model, patch)
+    return patch

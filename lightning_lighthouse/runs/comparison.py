@@ -1,0 +1,137 @@
+"""What one run cost and reached, summed up from the `lighthouse.json` that it left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.runs.record import REPORT, REPORT_VERSION
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run cost and reached. Seconds are training time, losses dense validation losses, in nats per token.
+
+    Args:
+        run: Its folder.
+        attention: What was not at its default, or "dense".
+        world_size: Processes.
+        lighthouse_steps: Optimizer steps of the Lighthouse phase.
+        dense_steps: Those of the dense phase.
+        lighthouse_seconds: Time of the Lighthouse phase.
+        dense_seconds: Time of the dense phase.
+        lighthouse_tokens_per_second: All processes together, compilation left out.
+        dense_tokens_per_second: The same of the dense phase.
+        loss_at_switch: The last loss of the Lighthouse phase.
+        loss_after_switch: The first of the dense phase.
+        final_loss: The last of all.
+        seconds_to_reference: Training time at which the loss first was as low as the reference's last one, on the
+            line between two validations; None if it never was.
+        peak_gib: Most memory allocated on the first GPU.
+        device: Its name.
+        lighthouse_waiting_share: Share of the Lighthouse phase's time that rank 0 waited for data; None if unknown.
+        dense_waiting_share: The same of the dense phase.
+    """
+
+    run: str
+    attention: str
+    world_size: int
+    lighthouse_steps: int
+    dense_steps: int
+    lighthouse_seconds: float
+    dense_seconds: float
+    lighthouse_tokens_per_second: float | None
+    dense_tokens_per_second: float | None
+    loss_at_switch: float | None
+    loss_after_switch: float | None
+    final_loss: float | None
+    seconds_to_reference: float | None
+    peak_gib: float | None
+    device: str
+    lighthouse_waiting_share: float | None
+    dense_waiting_share: float | None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The content of `lighthouse.json`.
+
+    Args:
+        path: The file, or the folder that holds it.
+
+    Raises:
+        FileNotFoundError: There is none: the training did not end, or was not one with LighthouseCallback.
+        ValueError: It is not such a file, or of another version.
+    """
+    file = path / REPORT if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; it is written when a training with LighthouseCallback ends")
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        found = report["version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file}: not a report of LighthouseCallback") from None
+    if found != REPORT_VERSION:
+        raise ValueError(f"{file}: its version must be {REPORT_VERSION}, got {found}")
+    return dict(report)
+
+
+def summarize(name: str, report: dict[str, Any], reference_loss: float | None = None) -> Run:
+    """One line of the comparison.
+
+    Args:
+        name: Of the run.
+        report: From `read_report`.
+        reference_loss: The loss to be reached.
+    """
+    lighthouse, dense = report["phases"][LIGHTHOUSE], report["phases"][DENSE]
+    validations = report["validations"]
+    by_phase = {phase: [v["loss"] for v in validations if v["phase"] == phase] for phase in (LIGHTHOUSE, DENSE)}
+    curve = [(v["seconds"], v["loss"]) for v in validations if v["loss"] is not None]
+    switched = report["switch"] is not None
+    peak = report["device"]["peak_memory_mib"]
+    return Run(
+        run=name,
+        attention=_describe(report["settings"]),
+        world_size=report["world_size"],
+        lighthouse_steps=lighthouse["steps"],
+        dense_steps=dense["steps"],
+        lighthouse_seconds=lighthouse["seconds"],
+        dense_seconds=dense["seconds"],
+        lighthouse_tokens_per_second=lighthouse["tokens_per_second"],
+        dense_tokens_per_second=dense["tokens_per_second"],
+        loss_at_switch=by_phase[LIGHTHOUSE][-1] if by_phase[LIGHTHOUSE] else None,
+        loss_after_switch=by_phase[DENSE][0] if switched and by_phase[DENSE] else None,
+        final_loss=validations[-1]["loss"] if validations else None,
+        seconds_to_reference=None if reference_loss is None else seconds_to(reference_loss, curve),
+        peak_gib=None if peak is None else peak / 1024,
+        device=report["device"]["name"],
+        # reports of before had none
+        lighthouse_waiting_share=lighthouse.get("waiting_share"),
+        dense_waiting_share=dense.get("waiting_share"),
+    )
+
+
+def _describe(settings: dict[str, Any]) -> str:
+    """The settings of the attention that are not the defaults."""
+    if not settings["enabled"]:
+        return "dense"
+    defaults = asdict(LighthouseConfig())
+    changed = [f"{key}={value}" for key, value in settings["attention"].items() if value != defaults.get(key)]
+    changed += [f"dense_layers={settings['dense_layers']}"] if settings["dense_layers"] else []
+    return " ".join([f"switch_at={settings['switch_at']}", *changed])
+
+
+def seconds_to(loss: float, curve: Sequence[tuple[float, float]]) -> float | None:
+    """When a curve of (seconds, loss) is first as low as `loss`, on the line between two points; None if never."""
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
+    for (second_before, before), (second, here) in pairwise(curve):
+        if here <= loss:
+            return second_before + (before - loss) / (before - here) * (second - second_before)
+    return None

@@ -1,0 +1,110 @@
+"""Files that appear whole or not at all: checkpoints and final weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+
+from lightning_lighthouse.runs.whole_file import PARTIAL, whole_file
+
+
+class SavingError(OSError):
+    """A file could not be written; the one before it, if any, is as it was."""
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """Write `content` with torch.save to `path`, by `whole_file`.
+
+    Args:
+        content: What torch.save takes.
+        path: Local file; its folder is made if it is missing.
+
+    Raises:
+        SavingError: The disk is full, or the folder cannot be written to; with the size that is needed.
+    """
+    try:
+        # an open file: torch's own would hide the system's error
+        with whole_file(path) as partial, open(partial, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # torch may wrap the system's error in one of its own
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise SavingError(f"{path} could not be written: {_explain(cause, content, path)}") from cause
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that a file can be written to a local folder, which may not exist yet; nothing is left there.
+
+    Raises:
+        SavingError: It cannot.
+    """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    probe = folder / f".probe-{os.getpid()}{PARTIAL}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SavingError(f"nothing can be written to {folder}: {error.strerror}; choose another folder") from error
+    finally:
+        for part in made:
+            # another rank or run may have begun to use it
+            with suppress(OSError):
+                part.rmdir()
+
+
+def _explain(error: OSError, content: Any, path: Path) -> str:
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    needed, free = count_bytes(content), shutil.disk_usage(folder).free
+    kept = "the file of before is kept" if path.exists() else "nothing is left of it"
+    return f"{error.strerror} ({needed:,} bytes are needed, {free:,} are free in {folder}); {kept}"
+
+
+def count_bytes(content: Any) -> int:
+    """Bytes of the tensors in nested containers, each storage once."""
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in _storages(content)}
+    return sum(sizes.values())
+
+
+def _storages(content: Any) -> Any:
+    if isinstance(content, Tensor):
+        yield content.untyped_storage()
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _storages(value)
+    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        for value in content:
+            yield from _storages(value)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, but whole also where the temporary folder is another disk.
+
+    Lightning 2.6 writes to the system's temporary folder and then moves the file; between two disks a move is a copy,
+    which a kill cuts short under the final name. It also holds the file twice in memory first.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a local file by `save_whole`; object storage is Lightning's, where a file appears whole anyway."""
+        if storage_options is not None or is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            save_whole(checkpoint, Path(path))
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is an address, "s3://bucket/last.ckpt", and no local file."""
+    return bool(urlsplit(str(path)).netloc)

@@ -1,0 +1,251 @@
+"""One door to SDPA: which backend runs, for a run and for a call, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_lighthouse import notices
+from lightning_lighthouse.attention import sdpa
+from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa, sdpa_priority
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDNN, FLASH, EFFICIENT, MATH = (BACKENDS[name].value for name in ("cudnn", "flash", "efficient", "math"))
+
+
+@pytest.fixture(autouse=True)
+def torch_is_left_as_found():
+    def state():
+        flags = (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+        return torch._C._get_sdp_priority_order(), flags
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(heads=(4, 2), tokens=37, dim=8, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator(device).manual_seed(42)
+    return [
+        torch.randn(2, count, tokens, dim, device=device, generator=generator).to(dtype).requires_grad_()
+        for count in (heads[0], heads[1], heads[1])
+    ]
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_on_the_cpu_every_choice_is_causal_attention(backend):
+    q, k, v = draw()
+    logits = q @ k.repeat_interleave(2, 1).mT * 0.3
+    logits = logits.masked_fill(torch.ones(37, 37, dtype=torch.bool).triu(1), -torch.inf)
+    expected = logits.softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(causal_sdpa(q, k, v, scale=0.3, backend=backend), expected)
+
+
+def test_a_patched_function_is_not_called(monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    assert causal_sdpa(*draw(), scale=None, backend="auto").shape == (2, 4, 37, 8)
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
+def test_a_named_backend_goes_first_and_the_others_stay(choice):
+    before = torch._C._get_sdp_priority_order()
+    with sdpa_priority(choice):
+        inside = torch._C._get_sdp_priority_order()
+        assert inside[0] == BACKENDS[choice].value
+        assert sorted(inside) == sorted(before)
+        with sdpa_priority("math"):
+            assert torch._C._get_sdp_priority_order()[0] == MATH
+        assert torch._C._get_sdp_priority_order() == inside
+
+
+def test_the_order_returns_after_a_crash():
+    before = torch._C._get_sdp_priority_order()
+    with pytest.raises(RuntimeError, match="overnight"), sdpa_priority("math"):
+        raise RuntimeError("overnight")
+    assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), [CUDNN, FLASH, EFFICIENT, MATH]), ((8, 0), None), ((10, 0), None), (None, None)],
+    ids=["Hopper", "Ampere", "Blackwell", "no GPU"],
+)
+def test_auto_prefers_cudnn_on_hopper_only(capability, expected, monkeypatch):
+    monkeypatch.setattr(sdpa, "_capability", lambda device=None: capability)
+    before = torch._C._get_sdp_priority_order()
+    with sdpa_priority("auto"):
+        assert torch._C._get_sdp_priority_order()[:4] == (expected or before[:4])
+
+
+def test_auto_is_repeatable_where_torch_shall_be(monkeypatch, deterministic):
+    monkeypatch.setattr(sdpa, "_capability", lambda device=None: (9, 0))
+    with sdpa_priority("auto"):
+        assert torch._C._get_sdp_priority_order()[:3] == [FLASH, EFFICIENT, MATH]
+
+
+@pytest.mark.parametrize("choice", ["auto", "math"])
+def test_compiles_in_one_graph(choice):
+    torch.compiler.reset()
+    qkv = draw()
+    expected = causal_sdpa(*qkv, scale=None, backend=choice)
+    compiled = torch.compile(
+        lambda q, k, v: causal_sdpa(q, k, v, scale=None, backend=choice), backend="aot_eager", fullgraph=True
+    )
+    with sdpa_priority(choice):
+        assert torch.equal(compiled(*qkv), expected)
+
+
+# what torch's kernels take, as seen on an H200: grouped heads in 16 bits only, and never in the memory-efficient kernel
+def takes(name, dtype, heads, kv_heads):
+    if name == "math":
+        return True
+    if name == "efficient":
+        return heads == kv_heads and dtype != torch.float64
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def plan(backend, dtype, heads, kv_heads, monkeypatch, enabled=(True, True, True, True), deterministic=False):
+    def ask(names, device, dtype, heads, kv_heads, head_dim, grad):
+        return next((name for name in names if takes(name, dtype, heads, kv_heads)), None)
+
+    monkeypatch.setattr(sdpa, "_ask_torch", ask)
+    monkeypatch.setattr(sdpa, "_capability", lambda device=None: (9, 0))
+    call = (torch.device("cuda"), dtype, heads, kv_heads, 64, True)
+    torch_order = (FLASH, EFFICIENT, MATH, CUDNN)
+    return sdpa._plan_once.__wrapped__(backend, torch_order, enabled, deterministic, call)
+
+
+@pytest.mark.parametrize("backend", ["auto", "efficient"])
+def test_fp32_with_grouped_heads_takes_a_fused_kernel_with_repeated_keys(backend, monkeypatch):
+    names, repeats, message = plan(backend, torch.float32, 8, 2, monkeypatch)
+    assert repeats
+    assert "efficient" in names
+    assert "math" not in names
+    assert message == (
+        f"sdpa={backend!r} runs 'efficient' for torch.float32 on cuda with 8 and 2 heads of 64, k and v repeated"
+    )
+
+
+def test_keys_are_repeated_in_the_deterministic_plan_too(monkeypatch, deterministic):
+    names, repeats, message = plan("auto", torch.float32, 8, 2, monkeypatch, deterministic=True)
+    assert (names[:2], repeats) == (("flash", "efficient"), True)
+    assert "math" not in names
+    assert message.endswith("k and v repeated, deterministic")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "heads", "enabled", "chosen"),
+    [
+        ("auto", torch.bfloat16, (8, 2), (True, True, True, True), "cudnn"),
+        ("auto", torch.float32, (8, 8), (True, True, True, True), "efficient"),
+        ("auto", torch.float64, (8, 2), (True, True, True, True), "math"),
+        # turned off by the user
+        ("auto", torch.float32, (8, 2), (True, True, False, True), "math"),
+        ("math", torch.float32, (8, 2), (True, True, True, True), "math"),
+    ],
+    ids=["grouped bf16", "equal fp32", "fp64", "efficient is off", "math by name"],
+)
+def test_keys_are_not_repeated_without_need(backend, dtype, heads, enabled, chosen, monkeypatch):
+    _, repeats, message = plan(backend, dtype, *heads, monkeypatch, enabled)
+    assert not repeats
+    assert f"runs {chosen!r} for" in message
+    assert "repeated" not in message
+
+
+def test_a_named_backend_that_takes_no_form_of_the_call_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match=r"sdpa=.flash. cannot run attention in torch\.float32"):
+        plan("flash", torch.float32, 8, 2, monkeypatch)
+
+
+def test_repeated_keys_give_the_grouped_result_and_gradients():
+    results = []
+    for repeats in (False, True):
+        qkv = draw((6, 2))
+        out = sdpa._attend(*qkv, None, ("math",), repeats)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    for grouped, repeated in zip(*results, strict=True):
+        assert grouped.shape == repeated.shape
+        torch.testing.assert_close(repeated, grouped)
+
+
+class TestOnAGPU:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_every_backend_runs_forward_and_backward(self, backend, compiled):
+        torch.compiler.reset()
+        # the memory-efficient kernel knows no grouped heads: k and v are repeated there
+        qkv = draw((4, 2), 256, 64, torch.bfloat16, "cuda")
+        call = lambda q, k, v: causal_sdpa(q, k, v, scale=None, backend=backend)  # noqa: E731
+        out = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(*qkv)
+        out.sum().backward()
+        exact = F.scaled_dot_product_attention(*(x.double() for x in qkv), is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+        assert all(x.grad.isfinite().all() for x in qkv)
+
+    @pytest.mark.filterwarnings("ignore:.*(kernel not used|runtime disabled|Expected query).*:UserWarning")
+    @pytest.mark.parametrize("backend", ["flash", "cudnn"])
+    def test_a_named_backend_that_cannot_run_is_an_error(self, backend):
+        with pytest.raises(ValueError, match=f"sdpa='{backend}' cannot run attention in torch.float32 on cuda"):
+            causal_sdpa(*draw(device="cuda"), scale=None, backend=backend)
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("is_deterministic", [False, True], ids=["default", "deterministic"])
+    def test_fp32_with_grouped_heads_needs_no_logits(self, compiled, is_deterministic, request):
+        """Equal to float64 within fp32's rounding, in a small part of the memory of S x S logits."""
+        if is_deterministic:
+            request.getfixturevalue("deterministic")
+        torch.compiler.reset()
+        heads, tokens = 8, 4096
+        q, k, v = (x[:1].detach().requires_grad_() for x in draw((heads, 2), tokens, 64, torch.float32, "cuda"))
+        call = lambda q, k, v: causal_sdpa(q, k, v, scale=None, backend="auto")  # noqa: E731
+        call = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+        weight = torch.randn_like(q)
+        torch.autograd.grad(call(q, k, v), (q, k, v), weight)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = call(q, k, v)
+        ours = (out, *torch.autograd.grad(out, (q, k, v), weight))
+        assert torch.cuda.max_memory_allocated() - before < tokens * tokens * 4 * heads / 4
+        double = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        exact = F.scaled_dot_product_attention(*double, is_causal=True, enable_gqa=True)
+        exact = (exact, *torch.autograd.grad(exact, double, weight.double()))
+        for actual, expected in zip(ours, exact, strict=True):
+            assert (actual - expected).abs().max() <= 5e-5 * expected.abs().max()
+
+    def test_what_cudnn_refuses_takes_the_next_and_says_so_once(self, caplog, monkeypatch):
+        monkeypatch.setattr(notices, "_given", set())
+        with caplog.at_level(logging.INFO, logger="lightning_lighthouse"):
+            for _ in range(2):
+                causal_sdpa(*draw((4, 4), device="cuda"), scale=None, backend="auto")
+        assert [record.message for record in caplog.records] == [
+            "sdpa='auto' runs 'efficient' for torch.float32 on cuda with 4 and 4 heads of 8"
+        ]
+
+    def test_deterministic_attention_repeats_bit_for_bit(self, caplog, monkeypatch, deterministic):
+        monkeypatch.setattr(notices, "_given", set())
+        runs = []
+        with caplog.at_level(logging.INFO, logger="lightning_lighthouse"):
+            for _ in range(4):
+                qkv = draw((8, 8), 4096, 128, torch.bfloat16, "cuda")
+                out = causal_sdpa(*qkv, scale=None, backend="auto")
+                runs.append((out, *torch.autograd.grad(out.float().square().sum(), qkv)))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        assert [record.message for record in caplog.records] == [
+            "sdpa='auto' runs 'flash' for torch.bfloat16 on cuda with 8 and 8 heads of 128, deterministic"
+        ]

@@ -1,0 +1,91 @@
+"""A worker that hangs where it is forked is forked again; what it does is not touched."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lightning_lighthouse.data import workers
+from lightning_lighthouse.data.workers import PatientForkContext, worker_context
+
+# how many of the children forked next hang before they run any Python of multiprocessing's
+_stuck = multiprocessing.Value("i", 0)
+
+
+def _hang_now_and_then() -> None:
+    with _stuck.get_lock():
+        hangs = _stuck.value > 0
+        _stuck.value -= hangs
+    while hangs:
+        time.sleep(60)
+
+
+os.register_at_fork(after_in_child=_hang_now_and_then)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SECONDS_TO_BEGIN", 0.3)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+@pytest.mark.parametrize("stuck", [0, 1, 3])
+def test_a_child_that_does_not_begin_is_forked_again(impatient: None, stuck: int) -> None:
+    context = PatientForkContext()
+    queue = context.SimpleQueue()
+    before, files = children(), open_files()
+    _stuck.value = stuck
+    process = context.Process(target=queue.put, args=(7,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    assert queue.get() == 7
+    process.close()
+    # nothing that hung is left, and no pipe of its
+    assert children() == before
+    assert open_files() == files
+
+
+def test_a_child_that_never_begins_is_an_error(impatient: None) -> None:
+    before = children()
+    _stuck.value = workers.ATTEMPTS
+    with pytest.raises(RuntimeError, match=r"did not begin within .* update Python to 3\.11\.10"):
+        PatientForkContext().Process(target=print).start()
+    assert _stuck.value == 0
+    assert children() == before
+
+
+def test_a_pool_of_such_processes_works(impatient: None) -> None:
+    _stuck.value = 1
+    with ProcessPoolExecutor(2, mp_context=PatientForkContext()) as executor:
+        assert list(executor.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+    assert _stuck.value == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "method", "is_patient"),
+    [
+        ((3, 11, 9), "fork", True),
+        ((3, 11, 10), "fork", False),
+        ((3, 12, 0), "fork", False),
+        ((3, 11, 9), "spawn", False),
+    ],
+)
+def test_only_where_fork_may_hang(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int], method: str, is_patient: bool
+) -> None:
+    monkeypatch.setattr(workers.sys, "version_info", version)
+    monkeypatch.setattr(workers.multiprocessing, "get_start_method", lambda: method)
+    assert isinstance(worker_context(), PatientForkContext) == is_patient

@@ -1,0 +1,136 @@
+"""Trainings over several processes, started by torchrun: `strategy_run.py STRATEGY OUTPUT MODE...`.
+
+Every rank writes `OUTPUT/MODE/rank<r>.json`: its losses, whether each batch was routed, and the step before each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from foreign import Block, ForeignModule, Sequences
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.utils.data import DataLoader
+
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse.routing.layers import patches
+
+STEPS = 8
+SWITCH = 0.6
+GLOBAL_BATCH = 4
+CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+
+
+class Moded(ForeignModule):
+    """The module of the other tests in a mode: plain, compile, checkpoint, both or accumulate."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode, self.is_ready = mode, False
+
+    def shard(self) -> None:
+        """Nothing to shard."""
+
+    def configure_model(self) -> None:
+        if self.is_ready:
+            return
+        self.is_ready = True
+        blocks = list(self.model.blocks)
+        if self.mode in ("checkpoint", "both"):
+            apply_activation_checkpointing(self.model, check_fn=lambda module: module in blocks)
+        self.shard()
+        if self.mode in ("compile", "both"):
+            for block in self.model.blocks:
+                block.compile(backend="aot_eager")
+
+
+class Sharded(Moded):
+    """Sharded by FSDP2."""
+
+    def shard(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in self.model.blocks:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+class Wrapped(Moded):
+    """Sharded by FSDP1, which must be told that it runs on a CPU."""
+
+    def shard(self) -> None:
+        policy, device = ModuleWrapPolicy({Block}), torch.device("cpu")
+        self.model = FullyShardedDataParallel(
+            self.model, auto_wrap_policy=policy, device_id=device, use_orig_params=True
+        )
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """FSDP1 on a CPU, which Lightning refuses to its own class."""
+
+
+class Phases(Callback):
+    """Whether each batch is routed, and its step."""
+
+    def __init__(self) -> None:
+        self.routed: list[bool] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.routed.append(any(patch.is_on for patch in patches))
+        self.steps.append(trainer.global_step)
+
+
+def strategies(name: str) -> tuple[Strategy | str, type[Moded]]:
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo"), Moded
+    if name == "fsdp1":
+        return CPUFSDPStrategy(process_group_backend="gloo"), Wrapped
+    if name == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        return strategy, Sharded
+    if name == "fsdp2-without-sizes":
+        return ModelParallelStrategy(process_group_backend="gloo"), Sharded
+    return "auto", Moded
+
+
+def main(name: str, output: Path, mode: str) -> None:
+    strategy, kind = strategies(name)
+    processes = 1 if name == "single" else 2
+    torch.manual_seed(0)
+    module, phases = kind(mode), Phases()
+    accumulate = 2 if mode == "accumulate" else 1
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        max_steps=STEPS // accumulate,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[LighthouseCallback(SWITCH, CONFIG), phases],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=output / mode,
+    )
+    # each rank takes its part of every global batch, so that one process would see the same
+    tokens = Sequences(GLOBAL_BATCH * STEPS).tokens[int(os.environ["RANK"]) :: processes]
+    trainer.fit(module, DataLoader(tokens, GLOBAL_BATCH // processes))
+    result = {"losses": module.losses, "routed": phases.routed, "steps": phases.steps}
+    (output / mode).mkdir(parents=True, exist_ok=True)
+    (output / mode / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    for each in sys.argv[3:]:
+        torch._dynamo.reset()
+        main(sys.argv[1], Path(sys.argv[2]), each)

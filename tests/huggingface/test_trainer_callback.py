@@ -1,0 +1,286 @@
+"""LighthouseTrainerCallback in transformers' own Trainer: the phases, the switch, resume, and what is saved."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import CONFIG, GROUPED, LAYERS, build_transformers, transformers_by_hand
+from foreign import VOCABULARY
+
+from lightning_lighthouse import notices, register_lighthouse_sdpa
+from lightning_lighthouse.attention.sdpa import stock_sdpa
+from lightning_lighthouse.checks import ResumeError, SettingError
+from lightning_lighthouse.routing.layers import patches
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: the extra models")
+
+from lightning_lighthouse.huggingface.trainer_callback import LighthouseTrainerCallback  # noqa: E402
+
+TOKENS = 97
+RATE = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    yield
+    assert F.scaled_dot_product_attention is stock_sdpa
+    torch._dynamo.reset()
+
+
+def llama(**settings):
+    return build_transformers("LlamaConfig", **GROUPED, **settings).model
+
+
+def rows(count=20, seed=0):
+    drawn = torch.randint(VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in drawn]
+
+
+class InOrder(torch.utils.data.IterableDataset):
+    """Rows in order: the Trainer shuffles anything else."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def __iter__(self):
+        return iter(self.given)
+
+
+class Losses(transformers.TrainerCallback):
+    """The loss of every step, and whether an evaluation is routed."""
+
+    def __init__(self):
+        self.train, self.evaluation = [], []
+
+    def on_log(self, args, state, control, logs, **others):
+        if "loss" in logs:
+            self.train.append(float(logs["loss"]))
+        if "eval_loss" in logs:
+            self.evaluation.append(logs["eval_loss"])
+
+
+def trained(folder, callback, model=None, data=None, resume=None, steps=8, callbacks=(), evaluated=None, **settings):
+    """A model after transformers' Trainer, and the losses on the way."""
+    model, losses = model or llama(), Losses()
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    } | settings
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(output_dir=str(folder), **settings),
+        train_dataset=InOrder(data or rows()),
+        eval_dataset=evaluated,
+        callbacks=[losses, *([callback] if callback else []), *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model, losses, trainer
+
+
+def by_hand(switch, steps=8, accumulate=1, data=None):
+    """The same training as a loop, with Lighthouse written into all layers before the switch."""
+    wrapped = build_transformers("LlamaConfig", **GROUPED)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=RATE, weight_decay=0.0)
+    given, losses = iter(data or rows()), []
+    for step in range(steps):
+        parts = []
+        for _ in range(accumulate):
+            batch = torch.stack([next(given)["input_ids"] for _ in range(2)])
+            with transformers_by_hand(wrapped, list(range(LAYERS)) if step < switch else []):
+                loss = wrapped.model(input_ids=batch, labels=batch).loss / accumulate
+                loss.backward()
+            parts.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(parts))
+    return wrapped.model, losses
+
+
+class Watch(transformers.TrainerCallback):
+    """The step that the patch knows at each optimizer step, and whether it is on in an evaluation."""
+
+    def __init__(self):
+        self.steps, self.evaluated_on = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, **others):
+        self.steps.append(int(patches[0].step))
+
+    def on_prediction_step(self, args, state, control, **others):
+        self.evaluated_on.append(patches[0].is_on)
+
+
+def test_the_trainer_over_the_switch_equals_two_phases_by_hand(tmp_path):
+    watch = Watch()
+    model, losses, _ = trained(tmp_path, LighthouseTrainerCallback(0.55, CONFIG), callbacks=[watch])
+    assert watch.steps[:5] == [0, 1, 2, 3, 4]
+    expected, expected_losses = by_hand(switch=5)
+    # the Trainer logs rounded losses
+    assert losses.train == pytest.approx(expected_losses, abs=1e-4)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    dense, _, _ = trained(tmp_path, None)
+    assert not torch.allclose(dense.lm_head.weight, model.lm_head.weight, atol=1e-3)
+    assert "forward" not in vars(model.model.layers[1].self_attn)
+
+
+def test_backend_phase_and_switch_are_told_where_nobody_listens(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(notices, "_given", set())
+    monkeypatch.setattr(notices.logger, "propagate", False)
+    # its records reach the root, where pytest listens
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    trained(tmp_path, LighthouseTrainerCallback(4, CONFIG))
+    lines = [line for line in caplog.messages if line.startswith("Lighthouse: ")]
+    assert lines[0] == "Lighthouse: backend='auto' runs 'reference' on cpu"
+    assert lines[1].startswith("Lighthouse: lighthouse phase from step 0; switch to dense at step 4 of 8")
+    assert lines[2] == "Lighthouse: switched from Lighthouse to dense attention at step 4"
+    assert (notices.logger.level, notices.logger.handlers) == (logging.NOTSET, [])
+
+
+@pytest.mark.slow
+def test_an_accumulated_step_is_never_split(tmp_path):
+    data = rows(32)
+    model, losses, _ = trained(
+        tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=4, gradient_accumulation_steps=3, data=data
+    )
+    expected, expected_losses = by_hand(switch=2, steps=4, accumulate=3, data=data)
+    assert losses.train == pytest.approx(expected_losses, abs=1e-3)
+    torch.testing.assert_close(model.lm_head.weight, expected.lm_head.weight, rtol=1e-2, atol=1e-3)
+
+
+def test_evaluation_is_dense(tmp_path):
+    held_out = rows(4, seed=1)
+    # a rate of 0: the model stays as it is
+    settings = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "steps": 2}
+    watch, callback = Watch(), LighthouseTrainerCallback(1, CONFIG)
+    _, losses, _ = trained(tmp_path, callback, evaluated=held_out, callbacks=[watch], **settings)
+    assert watch.evaluated_on
+    assert not any(watch.evaluated_on)
+    _, dense, _ = trained(tmp_path, None, evaluated=held_out, **settings)
+    assert len(losses.evaluation) == 2
+    assert losses.evaluation == dense.evaluation
+    assert losses.train[0] != dense.train[0]
+
+
+@pytest.mark.parametrize("stop", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
+def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path, stop):
+    def callback():
+        return LighthouseTrainerCallback(3, CONFIG)
+
+    whole, losses, _ = trained(tmp_path / "whole", callback(), steps=6)
+    trained(tmp_path / "cut", callback(), steps=6, save_strategy="steps", save_steps=stop)
+    checkpoint = tmp_path / "cut" / f"checkpoint-{stop}"
+    resumed, rest, _ = trained(tmp_path / "cut", callback(), steps=6, resume=str(checkpoint))
+    assert rest.train == losses.train[stop:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    saved = state["LighthouseTrainerCallback"]["attributes"]["saved_switch"]
+    assert (saved["switch_step"], saved["switched"]) == (3, stop > 3)
+
+
+def test_a_resumed_training_that_has_switched_stays_dense(tmp_path, caplog):
+    trained(tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=4, save_strategy="steps", save_steps=4)
+    checkpoint = str(tmp_path / "checkpoint-4")
+    with pytest.raises(ResumeError, match="allow_return"):
+        trained(tmp_path, LighthouseTrainerCallback(6, CONFIG), steps=8, resume=checkpoint)
+    caplog.clear()
+    trained(tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=5, resume=checkpoint)
+    assert "dense phase from step 4" in caplog.text
+    assert "switched from" not in caplog.text
+
+
+@pytest.mark.slow
+def test_the_trainer_can_restore_the_callback_with_its_settings(tmp_path):
+    callback = LighthouseTrainerCallback(2, CONFIG, dense_layers=[0, -1], select="*.self_attn")
+    trained(tmp_path, callback, steps=3, save_strategy="steps", save_steps=3)
+    _, _, trainer = trained(
+        tmp_path,
+        LighthouseTrainerCallback(0.5),
+        steps=4,
+        resume=str(tmp_path / "checkpoint-3"),
+        restore_callback_states_from_checkpoint=True,
+    )
+    restored = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LighthouseTrainerCallback))
+    assert restored is not callback
+    assert restored.state() == callback.state()
+
+
+@pytest.mark.parametrize("stated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sdpa", "lighthouse_sdpa"])
+def test_a_saved_model_has_no_trace(tmp_path, stated):
+    model = llama()
+    if stated:
+        model.set_attn_implementation(register_lighthouse_sdpa())
+    keys = list(model.state_dict())
+    # the checkpoint is written in the Lighthouse phase, the model after the training
+    callback = LighthouseTrainerCallback(3, CONFIG, hf_assume_causal=not stated)
+    _, _, trainer = trained(tmp_path, callback, model, steps=4, save_strategy="steps", save_steps=2)
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
+        assert "lighthouse" not in (folder / "config.json").read_text()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.config._attn_implementation == "sdpa"
+        assert list(loaded.state_dict()) == keys
+    x = torch.stack([row["input_ids"] for row in rows(2)])
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, model.eval()(x).logits)
+
+
+def test_an_exception_inside_a_training_leaves_nothing_when_used_as_a_context(tmp_path):
+    class Failing(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control, **others):
+            raise KeyboardInterrupt
+
+    model = llama()
+    with pytest.raises(KeyboardInterrupt), LighthouseTrainerCallback(3, CONFIG) as callback:
+        trained(tmp_path, callback, model, callbacks=[Failing()], gradient_accumulation_steps=2)
+    assert "forward" not in vars(model.model.layers[1].self_attn)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    callback = LighthouseTrainerCallback()
+    with pytest.raises(SettingError, match=r"2 GPUs in one process .* \(torchrun\)"):
+        callback.on_train_begin(
+            SimpleNamespace(n_gpu=2), transformers.TrainerState(), transformers.TrainerControl(), model=llama()
+        )
+    assert patches == []
+
+
+def test_padding_is_named_and_nothing_is_left(tmp_path):
+    padded = [row | {"attention_mask": (torch.arange(TOKENS) < 90).long()} for row in rows(4)]
+    model = llama()
+    with pytest.raises(RuntimeError, match=r"model\.layers\.3\.self_attn: attn_mask was given \(call the"):
+        trained(tmp_path, LighthouseTrainerCallback(3, CONFIG), model, padded)
+    assert "forward" not in vars(model.model.layers[1].self_attn)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"switch_at": 1.5}, ValueError, "at most 1.0"),
+        ({"attention": {"num_levels": 1}}, ValueError, "num_levels"),
+        ({"attention": 3}, TypeError, "attention must be LighthouseConfig or dict, got 3"),
+        ({"on_unroutable": "ignore"}, ValueError, "'raise', 'warn', got 'ignore'"),
+        ({"hf_assume_causal": 1}, TypeError, "hf_assume_causal must be bool, got 1"),
+        ({"dense_layers": 2}, TypeError, "list of integers"),
+    ],
+)
+def test_wrong_arguments_are_quoted(arguments, error, words):
+    with pytest.raises(error) as caught:
+        LighthouseTrainerCallback(**arguments)
+    assert words in str(caught.value)

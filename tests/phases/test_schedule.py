@@ -1,0 +1,87 @@
+"""The switch step: resolved once, rounded as people count, and never undone unasked."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_lighthouse.checks import ResumeError, SettingError
+from lightning_lighthouse.phases.schedule import (
+    DENSE,
+    LIGHTHOUSE,
+    SwitchState,
+    check_switch_at,
+    resolve_switch_step,
+    resume_switch,
+)
+
+
+@pytest.mark.parametrize("value", [0, 1, 500, 0.1, 1.0])
+def test_steps_and_fractions_are_accepted(value):
+    assert check_switch_at(value) is value
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (-1, ValueError),
+        (0.0, ValueError),
+        (1.9, ValueError),
+        (math.nan, ValueError),
+        ("x", TypeError),
+        (True, TypeError),
+    ],
+)
+def test_other_values_are_quoted(value, error):
+    with pytest.raises(error, match=r"switch_at must be a step .* or a fraction") as caught:
+        check_switch_at(value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("switch_at", "total", "step"),
+    # 0.55 * 100 is 55.00000000000001
+    [(0.9, 100, 90), (0.55, 100, 55), (0.5, 5, 3), (1.0, 7, 7), (0.9, 1, 1), (12, math.inf, 12), (1, 100, 1)],
+)
+def test_the_switch_step(switch_at, total, step):
+    assert resolve_switch_step(switch_at, total) == step
+
+
+@pytest.mark.parametrize("total", [math.inf, -1])
+def test_a_fraction_of_unknown_length_is_refused(total):
+    with pytest.raises(SettingError, match="max_steps"):
+        resolve_switch_step(0.9, total)
+
+
+def test_the_phase_is_dense_from_the_switch_step_on():
+    switch = SwitchState(0.9, 9)
+    assert [switch.phase(step) for step in (0, 8, 9, 10)] == [LIGHTHOUSE, LIGHTHOUSE, DENSE, DENSE]
+    switch.switched = True
+    assert switch.phase(0) == DENSE
+
+
+def test_a_switch_still_ahead_may_move_and_says_so():
+    switch, line = resume_switch(SwitchState(0.5, 50), SwitchState(0.8, 80), 20, False)
+    assert switch.switch_step == 80
+    assert "from step 50 to step 80" in line
+
+
+def test_an_unchanged_switch_says_nothing():
+    assert resume_switch(SwitchState(0.5, 50), SwitchState(0.5, 50), 20, False)[1] == ""
+    assert resume_switch(SwitchState(0.5, 50, True), SwitchState(0.5, 50), 60, False)[1] == ""
+
+
+def test_a_longer_training_stays_dense_once_switched():
+    switch, line = resume_switch(SwitchState(0.5, 50, True), SwitchState(0.5, 100), 60, False)
+    assert switch.phase(60) == DENSE
+    assert "stays dense" in line
+
+
+def test_going_back_needs_to_be_asked_for():
+    saved, asked = SwitchState(0.5, 50, True), SwitchState(0.95, 95)
+    with pytest.raises(ResumeError, match=r"0\.5 to 0\.95 .* allow_return to true"):
+        resume_switch(saved, asked, 70, False)
+    switch, line = resume_switch(saved, asked, 70, True)
+    assert switch.phase(70) == LIGHTHOUSE
+    assert "returning" in line

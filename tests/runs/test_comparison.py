@@ -1,0 +1,114 @@
+"""`lighthouse compare`: runs side by side, from what real trainings left behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from foreign import ForeignModule, Sequences
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse.cli.commands import main
+from lightning_lighthouse.cli.compare import table
+from lightning_lighthouse.runs.comparison import read_report, summarize
+
+
+def train(folder, enabled: bool = True):
+    """A run of six steps, the switch after four, validated every two."""
+    torch.manual_seed(0)
+    attention = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        callbacks=[LighthouseCallback(4, attention, enabled=enabled)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(ForeignModule(), DataLoader(Sequences(12).tokens, 2), DataLoader(Sequences(2, seed=1).tokens, 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return train(folder / "lighthouse"), train(folder / "dense", enabled=False)
+
+
+def test_a_run_is_summed_up(runs):
+    report = read_report(runs[0])
+    run = summarize("a", report)
+    assert (run.lighthouse_steps, run.dense_steps) == (4, 2)
+    losses = [validation["loss"] for validation in report["validations"]]
+    assert [run.loss_at_switch, run.loss_after_switch, run.final_loss] == [losses[1], losses[2], losses[2]]
+    assert min(run.lighthouse_seconds, run.dense_seconds) > 0
+    assert all(part in run.attention for part in ("switch_at=4", "top_k=8", "num_levels=2"))
+    # what is at its default would hide the rest
+    assert "combine" not in run.attention
+
+    dense = summarize("b", read_report(runs[1]))
+    assert (dense.attention, dense.loss_at_switch, dense.lighthouse_steps, dense.dense_steps) == ("dense", None, 0, 6)
+
+
+def test_dense_layers_are_told_where_there_are_some(runs):
+    report = read_report(runs[0])
+    told = []
+    for dense_layers in (None, [], [0, -1], "published"):
+        report["settings"]["dense_layers"] = dense_layers
+        told.append(summarize("a", report).attention.partition("dense_layers")[2])
+    assert told == ["", "", "=[0, -1]", "=published"]
+
+
+def test_the_reference_is_reached_between_two_validations(runs):
+    report = read_report(runs[0])
+    report["validations"] = [
+        {"step": 2, "seconds": 10.0, "phase": "lighthouse", "loss": 5.0},
+        {"step": 4, "seconds": 20.0, "phase": "lighthouse", "loss": None},
+        {"step": 5, "seconds": 30.0, "phase": "dense", "loss": 3.0},
+    ]
+    assert summarize("a", report, 3.5).seconds_to_reference == 25.0
+    assert summarize("a", report, 5.5).seconds_to_reference == 10.0
+    assert summarize("a", report, 2.9).seconds_to_reference is None
+    assert "25.0" in table([summarize("a", report, 3.5)])
+
+
+def test_the_command_prints_a_table_and_csv(runs, capsys):
+    assert main(["compare", *map(str, runs), "--reference", str(runs[1])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "4 + 2" in lines[1]
+    assert str(runs[1]) in lines[2]
+    assert main(["compare", *map(str, runs), "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["dense_steps"] for row in rows] == ["2", "6"]
+    assert float(rows[0]["final_loss"]) == read_report(runs[0])["validations"][-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("{}", "not a report"),
+        ("[1", "not a report"),
+        (json.dumps({"version": 0}), "must be 1, got 0"),
+    ],
+)
+def test_what_is_no_report_is_refused_in_a_line(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "lighthouse.json").write_text(content)
+    assert main(["compare", str(tmp_path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "lighthouse.json" in lines[0]
