@@ -36,7 +36,7 @@ class LighthouseConfig:
             what attention returns when it runs on every `dilation`-th token, for models that normalise q and k; it
             costs two dense forward passes over `dilation`.
         dilation: Stride of the "dilated" scorer; at least 1. Not used by "norm".
-        selection: Which candidates of a tile win (docs/design.md, section 3). "causal": those that reach the
+        selection: Which candidates of a tile win (docs/understand/design.md, section 3). "causal": those that reach the
             thresholds of the tile before, scored by their first token; no output depends on a later token. Below 64
             winners there is one tile, and "causal" is "strided". "published": the paper's top-k, which lets a token's
             neighbourhood depend on later tokens. "strided": evenly spaced ones. "random": drawn by a hash of the

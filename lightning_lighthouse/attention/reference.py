@@ -1,4 +1,4 @@
-"""Lighthouse Attention in plain PyTorch: the specification in code (arXiv 2605.06554, section 3; docs/design.md).
+"""Lighthouse Attention in plain PyTorch: the specification in code (arXiv 2605.06554; docs/understand/design.md).
 
 The stages on one layout, `[B, H, N, D]`: score > select > gather (which pools) > attend > scatter. Attention itself is
 stock SDPA and lives in `attention.py`; the others have twins of the same names in `kernels/`, with scores and

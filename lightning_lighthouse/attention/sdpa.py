@@ -98,7 +98,7 @@ def _preferred(choice: str, capability: tuple[int, int] | None) -> list[str]:
     if choice != "auto":
         return [choice]
     if torch.are_deterministic_algorithms_enabled():
-        # cuDNN's backward does not repeat bit for bit; flash's does in this mode (measured: docs/benchmarks.md)
+        # cuDNN's backward does not repeat bit for bit; flash's does in this mode (measured: docs/numbers/benchmarks.md)
         return ["flash", "efficient", "math"]
     return ["cudnn", "flash", "efficient", "math"] if capability == CUDNN_CAPABILITY else []
 

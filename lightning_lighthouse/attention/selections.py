@@ -1,4 +1,4 @@
-"""Which candidates of a tile win: one function a `selection`, in plain PyTorch (docs/design.md, section 3).
+"""Which candidates of a tile win: one function a `selection`, in plain PyTorch (docs/understand/design.md, section 3).
 
 Each returns the positions of the winners among the candidates, ascending: `[..., T, C] -> [..., T, count]`. Candidates
 are in the order of the sequence. The Triton twins are `kernels/select.py` and `kernels/causal.py`.

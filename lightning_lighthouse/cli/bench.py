@@ -76,7 +76,7 @@ LENGTHS = {"cuda": [8192, 16384, 32768, 65536, 98304, 131072], "cpu": [512, 1024
 MODEL_LENGTH = {"cuda": 98304, "cpu": 1024}
 # Fields of LighthouseConfig that take several values, all of which are measured.
 SEVERAL = ("num_levels", "pooling_factor", "top_k", "scorer", "selection")
-# tokens, levels, pooling factor, top_k: the rows of docs/benchmarks.md
+# tokens, levels, pooling factor, top_k: the rows of docs/numbers/benchmarks.md
 PRESETS = {
     "published": [
         (32_768, 3, 4, 1024),
@@ -112,7 +112,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", metavar="N", help="tokens (default: up to 131072, on a CPU up to 4096)")
-    add("--preset", choices=list(PRESETS), help="lengths, levels, factors and budgets of docs/benchmarks.md")
+    add("--preset", choices=list(PRESETS), help="lengths, levels, factors and budgets of docs/numbers/benchmarks.md")
     add("--heads", type=int, metavar="H", help="query heads of the layer (default: 8)")
     add("--kv_heads", type=int, metavar="G", help="its key/value heads (default: as many)")
     add("--head_dim", type=int, metavar="D", help="its head dim (default: 128)")

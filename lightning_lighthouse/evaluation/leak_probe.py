@@ -64,7 +64,7 @@ class FutureLeakProbe(Callback):
     drawn, and the text after them is replaced by that of another sequence. Attention is causal, so the loss on the
     true next token changes only as far as the selection has told the model about it: the leak, in nats. Beside it
     stand the losses of both phases on the same text, and the spike, the rise that a switch would bring now. Method and
-    limits: docs/design.md.
+    limits: docs/understand/design.md.
 
     A probe runs after validations of the Lighthouse phase, or every so many steps, and right before the switch; after
     it there is nothing to measure. The scalars `probe/*` go to the Trainer's loggers, a line to the log, and all

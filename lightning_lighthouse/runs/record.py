@@ -1,7 +1,7 @@
 """`lighthouse.json`: what a run was told, what each phase cost, and every dense validation, for a script to read.
 
 `version` is raised when a key changes its meaning or goes; new keys may come at any time. Seconds are training time,
-validation and checkpoints left out. A number that is not finite is null. `docs/switch.md` lists the keys.
+validation and checkpoints left out. A number that is not finite is null. `docs/use/switch.md` lists the keys.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class LighthouseCallback(Callback):
 
     The model is patched when a fit starts and restored when it ends, however it ends. Lighthouse Attention runs inside
     training batches only: validation is dense in both phases, and its loss is the one to watch, because the training
-    loss of the Lighthouse phase is not that of a language model (docs/design.md). At the end the weights are written
-    to `final.pt` in the log folder, beside `lighthouse.json` (docs/switch.md), and a summary is printed.
+    loss of the Lighthouse phase is not that of a language model (docs/understand/design.md). At the end the weights
+    are written to `final.pt` in the log folder, beside `lighthouse.json` (docs/use/switch.md); a summary is printed.
 
     Args:
         switch_at: When to switch: an int is an optimizer step, a float above 0 and up to 1.0 a fraction of the
@@ -63,9 +63,9 @@ class LighthouseCallback(Callback):
         rewarm_steps: After the switch raise the learning rate linearly to what the schedule says, over this many
             optimizer steps; 0: none. Every optimizer's groups are scaled during their update alone.
         stop_on_nonfinite: Stop before an optimizer step whose loss or gradients are NaN or infinite on any rank, and
-            name the layer (docs/reliability.md).
+            name the layer (docs/use/reliability.md).
         hf_assume_causal: Your statement that no training batch of a transformers model has padding or packed
-            documents, so that no mask is built (docs/models.md). A batch that has them is an error.
+            documents, so that no mask is built (docs/use/models.md). A batch that has them is an error.
 
     Raises:
         TypeError: A value has the wrong type.

@@ -6,20 +6,8 @@ from pathlib import Path
 
 import pytest
 from cli_parts import RECIPE
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from lightning_lighthouse.cli import commands as cli
-
-
-class Unready(LightningDataModule):
-    """Data that turn out to be wrong when they are looked at, after the loggers were opened."""
-
-    def setup(self, stage: str) -> None:
-        raise ValueError("the data are damaged")
-
-    def train_dataloader(self) -> DataLoader:
-        raise AssertionError("asked for batches of data that were refused")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +21,7 @@ def files() -> list[str]:
 
 
 def test_a_refused_run_leaves_no_folder():
-    assert cli.main(["fit", "-c", "recipe.yaml", "--data", "test_cli_logs.Unready"]) == 1
+    assert cli.main(["fit", "-c", "recipe.yaml", "--data", "cli_parts.Unready"]) == 1
     assert files() == []
 
 
@@ -43,7 +31,7 @@ def test_what_was_there_before_stays():
     kept.write_text("mine")
     # the next version, and then the folder itself
     for version in ([], ["--trainer.logger.init_args.version", "0"]):
-        assert cli.main(["fit", "-c", "recipe.yaml", "--data", "test_cli_logs.Unready", *version]) == 1
+        assert cli.main(["fit", "-c", "recipe.yaml", "--data", "cli_parts.Unready", *version]) == 1
         assert Path("runs/recipe/version_1").exists() is False
         assert kept.read_text() == "mine"
 

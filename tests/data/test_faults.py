@@ -155,7 +155,7 @@ def test_a_read_only_output_folder_is_refused_before_any_step() -> None:
         # another user's process: root may write everywhere
         script = (
             "import os, sys; sys.path[:] = " + repr(sys.path) + "\n"
-            "from lightning_lighthouse.data.preparing.prepare import main\n"
+            "from lightning_lighthouse.cli.prepare import main\n"
             "os.setuid(65534)\n"
             f"sys.exit(main(['--output_dir', '{name}/out', '--seq_len', '61', '--source', '{name}/text.txt']))"
         )
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, prepared: Path) -> None
     # a limit on the size of a file stands in for the disk
     script = (
         "import resource, signal, sys\n"
-        "from lightning_lighthouse.data.preparing.prepare import main\n"
+        "from lightning_lighthouse.cli.prepare import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
         f"sys.exit(main(['--output_dir', 'out', '--seq_len', '61', '--source', {str(prepared / '*.txt')!r}]))"

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
 from places import HELPERS
-from probing import Module, fit, lighthouse, loader
+from probing import Module, fit, lighthouse
 from torch.utils.data import DataLoader
 
 from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, LighthouseConfig
@@ -69,24 +68,10 @@ def test_a_compiled_model_compiles_one_frame_more(tmp_path):
     assert counts[1] == counts[0] + 1
 
 
-class Tokens(LightningDataModule):
-    """Sequences for the decoder, without files."""
-
-    def __init__(self, count: int = 16) -> None:
-        super().__init__()
-        self.count = count
-
-    def train_dataloader(self) -> DataLoader:
-        return loader(self.count)
-
-    def val_dataloader(self) -> DataLoader:
-        return loader(4, seed=1)
-
-
 RECIPE = {
     "lighthouse": {"switch_at": 4, "attention": {"num_levels": 2, "pooling_factor": 2, "top_k": 8}},
     "model": {"init_args": {"num_layers": 3, "dim": 16, "num_heads": 2, "ffn_dim": 24, "vocab_size": 31}},
-    "data": {"class_path": "test_probe_runs.Tokens"},
+    "data": {"class_path": "probing.Tokens"},
     "trainer": {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 2, "enable_progress_bar": False},
 }
 

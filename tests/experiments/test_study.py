@@ -1,4 +1,4 @@
-"""`docs/study/run.py` on small trainings: rows are run once, and one that failed or was killed costs no other."""
+"""The study's runner on small trainings: rows are run once, and one that failed or was killed costs no other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,14 @@ def test_rows_are_run_once_and_a_failure_costs_no_other(tmp_path):
     validations = tmp_path / "validations.csv"
     # of a training that was killed before its row was written
     validations.write_text("name,seed,step,seconds,phase,loss\nseeds,2,2,0.1,lighthouse,9.9\nother,2,2,0.1,dense,1.0\n")
-    command = [sys.executable, "docs/study/run.py", "--rows", tmp_path / "rows.yaml", "--runs", tmp_path / "runs"]
+    command = [
+        sys.executable,
+        "experiments/study/run.py",
+        "--rows",
+        tmp_path / "rows.yaml",
+        "--runs",
+        tmp_path / "runs",
+    ]
     command += ["--source", tmp_path / "text.jsonl", "--validation_source", tmp_path / "text.jsonl", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -75,6 +75,16 @@ class Sentences(LightningDataModule):
         return loader()
 
 
+class Unready(LightningDataModule):
+    """Data that turn out to be wrong when they are looked at, after the loggers were opened."""
+
+    def setup(self, stage: str) -> None:
+        raise ValueError("the data are damaged")
+
+    def train_dataloader(self) -> DataLoader:
+        raise AssertionError("asked for batches of data that were refused")
+
+
 # no attention in Model: nothing to patch
 RECIPE = """\
 model:

@@ -261,7 +261,9 @@ HEAD_DIM = 8
 
 def build_litgpt() -> nn.Module:
     """LitGPT's model with grouped heads and rotated q and k."""
-    litgpt = pytest.importorskip("litgpt", reason="needs litgpt, installed without its dependencies (docs/models.md)")
+    litgpt = pytest.importorskip(
+        "litgpt", reason="needs litgpt, installed without its dependencies (docs/use/models.md)"
+    )
     torch.manual_seed(0)
     config = litgpt.Config(
         block_size=POSITIONS,

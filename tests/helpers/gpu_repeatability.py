@@ -1,8 +1,8 @@
 """Does attention repeat bit for bit on this GPU, and what does a repeatable backend cost?
 
-A developer's script, not a test, for it asserts nothing: `python tests/gpu_repeatability.py`. It runs SDPA's backends
-and the whole layer several times on the same inputs, forward and backward, and compares bits; then it times cuDNN and
-flash in turns. The results are in docs/benchmarks.md. Times of the layer itself: `lighthouse bench`.
+A developer's script, not a test, for it asserts nothing: `python tests/helpers/gpu_repeatability.py`. It runs SDPA's
+backends and the whole layer several times on the same inputs, forward and backward, and compares bits; then it times
+cuDNN and flash in turns. The results are in docs/numbers/benchmarks.md. Times of the layer itself: `lighthouse bench`.
 """
 
 # S tokens or gathered entries

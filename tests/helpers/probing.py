@@ -6,7 +6,7 @@ import time
 
 import torch
 from foreign import ForeignModule, Sequences
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -65,3 +65,17 @@ def steps(probe: FutureLeakProbe) -> list[int]:
 
 def lighthouse(config: LighthouseConfig = CONFIG, **settings) -> LighthouseCallback:
     return LighthouseCallback(SWITCH, config, **settings)
+
+
+class Tokens(LightningDataModule):
+    """Sequences for the decoder, without files."""
+
+    def __init__(self, count: int = 16) -> None:
+        super().__init__()
+        self.count = count
+
+    def train_dataloader(self) -> DataLoader:
+        return loader(self.count)
+
+    def val_dataloader(self) -> DataLoader:
+        return loader(4, seed=1)

@@ -1,6 +1,7 @@
 """Models that people have, in the modes that they train them in.
 
-As a script, `python tests/test_families.py --table`, it runs every case and writes the table of docs/models.md.
+As a script, `PYTHONPATH=tests/helpers python tests/routing/test_families.py --table`, it runs every case and writes
+the table of docs/use/models.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_lighthouse import LighthouseCallback, patch_attention
 
-DOCUMENT = DOCS / "models.md"
+DOCUMENT = DOCS / "use" / "models.md"
 ROUTED_LAYERS = list(range(1, LAYERS - 1))
 # One case a family is quick; the other modes are quick for these only.
 QUICK = {"transformers Llama", "nn.TransformerEncoderLayer"}
@@ -249,7 +250,7 @@ COLUMNS = {
     "test_compiled_model": "model compiled",
 }
 PACKAGES = ["torch", "lightning", "transformers", "litgpt", "x-transformers"]
-MARK = "<!-- written by tests/test_families.py --table -->"
+MARK = "<!-- written by tests/routing/test_families.py --table -->"
 
 
 class Outcomes:
@@ -274,7 +275,7 @@ class Outcomes:
 
 
 def write_table() -> int:
-    """Run the matrix and write its table, with the versions, between the marks of docs/models.md; pytest's status."""
+    """Run the matrix and write its table, with the versions, between the marks of the page; pytest's status."""
     outcomes = Outcomes()
     status = pytest.main([__file__, "-q", "-m", "", "-k", " or ".join(COLUMNS)], plugins=[outcomes])
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in PACKAGES) + ", on a CPU:"

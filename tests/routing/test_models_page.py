@@ -1,4 +1,4 @@
-"""The code of docs/models.md runs as it stands."""
+"""The code of docs/use/models.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from places import DOCS
 
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 
-DOCUMENT = DOCS / "models.md"
+DOCUMENT = DOCS / "use" / "models.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_lighthouse import LighthouseCallback, patch_attention
 
-DOCUMENT = DOCS / "models.md"
+DOCUMENT = DOCS / "use" / "models.md"
 TOKENS = 97
 
 
@@ -311,6 +311,6 @@ def test_leaving_the_context_unchecked_checks():
 def test_the_reasons_of_the_document_are_those_of_the_code():
     section = DOCUMENT.read_text().split("## Reading the error")[1].split("## ")[0]
     reasons = re.findall(r"^\| `(.*?)` \|", section, flags=re.MULTILINE)
-    code = (PACKAGE / "reasons.py").read_text()
+    code = (PACKAGE / "routing" / "reasons.py").read_text()
     assert len(reasons) > 8
     assert [reason for reason in reasons if f'= "{reason}"\n' not in code] == []

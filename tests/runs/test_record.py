@@ -154,7 +154,7 @@ def keys(value, prefix=""):
 
 def test_the_page_lists_every_key(tmp_path):
     fit(tmp_path, [LighthouseCallback(0.6, CONFIG)])
-    page = (DOCS / "switch.md").read_text()
+    page = (DOCS / "use" / "switch.md").read_text()
     table = page.partition("## lighthouse.json")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
@@ -164,7 +164,7 @@ def test_the_page_lists_every_key(tmp_path):
 
 
 def test_the_page_shows_the_settings_that_there_are():
-    page = (DOCS / "switch.md").read_text()
+    page = (DOCS / "use" / "switch.md").read_text()
     shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)[0])["lighthouse"]
     callback = LighthouseCallback(**shown | {"plateau": PlateauRule(**shown["plateau"])})
     assert callback.plateau == PlateauRule(earliest=0.5)

@@ -1,4 +1,4 @@
-"""docs/reliability.md names a test for each row, and each test that it names exists."""
+"""docs/use/reliability.md names a test for each row, and each test that it names exists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from places import DOCS, TESTS
 
-PAGE = (DOCS / "reliability.md").read_text()
+PAGE = (DOCS / "use" / "reliability.md").read_text()
 
 
 def names_in(path: Path) -> set[str]:

@@ -1,8 +1,8 @@
-"""How fast text is prepared and sequences are read on this machine: the numbers of docs/data.md.
+"""How fast text is prepared and sequences are read on this machine: the numbers of docs/use/data.md.
 
-    python docs/data_speed.py prepare books.jsonl.gz        at least 200 MB of text, repeated until there is as much
-    python docs/data_speed.py read data/books-98k
-    python docs/data_speed.py stream data/books-98k --minutes 10
+    python experiments/data_speed.py prepare books.jsonl.gz    at least 200 MB of text, repeated until there is as much
+    python experiments/data_speed.py read data/books-98k
+    python experiments/data_speed.py stream data/books-98k --minutes 10
 
 `prepare` counts the CPU time of preparing, without start-up. `read` counts byte tokens of one worker over at least two
 seconds. `stream` reads epoch after epoch and prints the memory of the process and its worker each 30 seconds.

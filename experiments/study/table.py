@@ -1,6 +1,6 @@
-"""Print the tables of `docs/study.md` from `rows.csv` and `validations.csv`, and draw its plots; needs matplotlib.
+"""Print the tables of `docs/numbers/study.md` from its two CSV files, and draw its plots; needs matplotlib.
 
-python docs/study/table.py
+python experiments/study/table.py
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Run the rows of `rows.yaml` that `rows.csv` lacks, one training on each GPU at a time, through the command line.
 
-    python docs/study/run.py --source books-train.jsonl.gz --validation_source books-val.jsonl.gz
+    python experiments/study/run.py --source books-train.jsonl.gz --validation_source books-val.jsonl.gz
 
 Each finished training appends its row to `rows.csv` and its validations to `validations.csv`; a run that died leaves
-nothing there and is done again. `python docs/study/table.py` makes the tables and plots of `docs/study.md` from both.
+nothing there and is done again. `python experiments/study/table.py` makes the tables and plots of
+`docs/numbers/study.md` from both.
 """
 
 from __future__ import annotations
