@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_lighthouse.huggingface.trainer_callback import LighthouseTrainerCallback
     from lightning_lighthouse.phases.plateau import PlateauRule
     from lightning_lighthouse.routing.adapters.transformers_mask import register_lighthouse_sdpa
-    from lightning_lighthouse.routing.layers import causal_attention
+    from lightning_lighthouse.routing.calls import causal_attention
     from lightning_lighthouse.routing.patch import patch_attention
     from lightning_lighthouse.training.callback import LighthouseCallback
 
@@ -35,7 +35,7 @@ _HOMES = {
     "PlateauRule": "phases.plateau",
     "WeightedSource": "data.settings",
     "LighthouseTrainerCallback": "huggingface.trainer_callback",
-    "causal_attention": "routing.layers",
+    "causal_attention": "routing.calls",
     "lighthouse_attention": "attention.lighthouse",
     "patch_attention": "routing.patch",
     "register_lighthouse_sdpa": "routing.adapters.transformers_mask",

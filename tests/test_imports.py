@@ -5,80 +5,109 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from places import DOCS, PACKAGE
 
-# Lower floors never import higher ones; files of one floor may import each other where no circle arises.
+# Lower floors never import higher ones.
 FLOORS = [
-    [
-        "arguments",
-        "checks",
-        "pyramid",
-        "config",
-        "hashing",
-        "leak",
-        "ledger",
-        "notices",
-        "plateau",
-        "rewarm",
-        "run_state",
-        "schedule",
-        "stopwatch",
-        "text",
-        "watch",
-        "whole_file",
-    ],
-    ["sdpa", "dilated"],
-    ["winners"],
-    ["reference", "kernels"],
-    ["backends", "attention"],
-    ["adapters", "targets", "audit", "patch", "reasons", "routing", "spread"],
-    ["parallel", "curves", "report", "switching", "decoder", "export", "guard", "resume", "saving", "data", "model"],
-    ["callback", "comparison", "compare", "huggingface"],
-    ["bench", "probe"],
-    ["cli"],
+    {"checks", "notices"},
+    {"attention"},
+    {"routing", "phases"},
+    {"evaluation", "runs", "data", "model"},
+    {"training", "huggingface", "bench"},
+    {"cli"},
 ]
+# What a room may import of its own floor.
+SIBLINGS = {("notices", "checks"), ("evaluation", "runs"), ("bench", "training")}
+# What these rooms never import, not even late; the adapters may ask transformers, late.
+HEAVY = {"lightning", "pytorch_lightning", "litdata", "transformers"}
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def floor(module: str) -> int:
-    head = module.split(".")[0]
-    # cli_check and the like belong to cli
-    return next(n for n, names in enumerate(FLOORS) if head in names or head.split("_")[0] in names)
+def named(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".").removesuffix("__init__").rstrip(".")
+
+
+MODULES = {named(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports, functions' imports included."""
+    """Every module that a file imports, by its whole name: in functions and for type checkers too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_lighthouse"):
-            inner = (node.module or "").removeprefix("lightning_lighthouse").removeprefix(".")
-            found |= {inner} if inner else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".", 1)[1] for a in node.names if a.name.startswith("lightning_lighthouse.")}
-    return {name for name in found if (PACKAGE / name.split(".")[0]).exists() or (PACKAGE / f"{name}.py").exists()}
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            module = node.module or ""
+            ours = module.removeprefix("lightning_lighthouse").lstrip(".")
+            inner = {alias.name: f"{ours}.{alias.name}".lstrip(".") for alias in node.names}
+            is_ours = module.split(".")[0] == "lightning_lighthouse"
+            found |= {f"{module}.{name}" if is_ours and whole in MODULES else module for name, whole in inner.items()}
+    return found
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE) != Path("__init__.py"))
+def ours(path: Path) -> set[str]:
+    """The modules of this package among them, by their name within it; "" is the package itself."""
+    return {
+        name.removeprefix("lightning_lighthouse").lstrip(".")
+        for name in imports(path)
+        if name.split(".")[0] == "lightning_lighthouse"
+    }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    here = str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".")
-    for name in imports(path):
-        # the command line hands its settings to Lightning by class, before any of them runs
-        assert floor(name) <= floor(here), f"{here} imports {name}"
-        assert {here.split(".")[0], name.split(".")[0]} != {"reference", "kernels"}, (
-            "the twins know nothing of each other"
-        )
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def floor(module: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room(module) in rooms)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_go_one_way(module):
+    for name in ours(MODULES[module]) - {""}:
+        assert name in MODULES, f"{module} imports {name}, which does not exist"
+        allowed = floor(name) < floor(module) or room(name) == room(module) or (room(module), room(name)) in SIBLINGS
+        assert allowed, f"{module} imports {name}"
+        twins = {"attention.reference", "attention.kernels"}
+        pair = {next((twin for twin in twins if one.startswith(twin)), one) for one in (module, name)}
+        assert pair != twins, "the twins know nothing of each other"
+    assert "" not in ours(MODULES[module]) or module == "cli.commands", f"{module} imports the API page"
+
+
+def test_no_circle_between_files():
+    graph = {module: ours(path) - {module} for module, path in MODULES.items() if module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"a circle: {' > '.join(error.args[1])}") from None
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("attention", "routing", "phases")])
+def test_attention_routing_and_phases_import_no_framework(module):
+    found = {name.split(".")[0] for name in imports(MODULES[module])} & HEAVY
+    assert found <= ({"transformers"} if module.startswith("routing.adapters.") else set())
+
+
+def test_only_three_files_stand_at_the_root():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "checks.py", "notices.py"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == set().union(*FLOORS[1:])
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_a_room_says_in_a_sentence_what_it_is_for(module):
+    text = ast.get_docstring(ast.parse(MODULES[module].read_text())) or ""
+    assert text.split("\n\n")[0].endswith(".")
 
 
 def test_the_design_names_every_file():
     page = (DOCS / "understand" / "design.md").read_text()
-    names = {path.name if path.is_file() else f"{path.name}/" for path in PACKAGE.iterdir() if path.name[0] not in "_."}
-    names = {"cli*.py" if name.startswith("cli") else name for name in names} - {"py.typed"}
-    assert {name for name in names if f"`{name}`" not in page} == set()
+    files = [path.name for path in FILES if path.name not in ("__init__.py", "__main__.py")]
+    assert {name for name in files if f"`{name}`" not in page} == set()
 
 
 def printed(code: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,12 +16,13 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.checks import SettingError, check_type
 from lightning_lighthouse.evaluation.leak import Sample, draw_positions, draw_trial, other_text
 from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
+from lightning_lighthouse.phases.events import BatchEnd, BatchStart, Switch, phase_events
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
 from lightning_lighthouse.runs.whole_file import whole_file
-from lightning_lighthouse.training.callback import LighthouseCallback
 
 STATE_VERSION = 1
 TABLE = "probe.csv"
@@ -53,6 +54,16 @@ class ProbeResult:
     dense_loss: float
     spike_nats: float
     seconds: float
+
+
+class PhasedCallback(Protocol):
+    """What the probe needs of LighthouseCallback, which it finds in the Trainer by its key."""
+
+    enabled: bool
+    attention: LighthouseConfig
+
+    def lend_patch(self, trainer: Trainer) -> AbstractContextManager[Any]:
+        """The patch, off, outside of training batches."""
 
 
 class FutureLeakProbe(Callback):
@@ -123,11 +134,12 @@ class FutureLeakProbe(Callback):
         self.many_positions = many_positions
 
         self.results: list[ProbeResult] = []
-        self._lighthouse: LighthouseCallback | None = None
+        self._lighthouse: PhasedCallback | None = None
         self._texts: list[Text] = []
         # whether the last training batch was one of the Lighthouse phase, and the step before it
         self._was_routed = False
         self._step = 0
+        self._subscriptions: list[Callable[[], None]] = []
         self._is_fitting = True
         self._told: set[str] = set()
 
@@ -156,7 +168,7 @@ class FutureLeakProbe(Callback):
         if not self._is_fitting:
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [callback for callback in callbacks if isinstance(callback, LighthouseCallback)]
+        found = [callback for callback in callbacks if callback.state_key == "LighthouseCallback"]
         if not found:
             raise SettingError("FutureLeakProbe measures what LighthouseCallback does: add one to the Trainer")
         self._lighthouse = found[0]
@@ -173,12 +185,21 @@ class FutureLeakProbe(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what belongs to another run."""
+        """Listen to the phases; forget what belongs to another run."""
         self._was_routed = False
         # a second fit of the same callback that starts anew
         self.results = [result for result in self.results if result.step <= trainer.global_step]
-        if self._is_active and not trainer.enable_validation:
+        if not self._is_active:
+            return
+        if not trainer.enable_validation:
             rank_zero_warn("Lighthouse probe: without validation there is no text to measure on; nothing is measured")
+        self._unsubscribe()
+        events = phase_events(trainer)
+        self._subscriptions = [
+            events.subscribe(Switch, lambda event: self._before_switch(trainer, pl_module)),
+            events.subscribe(BatchStart, self._note_phase),
+            events.subscribe(BatchEnd, lambda event: self._after_batch(trainer, pl_module, event)),
+        ]
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -191,33 +212,6 @@ class FutureLeakProbe(Callback):
             self._texts = []
         self._texts.append(read_text(batch))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Probe before the first dense batch, where only now it is known to be that."""
-        if not self._is_active:
-            return
-        assert self._lighthouse is not None
-        self._step = trainer.global_step
-        is_routed = self._lighthouse.phase_at(self._step) == LIGHTHOUSE
-        if self._was_routed and not is_routed:
-            self._probe(trainer, pl_module, before_switch=True)
-        if not is_routed:
-            self._texts = []
-        self._was_routed = is_routed
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Probe every so many steps, and after the last step of the Lighthouse phase."""
-        if not self._was_routed or trainer.global_step == self._step:
-            return
-        assert self._lighthouse is not None
-        every = self.every_n_steps
-        if self._lighthouse.phase_at(trainer.global_step) == DENSE:
-            self._probe(trainer, pl_module, before_switch=True)
-        # not the remainder: several optimizers count several steps at once
-        elif every and trainer.global_step // every > self._step // every:
-            self._probe(trainer, pl_module)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe at each validation, unless `every_n_steps` says otherwise."""
         if self._was_routed and self.every_n_steps is None and not trainer.sanity_checking:
@@ -227,6 +221,36 @@ class FutureLeakProbe(Callback):
         """Let go of the text."""
         self._was_routed = False
         self._texts = []
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen no more."""
+        self._unsubscribe()
+
+    def _unsubscribe(self) -> None:
+        for unsubscribe in self._subscriptions:
+            unsubscribe()
+        self._subscriptions = []
+
+    def _before_switch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Probe before the first dense batch, where only now it is known to be that."""
+        if self._was_routed:
+            self._probe(trainer, module, before_switch=True)
+
+    def _note_phase(self, event: BatchStart) -> None:
+        self._step, self._was_routed = event.step, event.phase == LIGHTHOUSE
+        if not self._was_routed:
+            self._texts = []
+
+    def _after_batch(self, trainer: Trainer, module: LightningModule, event: BatchEnd) -> None:
+        """Probe every so many steps, and after the last step of the Lighthouse phase."""
+        if not self._was_routed or event.step == self._step:
+            return
+        every = self.every_n_steps
+        if event.next_phase == DENSE:
+            self._probe(trainer, module, before_switch=True)
+        # not the remainder: several optimizers count several steps at once
+        elif every and event.step // every > self._step // every:
+            self._probe(trainer, module)
 
     @property
     def _is_active(self) -> bool:

@@ -14,7 +14,15 @@ from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.sdpa import sdpa_priority
 from lightning_lighthouse.checks import SettingError, check_type
 from lightning_lighthouse.notices import shown_notices
-from lightning_lighthouse.phases.schedule import DENSE, SwitchState, check_switch_at, resolve_switch_step, resume_switch
+from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, PhaseEvents, Switch, phase_events
+from lightning_lighthouse.phases.schedule import (
+    DENSE,
+    LIGHTHOUSE,
+    SwitchState,
+    check_switch_at,
+    resolve_switch_step,
+    resume_switch,
+)
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 
@@ -85,6 +93,9 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
 
         self._switch: SwitchState | None = None
         self._patch: Patch | None = None
+        self._events = PhaseEvents()
+        # of the step that runs
+        self._phase = DENSE
         self._contexts = ExitStack()
 
     def state(self) -> dict[str, Any]:
@@ -129,6 +140,8 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             self.restore()
             raise
         phase = self._switch.phase(state.global_step)
+        self._events = phase_events(model)
+        self._events.publish(FitStart(state.global_step, phase))
         self._say(
             state,
             f"{phase} phase from step {state.global_step}; switch to dense at step {self._switch.switch_step} of "
@@ -141,14 +154,17 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         """Set the phase by the optimizer step; switch when its time has come."""
         assert self._patch is not None
         assert self._switch is not None
-        if self._switch.phase(state.global_step) != DENSE:
+        self._phase = self._switch.phase(state.global_step)
+        if self._phase != DENSE:
             self._patch.set_step(state.global_step)
             self._patch.on()
-            return
-        self._patch.dense()
-        if not self._switch.switched:
-            self._switch.switched = True
-            self._say(state, f"switched from Lighthouse to dense attention at step {state.global_step}")
+        else:
+            if not self._switch.switched:
+                self._switch.switched = True
+                self._events.publish(Switch(state.global_step, DENSE, LIGHTHOUSE))
+                self._say(state, f"switched from Lighthouse to dense attention at step {state.global_step}")
+            self._patch.dense()
+        self._events.publish(BatchStart(state.global_step, self._phase))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -164,10 +180,16 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self._patch.off()
         self._check()
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Tell the listeners."""
+        assert self._switch is not None
+        self._events.publish(BatchEnd(state.global_step, self._phase, self._switch.phase(state.global_step)))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         """Restore the model."""
+        self._events.publish(FitEnd(state.global_step, self._phase))
         self.restore()
         if self._switch is not None and not self._switch.switched:
             logger.warning(

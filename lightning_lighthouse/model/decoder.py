@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.model.network import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
-from lightning_lighthouse.runs.final_weights import is_sharded
 
 
 class Decoder(pl.LightningModule):
@@ -160,7 +160,7 @@ class Decoder(pl.LightningModule):
             for part in [*self.blocks, self.head]:
                 # fixed lengths: the sizes of the pyramid follow from N
                 part.compile(fullgraph=True, dynamic=False)
-        if self.device_mesh is not None and not is_sharded(self):
+        if self.device_mesh is not None and not any(isinstance(p, DTensor) for p in self.parameters()):
             self._shard(self.device_mesh["data_parallel"])
 
     def _shard(self, mesh: DeviceMesh) -> None:

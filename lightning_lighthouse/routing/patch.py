@@ -9,22 +9,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.notices import logger
-from lightning_lighthouse.phases.schedule import RETURN_GROUPS
 from lightning_lighthouse.routing.adapters import generation
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain
-from lightning_lighthouse.routing.layers import bind, patch_of, patches, swap, unbind, unswap
+from lightning_lighthouse.routing.calls import swap, unswap
+from lightning_lighthouse.routing.layers import bind, scope_of, unbind
+from lightning_lighthouse.routing.scope import Scope, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
 
 
-class Patch:
+class Patch(Shared):
     """Handle of a patched model, made by `patch_attention`. Off at first.
 
     As a context manager it is on inside and restores the model at the end.
@@ -35,34 +35,26 @@ class Patch:
     ) -> None:
         self.model = model
         self.targets = targets
-        self.config = config
-        self.is_on = False
-        # Whether calls without gradients in eval mode are routed too.
-        self.with_inference = False
-        # Collects notes from the first `on` until the patch is checked.
-        self.audit: Audit | None = None
+        self.scope = Scope(config)
         self._missing: dict[str, str] | None = None
         self._statement = statement
-        # Set and reset by the routed modules while they run. A plain bool that returns to its old value: Dynamo
-        # refuses any other side effect inside activation checkpointing.
-        self.in_scope = False
-        # Eager only: the routed module that runs, and what autograd looked like when it started.
-        self.layer: nn.Module | None = None
-        self.autograd_mark: Any = None
-        # A tensor: compiled frames read it anew each time. On the CPU: kernels get its value without a synchronisation.
-        self.step = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether calls are routed now."""
+        return self.scope.is_on
 
     @property
     def is_patched(self) -> bool:
         """Whether the model is patched still; False once it was restored."""
-        return self in patches
+        return self.scope in scopes
 
     def set_step(self, step: int) -> None:
         """Tell the number of the training step, for which selection="random" draws; 0 at first.
 
         Forward, backward and recomputation of a step, and all ranks, must see the same number.
         """
-        self.step.fill_(step)
+        self.scope.step.fill_(step)
 
     def on(self, inference: bool = False) -> None:
         """Route the calls of the routed layers to Lighthouse Attention.
@@ -77,14 +69,14 @@ class Patch:
             RuntimeError: The patch was restored.
         """
         self._require_patched()
-        if self.audit is None and self._missing is None:
-            self.audit = Audit(self.targets)
-        self.is_on = self._statement.holds = True
-        self.with_inference = inference
+        if self.scope.audit is None and self._missing is None:
+            self.scope.audit = Audit(self.targets)
+        self.scope.is_on = self._statement.holds = True
+        self.scope.with_inference = inference
 
     def off(self) -> None:
         """Leave every call to stock SDPA: for validation and whatever else is not training."""
-        self.is_on = self._statement.holds = False
+        self.scope.is_on = self._statement.holds = False
 
     def dense(self) -> None:
         """Train dense: every call goes to stock SDPA, but `hf_assume_causal` holds on.
@@ -93,7 +85,7 @@ class Patch:
             RuntimeError: The patch was restored.
         """
         self._require_patched()
-        self.is_on, self._statement.holds = False, True
+        self.scope.is_on, self._statement.holds = False, True
 
     def hand_back(self, layers: Collection[str]) -> None:
         """Leave the calls of these layers to stock SDPA also while the patch is on; () hands back none.
@@ -109,8 +101,8 @@ class Patch:
         returned = {self.targets[name] for name in layers}
         for module in self.targets.values():
             module.__dict__["_lighthouse_route"].is_returned = module in returned
-        if returned and self.audit is not None:
-            self.audit.excuse(layers)
+        if returned and self.scope.audit is not None:
+            self.scope.audit.excuse(layers)
 
     def _require_patched(self) -> None:
         if not self.is_patched:
@@ -122,12 +114,12 @@ class Patch:
         The first call decides: nothing is collected after it. Under torch.compile a layer leaves its note when its
         frame is traced.
         """
-        if self.audit is not None:
-            self._missing = self.audit.unrouted()
-            flat_scores = self.audit.spread.warning(self.targets, self.config)
+        if self.scope.audit is not None:
+            self._missing = self.scope.audit.unrouted()
+            flat_scores = self.scope.audit.spread.warning(self.targets, self.scope.config)
             if flat_scores:
                 logger.warning(flat_scores)
-            self.audit = None
+            self.scope.audit = None
         return self._missing or {}
 
     def check(self, on_unroutable: Literal["raise", "warn"] = "raise") -> None:
@@ -141,7 +133,7 @@ class Patch:
         Raises:
             RuntimeError: Layers stayed dense; the message names each with the reason.
         """
-        missing = self.unrouted() if self.audit is not None else {}
+        missing = self.unrouted() if self.scope.audit is not None else {}
         if not missing:
             return
         line = explain(missing, len(self.targets))
@@ -150,28 +142,48 @@ class Patch:
         warnings.warn(line, stacklevel=2)
 
     @contextmanager
+    def unaudited(self) -> Iterator[None]:
+        """What is routed inside says nothing of a training batch."""
+        audit, self.scope.audit = self.scope.audit, None
+        try:
+            yield
+        finally:
+            self.scope.audit = audit
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a routed layer ran, or was traced, since the audit began; False where none is under way."""
+        return self.scope.audit is not None and self.scope.audit.saw_a_layer
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether notes are collected now."""
+        return self.scope.audit is not None
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Off inside, and as before after it."""
-        before = self.is_on, self._statement.holds
+        before = self.scope.is_on, self._statement.holds
         self.off()
         try:
             yield
         finally:
             if self.is_patched:
-                self.is_on, self._statement.holds = before
+                self.scope.is_on, self._statement.holds = before
 
     def restore(self) -> None:
         """Undo the patch: the model is as it was. Harmless when already restored."""
-        self.is_on = self.in_scope = False
-        self.layer = self.audit = None
+        scope = self.scope
+        scope.is_on = scope.is_entered = False
+        scope.layer = scope.audit = None
         if not self.is_patched:
             return
-        patches.remove(self)
+        scopes.remove(scope)
         self._statement.withdraw()
         for module in self.targets.values():
             unbind(module)
         generation.unbind(self.model)
-        if not patches:
+        if not scopes:
             unswap()
 
     def __enter__(self) -> Patch:
@@ -179,30 +191,22 @@ class Patch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        unchecked = kind is None and self.audit is not None and self.audit.saw_a_layer
+        unchecked = kind is None and self.has_run
         missing = self.unrouted() if unchecked else {}
         self.restore()
         if missing:
             raise RuntimeError(explain(missing, len(self.targets)))
 
-    # An EMA copy of a patched model follows the original: on with it, dense once it is restored.
-    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        return self
-
-    # A patch lives in one process: a pickled module comes back without it.
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
-
 
 @contextmanager
-def room_to_recompile() -> Iterator[None]:
-    """Let torch.compile compile a frame RETURN_GROUPS times more often, so that layers can be handed back.
+def room_to_recompile(times: int) -> Iterator[None]:
+    """Let torch.compile compile a frame so many times more often.
 
     A frame that exceeds the limit runs uncompiled from then on, with a warning in the log at most.
     """
     from torch._dynamo import config
 
-    with config.patch(recompile_limit=config.recompile_limit + RETURN_GROUPS):
+    with config.patch(recompile_limit=config.recompile_limit + times):
         yield
 
 
@@ -241,14 +245,14 @@ def patch_attention(
     if type(hf_assume_causal) is not bool:
         raise TypeError(f"hf_assume_causal must be a bool, got {hf_assume_causal!r}")
     targets = choose_routed(find_targets(model, select), dense_layers)
-    taken = [name for name, module in targets.items() if patch_of(module) in patches]
+    taken = [name for name, module in targets.items() if scope_of(module) in scopes]
     if taken:
         raise ValueError(f"{type(model).__name__} is patched already ({taken[0]}); restore the first patch before")
     patch = Patch(model, targets, config or LighthouseConfig(), CausalStatement(model, hf_assume_causal))
-    if not patches:
+    if not scopes:
         swap()
-    patches.append(patch)
+    scopes.append(patch.scope)
     for module in targets.values():
-        bind(module, patch)
+        bind(module, patch.scope)
     generation.bind(model, patch)
     return patch

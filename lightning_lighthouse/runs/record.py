@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_lighthouse import __version__
 from lightning_lighthouse.phases.ledger import Ledger, PhaseTotals
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, SwitchState
 from lightning_lighthouse.runs.whole_file import whole_file
@@ -157,7 +156,8 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions = {"lightning_lighthouse": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    own = _version("lightning_lighthouse")
+    versions = {"lightning_lighthouse": own, "python": platform.python_version(), "torch": torch.__version__}
     return {**versions, "cuda": torch.version.cuda, "lightning": _version("lightning"), "triton": _version("triton")}
 
 

@@ -1,38 +1,24 @@
-"""LighthouseCallback: Lightning's hooks, each calling the patch, the schedule, the curves or the ledger."""
+"""LighthouseCallback: the settings, the state in checkpoints, and Lightning's hooks, each calling one thing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lighthouse.attention.backends import check_backend
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.attention.sdpa import sdpa_priority
-from lightning_lighthouse.checks import SettingError, check_count, check_type
-from lightning_lighthouse.notices import shown_notices
+from lightning_lighthouse.checks import check_count, check_type
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
-from lightning_lighthouse.phases.schedule import DENSE, SwitchState, check_switch_at
-from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_recompile
+from lightning_lighthouse.phases.schedule import DENSE, check_switch_at
+from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
-from lightning_lighthouse.runs.curves import PhaseCurves
-from lightning_lighthouse.runs.final_weights import is_sharded, write_final
-from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary, write_report
-from lightning_lighthouse.runs.resume import mend_resume
-from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
-from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients
-from lightning_lighthouse.training.rank_watch import watched_ranks
-from lightning_lighthouse.training.rewarm import Rewarm
-from lightning_lighthouse.training.stopwatch import Stopwatch, count_tokens, timed_fetches
-from lightning_lighthouse.training.switching import apply_rule, describe_start, describe_switch, resolve_switch
+from lightning_lighthouse.training.phased_fit import PhasedFit
 
 
 class LighthouseCallback(Callback):
@@ -120,18 +106,7 @@ class LighthouseCallback(Callback):
         self._loaded: RunState | None = None
         self._is_fitting = True
         self._trainer: ReferenceType[Trainer] | None = None
-        self._patch: Patch | None = None
-        self._curves: PhaseCurves | None = None
-        self._stopwatch = Stopwatch()
-        self._rewarm: Rewarm | None = None
-        self._guard = FiniteGuard(stop_on_nonfinite)
-        self._contexts = ExitStack()
-        self._step = 0
-        # whether the last batch left an optimizer step unfinished
-        self._mid_step = False
-        self._phase = DENSE
-        # where the final weights go, once the training has ended
-        self._folder: Path | None = None
+        self._fit: PhasedFit | None = None
 
     # Constant, so that a changed setting still finds the state of the run.
     @property
@@ -148,14 +123,9 @@ class LighthouseCallback(Callback):
         if self._is_fitting:
             self._loaded = RunState.from_state_dict(state_dict)
 
-    @property
-    def _switch(self) -> SwitchState | None:
-        """The switch that this run follows; none for a dense baseline, also one that goes on from another run."""
-        return self._run.switch if self.enabled else None
-
     def phase_at(self, step: int) -> str:
         """LIGHTHOUSE or DENSE: how the batch trains that begins after `step` optimizer steps."""
-        return DENSE if self._patch is None or self._switch is None else self._switch.phase(step)
+        return DENSE if self._fit is None else self._fit.phase_at(step)
 
     @contextmanager
     def lend_patch(self, trainer: Trainer) -> Iterator[Patch]:
@@ -164,18 +134,10 @@ class LighthouseCallback(Callback):
         Raises:
             RuntimeError: No model is patched: outside of a fit, or in a dense baseline.
         """
-        patch = self._patch
-        if patch is None:
-            raise RuntimeError("there is a patch to lend only while a fit runs, and none with enabled=False")
-        self._stopwatch.drain(self._run.ledger.totals(self._phase), self._phase, trainer.strategy.root_device)
-        patch.hand_back(())
-        # what is routed here says nothing of the training batch
-        audit, patch.audit = patch.audit, None
-        try:
-            with self._stopwatch.stopped(), patch.paused():
-                yield patch
-        finally:
-            patch.audit = audit
+        if self._fit is None:
+            raise RuntimeError("there is a patch to lend only while a fit runs")
+        with self._fit.lend_patch() as patch:
+            yield patch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Know what a checkpoint is loaded for."""
@@ -185,216 +147,82 @@ class LighthouseCallback(Callback):
     # Fit start comes after wrapping and sharding, and before anything is traced.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Patch the model, off, and prefer the configured SDPA backend in every phase."""
-        self._restore()
-        check_tensor_parallel(trainer, pl_module)
-        self._contexts.callback(self._guard.clear)
-        for context in (
-            shown_notices(),
-            watched_ranks(trainer.strategy.launcher),
-            sdpa_priority(self.attention.sdpa),
-            timed_fetches(trainer.profiler, lambda seconds: self._stopwatch.fetched(seconds)),  # type: ignore[attr-defined]
-        ):
-            self._contexts.enter_context(context)
-        if self.enabled and self.return_steps:
-            self._contexts.enter_context(room_to_recompile())
-        self._folder = None
-        if self.enabled:
-            try:
-                check_backend(self.attention, pl_module.device)
-            except ValueError as error:
-                raise SettingError(str(error)) from None
-            self._patch = patch_attention(
-                pl_module,
-                self.attention,
-                dense_layers=self.dense_layers,
-                select=self.select,
-                hf_assume_causal=self.hf_assume_causal,
-            )
-            self._contexts.callback(self._patch.restore)
+        self._close()
+        self._fit = PhasedFit(self, trainer, pl_module)
 
-    # The first hook at which the step and the callback's state are right under every strategy.
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resolve the switch step, against that of the checkpoint when resumed; open the curves."""
-        mend_resume(trainer)
-        self._stopwatch = Stopwatch()
+        """Go on with the state of the run, or begin it."""
         continues = self._trainer is not None and self._trainer() is trainer and trainer.global_step > 0
         if self._loaded is not None:
             self._run = self._loaded
         elif not continues:
             self._run = RunState()
         self._loaded, self._trainer = None, ref(trainer)
-        self._curves = PhaseCurves(trainer, trainer.global_step, self.validation_metric)
-        self._contexts.callback(self._curves.close)
-        if self.enabled:
-            assert self._patch is not None
-            self._run.switch = resolve_switch(
-                trainer,
-                pl_module,
-                self._run.switch,
-                switch_at=self.switch_at,
-                plateau=self.plateau,
-                return_steps=self.return_steps,
-                rewarm_steps=self.rewarm_steps,
-                allow_return=self.allow_return,
-            )
-            if self.rewarm_steps:
-                self._rewarm = Rewarm(trainer.optimizers)
-                self._contexts.callback(self._rewarm.remove)
-            names = [name or type(pl_module).__name__ for name in self._patch.targets]
-            self._curves.text(trainer.global_step, describe_start(trainer, self._run.switch, self.plateau, names))
-        values = shown_settings(self, self._switch)
-        self._run.shown = self._curves.hyperparameters(values, self._run.shown)
+        self._running.start(self._run)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the phase by the optimizer step; switch when its time has come."""
-        self._stopwatch.start()
-        self._guard.start_batch(pl_module, batch, batch_idx)
-        self._step = trainer.global_step
-        if self._patch is None or self._switch is None:
-            return
-        self._phase = self._switch.phase(self._step)
-        if self._rewarm is not None:
-            self._rewarm.start_batch(self._switch.rate_factor(self._step))
-        if self._phase == DENSE:
-            if not self._switch.switched:
-                self._switch_to_dense(trainer)
-            self._patch.dense()
-            return
-        self._patch.set_step(self._step)
-        self._patch.on()
-        names = list(self._patch.targets)
-        num_returned = self._switch.layers_returned(self._step, len(names))
-        self._patch.hand_back(names[len(names) - num_returned :])
-        returned_before = self._switch.layers_returned(self._step - 1, len(names))
-        # once a step, also where it accumulates batches
-        if num_returned > returned_before and not self._mid_step:
-            self._restart_spike_detection(trainer)
+        """Set the phase."""
+        self._running.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss for the check."""
-        self._guard.note_loss(loss)
+        self._running.note_loss(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Stop if the losses or the gradients of this step are not finite."""
-        self._guard.check(trainer, pl_module, optimizer, self._phase)
-        if self._rewarm is not None:
-            self._rewarm.on_closure_end(optimizer)
+        """Check losses and gradients."""
+        self._running.before_optimizer_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Leave the phase until the next batch; audit the first routed one; write the curves."""
-        self._leave_phase()
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        audit = self._patch.audit if self._patch is not None else None
-        # a batch that training_step passes over has routed nothing
-        if self._patch is not None and audit is not None and (audit.saw_a_layer or loss is not None):
-            self._finish_audit(self._patch)
-        assert self._curves is not None
-        if isinstance(loss, Tensor):
-            # Lightning hands out the part of the loss that this batch adds to an accumulated step
-            scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._curves.add_loss(loss * scale)
-        totals = self._run.ledger.totals(self._phase)
-        steps_done = trainer.global_step - self._step
-        self._mid_step = steps_done == 0
-        if steps_done:
-            next_phase = self._switch.phase(trainer.global_step) if self._switch else DENSE
-            self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
-        totals.steps += steps_done
-        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * trainer.world_size)
+        """Leave the phase until the next batch."""
+        self._running.end_batch(batch, outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is dense, and its time is not training time."""
-        self._leave_phase()
-        self._stopwatch.drain(self._run.ledger.totals(self._phase), self._phase, trainer.strategy.root_device)
-        self._stopwatch.pause()
+        """Validate densely."""
+        if self._fit is not None:
+            self._fit.begin_validation()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the dense validation loss."""
-        if trainer.sanity_checking or not self._is_fitting:
-            return
-        assert self._curves is not None
-        loss = self._curves.validation_loss(trainer)
-        if loss is not None:
-            self._run.ledger.add_validation(trainer.global_step, self._phase, loss)
-            if line := describe_spike(trainer, self._run.ledger):
-                rank_zero_info(f"Lighthouse: {line}")
-                self._curves.text(trainer.global_step, line)
-        if self.plateau is not None and self._switch is not None:
-            apply_rule(trainer, self.plateau, self._switch, self._run.ledger, mid_step=self._mid_step)
+        if self._fit is not None and self._is_fitting and not trainer.sanity_checking:
+            self._fit.end_validation()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The time of a checkpoint is not training time."""
-        self._stopwatch.pause()
+        if self._fit is not None:
+            self._fit.pause()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the phase also where an epoch was cut short."""
-        self._leave_phase()
-        self._stopwatch.pause()
+        self._running.leave_phase()
+        self._running.pause()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum up; sharded weights are gathered here, while the ranks still work together."""
-        self._leave_phase()
-        self._stopwatch.drain(self._run.ledger.totals(self._phase), self._phase, trainer.strategy.root_device)
-        tell_summary(trainer, self._switch, self._run.ledger)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        # log_dir is broadcast: every rank asks
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        write_report(trainer, self, self._switch, self._run.ledger, folder)
-        wrapped = trainer.strategy.model
-        if wrapped is not None and is_sharded(wrapped):
-            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, wrapped, folder)}")
-        else:
-            self._folder = folder
+        """Sum up."""
+        self._running.end()
 
     # After the hooks that may change the weights last: averages of weights, the module's own on_train_end.
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the model; write the final weights."""
-        self._restore()
-        if self._folder is not None:
-            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, pl_module, self._folder)}")
+        fit = self._running
+        self._close()
+        fit.write_final_weights()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the model."""
-        self._restore()
+        self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the model."""
-        self._restore()
+        self._close()
 
-    def _switch_to_dense(self, trainer: Trainer) -> None:
-        assert self._switch is not None
-        assert self._curves is not None
-        self._switch.switched = True
-        self._curves.meet()
-        free_gradients(trainer)
-        if self._step > 0:
-            line = describe_switch(self._switch)
-            rank_zero_info(f"Lighthouse: {line}")
-            self._curves.text(self._step, line)
-            self._restart_spike_detection(trainer)
+    @property
+    def _running(self) -> PhasedFit:
+        assert self._fit is not None, "Lightning calls the hooks of a training inside a fit"
+        return self._fit
 
-    def _restart_spike_detection(self, trainer: Trainer) -> None:
-        assert self._curves is not None
-        if restart_spike_detection(trainer.callbacks):  # type: ignore[attr-defined]
-            self._curves.text(self._step, "the window of SpikeDetection starts anew")
-
-    def _leave_phase(self) -> None:
-        if self._patch is not None:
-            self._patch.off()
-            self._patch.hand_back(())
-
-    def _finish_audit(self, patch: Patch) -> None:
-        try:
-            patch.check()
-        except RuntimeError as error:
-            if self.on_unroutable == "raise":
-                raise
-            rank_zero_warn(f"Lighthouse: {error}")
-
-    def _restore(self) -> None:
-        self._patch = self._curves = self._rewarm = None
-        # the last entered goes first, and each goes, also if another fails, as a writer does on a full disk
-        self._contexts.close()
+    def _close(self) -> None:
+        fit, self._fit = self._fit, None
+        if fit is not None:
+            fit.close()

@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig
-from lightning_lighthouse.routing.layers import patches
+from lightning_lighthouse.routing.scope import scopes
 
 STEPS = 8
 SWITCH = 0.6
@@ -84,7 +84,7 @@ class Phases(Callback):
         self.steps: list[int] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.routed.append(any(patch.is_on for patch in patches))
+        self.routed.append(any(scope.is_on for scope in scopes))
         self.steps.append(trainer.global_step)
 
 

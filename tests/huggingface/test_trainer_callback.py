@@ -15,7 +15,7 @@ from foreign import VOCABULARY
 from lightning_lighthouse import notices, register_lighthouse_sdpa
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.checks import ResumeError, SettingError
-from lightning_lighthouse.routing.layers import patches
+from lightning_lighthouse.routing.scope import scopes
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: the extra models")
@@ -119,10 +119,10 @@ class Watch(transformers.TrainerCallback):
         self.steps, self.evaluated_on = [], []
 
     def on_pre_optimizer_step(self, args, state, control, **others):
-        self.steps.append(int(patches[0].step))
+        self.steps.append(int(scopes[0].step))
 
     def on_prediction_step(self, args, state, control, **others):
-        self.evaluated_on.append(patches[0].is_on)
+        self.evaluated_on.append(scopes[0].is_on)
 
 
 def test_the_trainer_over_the_switch_equals_two_phases_by_hand(tmp_path):
@@ -258,7 +258,7 @@ def test_several_gpus_in_one_process_are_refused():
         callback.on_train_begin(
             SimpleNamespace(n_gpu=2), transformers.TrainerState(), transformers.TrainerControl(), model=llama()
         )
-    assert patches == []
+    assert scopes == []
 
 
 def test_padding_is_named_and_nothing_is_left(tmp_path):

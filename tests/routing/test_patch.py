@@ -16,10 +16,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-import lightning_lighthouse.routing.layers as routing
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention, patch_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
+from lightning_lighthouse.routing import calls
 from lightning_lighthouse.routing.audit import explain
+from lightning_lighthouse.routing.scope import scopes
 
 
 class ByHand(SelfAttention):
@@ -33,9 +34,9 @@ class ByHand(SelfAttention):
 @pytest.fixture(autouse=True)
 def _nothing_left_behind():
     yield
-    leaked = bool(routing.patches) or F.scaled_dot_product_attention is not stock_sdpa
-    for patch in list(routing.patches):
-        patch.restore()
+    leaked = bool(scopes) or F.scaled_dot_product_attention is not stock_sdpa
+    scopes.clear()
+    calls.unswap()
     torch._dynamo.reset()
     assert not leaked
 
@@ -493,7 +494,7 @@ def test_scope_is_left_after_an_exception():
     with patch_attention(model, CONFIG) as patch:
         with pytest.raises(FloatingPointError):
             model(tokens())
-        assert not patch.in_scope
+        assert not patch.scope.is_entered
         patch.unrouted()
         q = heads(2)
         assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), stock_sdpa(q, q, q, is_causal=True))

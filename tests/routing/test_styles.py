@@ -13,9 +13,9 @@ from foreign import GPT, SelfAttention
 from patching import CONFIG, run, same, tokens
 
 import lightning_lighthouse
-import lightning_lighthouse.routing.layers as routing
 from lightning_lighthouse import causal_attention, patch_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
+from lightning_lighthouse.routing import calls
 
 
 @pytest.fixture(autouse=True)
@@ -110,5 +110,5 @@ def test_styles_of_calling_sdpa(style, compiled):
         assert same(run(model, tokens()), expected, exact=not compiled)
     assert [vars(block.attn).get("attend") for block in model.blocks] == kept
     assert same(run(model, tokens()), dense, exact=not compiled)
-    swapped = [name for name, value in vars(sys.modules[kind.__module__]).items() if value is routing.causal_attention]
+    swapped = [name for name, value in vars(sys.modules[kind.__module__]).items() if value is calls.causal_attention]
     assert swapped in ([], ["causal_attention"])

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig
 from lightning_lighthouse.attention.sdpa import stock_sdpa
-from lightning_lighthouse.routing.layers import patches
+from lightning_lighthouse.routing.scope import scopes
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
 
@@ -31,7 +31,7 @@ class Phases(Callback):
         self.seen = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.seen.append((trainer.global_step, any(patch.is_on for patch in patches)))
+        self.seen.append((trainer.global_step, any(scope.is_on for scope in scopes)))
 
 
 def fit(tmp_path, module, callbacks, **settings):

@@ -323,7 +323,7 @@ def test_a_jump_of_the_loss_when_layers_return_is_no_spike(tmp_path):
 def test_a_return_within_an_accumulated_step_restarts_spike_detection_once(tmp_path, monkeypatch):
     restarts = []
     monkeypatch.setattr(
-        "lightning_lighthouse.training.callback.restart_spike_detection", lambda _: restarts.append(1) or False
+        "lightning_lighthouse.training.phased_fit.restart_spike_detection", lambda _: restarts.append(1) or False
     )
     trainer = Trainer(
         accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -11,7 +11,7 @@ from patching import CheckpointedBlocks, run, same, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig, lighthouse_attention, patch_attention
-from lightning_lighthouse.routing import layers as routing
+from lightning_lighthouse.routing.scope import scopes
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, selection="random")
 
@@ -93,7 +93,7 @@ class Steps(Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen += [int(patch.step) for patch in routing.patches]
+        self.seen += [int(scope.step) for scope in scopes]
 
 
 def test_the_callback_tells_the_optimizer_step_also_after_a_resume(tmp_path):

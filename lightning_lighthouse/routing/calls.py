@@ -1,0 +1,150 @@
+"""A stand-in for SDPA that looks at scope and call.
+
+While a model is patched, `torch.nn.functional.scaled_dot_product_attention`, and bare copies of it in loaded modules,
+are `causal_attention`: it sends a call to Lighthouse when a scope that is on is entered and the call is plain causal
+self-attention, and to the stock function otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lighthouse.attention.lighthouse import lighthouse_attention
+from lightning_lighthouse.attention.sdpa import stock_sdpa
+from lightning_lighthouse.routing.reasons import (
+    CHECKPOINT_INSIDE,
+    DROPOUT,
+    HEADS,
+    LAYOUT,
+    LENGTHS,
+    MASK,
+    NOT_CAUSAL,
+    ROUTED,
+    SIZES,
+)
+from lightning_lighthouse.routing.scope import Scope, autograd_mark, note, scopes
+from lightning_lighthouse.routing.targets import SDPA
+
+_bare_copies: list[tuple[dict[str, Any], str]] = []
+_checkpoint_setting = ExitStack()
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention that is routed where its module is; the arguments are those of torch's.
+
+    It stands in for `F.scaled_dot_product_attention` while a model is patched. A model that keeps a copy of SDPA where
+    none is found can call it by itself: it is torch's own function in modules that are not routed.
+
+    Args:
+        query: `[B, Hq, N, D]`.
+        key: `[B, Hkv, N, D]`.
+        value: `[B, Hkv, N, D]`.
+        attn_mask: A call with a mask is never routed.
+        dropout_p: Must be 0 to be routed.
+        is_causal: Must be True to be routed.
+        scale: Factor of the attention logits; None: `D ** -0.5`.
+        enable_gqa: Whether Hq may be a multiple of Hkv.
+
+    Returns:
+        `[B, Hq, N, D]`.
+    """
+    scope = None
+    for candidate in scopes:
+        if candidate.is_entered and candidate.is_on:
+            scope = candidate
+    reason = _why_dense(scope, query, key, value, attn_mask, dropout_p, is_causal) if scope is not None else ""
+    if scope is None or reason != ROUTED:
+        if scope is not None:
+            note(reason)
+        return stock_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    note(ROUTED)
+    # a compiled frame holds nothing of this
+    if not torch.compiler.is_compiling() and scope.audit is not None:
+        scope.audit.spread.add(scope.layer, query, key, scope.config)
+    step = scope.step if scope.config.selection == "random" else None
+    return lighthouse_attention(query, key, value, scope.config, scale=scale, step=step)
+
+
+def _why_dense(
+    scope: Scope,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> str:
+    """ROUTED for plain causal self-attention, else the first rule that the call breaks."""
+    if not torch.compiler.is_compiling() and scope.autograd_mark != autograd_mark():
+        return CHECKPOINT_INSIDE
+    if attn_mask is not None:
+        return MASK
+    if not is_causal:
+        return NOT_CAUSAL
+    if dropout_p != 0:
+        return DROPOUT
+    if query.is_nested or query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return LAYOUT
+    if query.shape[2] != key.shape[2]:
+        return LENGTHS
+    if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return SIZES
+    if query.shape[1] % key.shape[1] != 0:
+        return HEADS
+    return ROUTED
+
+
+def swap() -> None:
+    """Put `causal_attention` in the place of SDPA."""
+    setattr(F, SDPA, causal_attention)
+    _checkpoint_setting.enter_context(_scope_allowed_in_checkpoint())
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("torch", "lightning_lighthouse"):
+            continue
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if value is stock_sdpa:
+                module.__dict__[attribute] = causal_attention
+                _bare_copies.append((module.__dict__, attribute))
+
+
+def unswap() -> None:
+    """Undo `swap`."""
+    setattr(F, SDPA, stock_sdpa)
+    for namespace, attribute in _bare_copies:
+        # somebody else's later replacement is theirs
+        if namespace.get(attribute) is causal_attention:
+            namespace[attribute] = stock_sdpa
+    _bare_copies.clear()
+    _checkpoint_setting.close()
+
+
+@contextmanager
+def _scope_allowed_in_checkpoint() -> Iterator[None]:
+    """Let Dynamo trace `scope.is_entered` under activation checkpointing where it cannot see that it is undone.
+
+    Newer torch does see it. Until then the setting tells Dynamo not to replay such a side effect in the recompute,
+    which is right for one that ends with the module's forward.
+    """
+    from torch._dynamo import config, side_effects
+
+    if hasattr(side_effects.SideEffects, "snapshot_attr_mutation"):
+        yield
+        return
+    with config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        yield

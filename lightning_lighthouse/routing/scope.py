@@ -1,0 +1,84 @@
+"""What a routed call reads, and what it leaves: the only thing that a patch and the calls have in common.
+
+`patch` writes it, `layers` and `calls` read it, and neither side imports the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from lightning_lighthouse.attention.config import LighthouseConfig
+
+if TYPE_CHECKING:
+    from lightning_lighthouse.routing.audit import Audit
+
+# Those of all patches that are not restored yet.
+scopes: list[Scope] = []
+
+
+class Shared:
+    """Kept by patched modules: one for all copies of a model in a process, and none for a pickled one."""
+
+    # An EMA copy of a patched model follows the original: on with it, dense once it is restored.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+class Scope(Shared):
+    """The state of one patch that its calls depend on.
+
+    Args:
+        config: What Lighthouse Attention is told.
+    """
+
+    def __init__(self, config: LighthouseConfig) -> None:
+        self.config = config
+        self.is_on = False
+        # Whether calls without gradients in eval mode are routed too.
+        self.with_inference = False
+        # Collects notes from the first `on` until the patch is checked.
+        self.audit: Audit | None = None
+        # Whether a routed module runs; set and reset by it. A plain bool that returns to its old value: Dynamo refuses
+        # any other side effect inside activation checkpointing.
+        self.is_entered = False
+        # Eager only: the routed module that runs, and what autograd looked like when it started.
+        self.layer: nn.Module | None = None
+        self.autograd_mark: Any = None
+        # A tensor: compiled frames read it anew each time. On the CPU: kernels get its value without a synchronisation.
+        self.step = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+def is_without_gradients() -> bool:
+    """Whether gradients are off, and not only for the first of two forwards of a reentrant checkpoint.
+
+    Such a forward runs in an autograd function, which turns forward-mode gradients off too; `torch.no_grad` does not.
+    """
+    if torch.is_grad_enabled():
+        return False
+    return torch.is_inference_mode_enabled() or torch._C._is_fwd_grad_enabled()
+
+
+def autograd_mark() -> tuple[bool, Any]:
+    """Differs between a module's forward and the body of a `checkpoint()` inside it.
+
+    The recompute of such a body runs outside the module, so it would be dense after a routed forward: wrong gradients
+    without an error. Calls inside it therefore stay dense both times.
+    """
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return torch.is_grad_enabled(), top_hooks(True) if top_hooks else None
+
+
+@torch.compiler.assume_constant_result
+def note(reason: str) -> None:
+    """Tell the audit of the scope that is entered. Runs at trace time while compiling, on every call in eager."""
+    audited = [scope for scope in scopes if scope.is_on and scope.audit is not None]
+    # while a frame is traced, what is entered is Dynamo's alone: no scope shows it
+    for scope in [scope for scope in audited if scope.is_entered] or audited:
+        assert scope.audit is not None
+        scope.audit.add(scope.layer, reason)

@@ -1,0 +1,326 @@
+"""One fit in phases: the patched model, the clock, the curves, and who else listens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lighthouse.attention.backends import check_backend
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.sdpa import sdpa_priority
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.notices import shown_notices
+from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
+from lightning_lighthouse.phases.ledger import PhaseTotals
+from lightning_lighthouse.phases.plateau import PlateauRule
+from lightning_lighthouse.phases.run_state import RunState
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, RETURN_GROUPS, SwitchState
+from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_recompile
+from lightning_lighthouse.routing.targets import DenseLayers
+from lightning_lighthouse.runs.curves import PhaseCurves
+from lightning_lighthouse.runs.final_weights import is_sharded, write_final
+from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary, write_report
+from lightning_lighthouse.runs.resume import mend_resume
+from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
+from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients
+from lightning_lighthouse.training.rank_watch import watched_ranks
+from lightning_lighthouse.training.rewarm import Rewarm
+from lightning_lighthouse.training.stopwatch import Stopwatch, count_tokens, timed_fetches
+from lightning_lighthouse.training.switching import apply_rule, describe_start, describe_switch, resolve_switch
+
+
+class Settings(Protocol):
+    """What a fit is told; `LighthouseCallback` describes each."""
+
+    switch_at: int | float
+    attention: LighthouseConfig
+    dense_layers: DenseLayers
+    select: str | None
+    enabled: bool
+    on_unroutable: Literal["raise", "warn"]
+    allow_return: bool
+    validation_metric: str
+    plateau: PlateauRule | None
+    return_steps: int
+    rewarm_steps: int
+    stop_on_nonfinite: bool
+    hf_assume_causal: bool
+
+
+class PhasedFit:
+    """Patches the model of a fit, off, and leads it through its phases.
+
+    Args:
+        settings: Of the callback.
+        trainer: At fit start: after wrapping and sharding, and before anything is traced.
+        module: In training.
+
+    Raises:
+        SettingError: The settings do not fit the model, the device or the strategy.
+        ValueError: No attention to route, or the model is patched already.
+    """
+
+    def __init__(self, settings: Settings, trainer: Trainer, module: LightningModule) -> None:
+        self._settings, self._trainer, self._module = settings, trainer, module
+        self._events = phase_events(trainer)
+        self._run = RunState()
+        self._patch: Patch | None = None
+        self._curves: PhaseCurves | None = None
+        self._stopwatch = Stopwatch()
+        self._rewarm: Rewarm | None = None
+        self._guard = FiniteGuard(settings.stop_on_nonfinite)
+        self._step = 0
+        # whether the last batch left an optimizer step unfinished
+        self._mid_step = False
+        self._phase = DENSE
+        # where the final weights go, once the training has ended
+        self._folder: Path | None = None
+        self._contexts = ExitStack()
+        try:
+            self._patch_model()
+        except BaseException:
+            self.close()
+            raise
+
+    def _patch_model(self) -> None:
+        settings, trainer, module = self._settings, self._trainer, self._module
+        check_tensor_parallel(trainer, module)
+        self._contexts.callback(self._guard.clear)
+        for context in (
+            shown_notices(),
+            watched_ranks(trainer.strategy.launcher),
+            sdpa_priority(settings.attention.sdpa),
+            timed_fetches(trainer.profiler, lambda seconds: self._stopwatch.fetched(seconds)),  # type: ignore[attr-defined]
+        ):
+            self._contexts.enter_context(context)
+        if not settings.enabled:
+            return
+        if settings.return_steps:
+            self._contexts.enter_context(room_to_recompile(RETURN_GROUPS))
+        try:
+            check_backend(settings.attention, module.device)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+        self._patch = patch_attention(
+            module,
+            settings.attention,
+            dense_layers=settings.dense_layers,
+            select=settings.select,
+            hf_assume_causal=settings.hf_assume_causal,
+        )
+        self._contexts.callback(self._patch.restore)
+
+    @property
+    def _switch(self) -> SwitchState | None:
+        """The switch that this run follows; none for a dense baseline, also one that goes on from another run."""
+        return self._run.switch if self._settings.enabled else None
+
+    def phase_at(self, step: int) -> str:
+        """LIGHTHOUSE or DENSE: how the batch trains that begins after `step` optimizer steps."""
+        return DENSE if self._patch is None or self._switch is None else self._switch.phase(step)
+
+    @contextmanager
+    def lend_patch(self) -> Iterator[Patch]:
+        """Hand out the patch, off, to set the phase by hand outside of training batches; the time is not training's.
+
+        Raises:
+            RuntimeError: There is none, in a dense baseline.
+        """
+        patch = self._patch
+        if patch is None:
+            raise RuntimeError("a dense baseline, enabled=False, has no patch to lend")
+        self._drain()
+        patch.hand_back(())
+        with patch.unaudited(), self._stopwatch.stopped(), patch.paused():
+            yield patch
+
+    def start(self, run: RunState) -> None:
+        """Resolve the switch step, against that of `run` when resumed; open the curves.
+
+        To be called in the first hook at which the step and the callback's state are right under every strategy.
+        """
+        settings, trainer = self._settings, self._trainer
+        mend_resume(trainer)
+        self._run = run
+        self._curves = curves = PhaseCurves(trainer, trainer.global_step, settings.validation_metric)
+        self._contexts.callback(curves.close)
+        if self._patch is not None:
+            run.switch = resolve_switch(
+                trainer,
+                self._module,
+                run.switch,
+                switch_at=settings.switch_at,
+                plateau=settings.plateau,
+                return_steps=settings.return_steps,
+                rewarm_steps=settings.rewarm_steps,
+                allow_return=settings.allow_return,
+            )
+            if settings.rewarm_steps:
+                self._rewarm = Rewarm(trainer.optimizers)
+                self._contexts.callback(self._rewarm.remove)
+            names = [name or type(self._module).__name__ for name in self._patch.targets]
+            curves.text(trainer.global_step, describe_start(trainer, run.switch, settings.plateau, names))
+        assert isinstance(settings, Callback)
+        run.shown = curves.hyperparameters(shown_settings(settings, self._switch), run.shown)
+        self._events.publish(FitStart(trainer.global_step, self.phase_at(trainer.global_step)))
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Set the phase by the optimizer step; switch when its time has come."""
+        self._stopwatch.start()
+        self._guard.start_batch(self._module, batch, batch_idx)
+        self._step = self._trainer.global_step
+        self._phase = self.phase_at(self._step)
+        if self._patch is not None and self._switch is not None:
+            self._set_phase(self._patch, self._switch)
+        self._events.publish(BatchStart(self._step, self._phase))
+
+    def _set_phase(self, patch: Patch, switch: SwitchState) -> None:
+        if self._rewarm is not None:
+            self._rewarm.start_batch(switch.rate_factor(self._step))
+        if self._phase == DENSE:
+            if not switch.switched:
+                self._switch_to_dense(switch)
+            patch.dense()
+            return
+        patch.set_step(self._step)
+        patch.on()
+        names = list(patch.targets)
+        num_returned = switch.layers_returned(self._step, len(names))
+        patch.hand_back(names[len(names) - num_returned :])
+        # once a step, also where it accumulates batches
+        if num_returned > switch.layers_returned(self._step - 1, len(names)) and not self._mid_step:
+            self._restart_spike_detection()
+
+    def _switch_to_dense(self, switch: SwitchState) -> None:
+        switch.switched = True
+        if self._step > 0:
+            self._events.publish(Switch(self._step, DENSE, LIGHTHOUSE))
+        assert self._curves is not None
+        self._curves.meet()
+        free_gradients(self._trainer)
+        if self._step > 0:
+            self._say(describe_switch(switch))
+            self._restart_spike_detection()
+
+    def note_loss(self, loss: Tensor) -> None:
+        """A loss is about to be propagated back."""
+        self._guard.note_loss(loss)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop if the losses or the gradients of this step are not finite."""
+        self._guard.check(self._trainer, self._module, optimizer, self._phase)
+        if self._rewarm is not None:
+            self._rewarm.on_closure_end(optimizer)
+
+    def end_batch(self, batch: Any, outputs: Any) -> None:
+        """Leave the phase until the next batch; audit the first routed one; write the curves."""
+        self.leave_phase()
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        # a batch that training_step passes over has routed nothing
+        if self._patch is not None and self._patch.is_audited and (self._patch.has_run or loss is not None):
+            self._finish_audit(self._patch)
+        assert self._curves is not None
+        trainer, totals = self._trainer, self._totals
+        if isinstance(loss, Tensor):
+            # Lightning hands out the part of the loss that this batch adds to an accumulated step
+            scale = trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
+            self._curves.add_loss(loss * scale)
+        steps_done = trainer.global_step - self._step
+        self._mid_step = steps_done == 0
+        next_phase = self._switch.phase(trainer.global_step) if self._switch else DENSE
+        if steps_done:
+            self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
+        totals.steps += steps_done
+        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * trainer.world_size)
+        self._events.publish(BatchEnd(trainer.global_step, self._phase, next_phase))
+
+    def begin_validation(self) -> None:
+        """Validation is dense, and its time is not training time."""
+        self.leave_phase()
+        self._drain()
+        self._stopwatch.pause()
+
+    def end_validation(self) -> None:
+        """Note the dense validation loss, and ask the plateau rule."""
+        trainer, ledger = self._trainer, self._run.ledger
+        assert self._curves is not None
+        loss = self._curves.validation_loss(trainer)
+        if loss is not None:
+            ledger.add_validation(trainer.global_step, self._phase, loss)
+            if line := describe_spike(trainer, ledger):
+                self._say(line, trainer.global_step)
+        if self._settings.plateau is not None and self._switch is not None:
+            apply_rule(trainer, self._settings.plateau, self._switch, ledger, mid_step=self._mid_step)
+
+    def pause(self) -> None:
+        """Something else than training begins."""
+        self._stopwatch.pause()
+
+    def leave_phase(self) -> None:
+        """Leave every call to dense attention until the next batch."""
+        if self._patch is not None:
+            self._patch.off()
+            self._patch.hand_back(())
+
+    def end(self) -> None:
+        """Sum up; sharded weights are gathered here, while the ranks still work together."""
+        self.leave_phase()
+        self._drain()
+        trainer, run = self._trainer, self._run
+        tell_summary(trainer, self._switch, run.ledger)
+        self._events.publish(FitEnd(trainer.global_step, self._phase))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # log_dir is broadcast: every rank asks
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        assert isinstance(self._settings, Callback)
+        write_report(trainer, self._settings, self._switch, run.ledger, folder)
+        wrapped = trainer.strategy.model
+        if wrapped is not None and is_sharded(wrapped):
+            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, wrapped, folder)}")
+        else:
+            self._folder = folder
+
+    def write_final_weights(self) -> None:
+        """Write those that `end` left, after the hooks that may change them last: averages, the module's own."""
+        if self._folder is not None:
+            path = write_final(self._trainer, self._module, self._folder)
+            rank_zero_info(f"Lighthouse: final weights: {path}")
+
+    def close(self) -> None:
+        """Restore the model, and whatever else this fit changed. Harmless at any time."""
+        self._patch = self._curves = self._rewarm = None
+        # the last entered goes first, and each goes, also if another fails, as a writer does on a full disk
+        self._contexts.close()
+
+    @property
+    def _totals(self) -> PhaseTotals:
+        return self._run.ledger.totals(self._phase)
+
+    def _drain(self) -> None:
+        self._stopwatch.drain(self._totals, self._phase, self._trainer.strategy.root_device)
+
+    def _say(self, line: str, step: int | None = None) -> None:
+        rank_zero_info(f"Lighthouse: {line}")
+        assert self._curves is not None
+        self._curves.text(self._step if step is None else step, line)
+
+    def _restart_spike_detection(self) -> None:
+        assert self._curves is not None
+        if restart_spike_detection(self._trainer.callbacks):  # type: ignore[attr-defined]
+            self._curves.text(self._step, "the window of SpikeDetection starts anew")
+
+    def _finish_audit(self, patch: Patch) -> None:
+        try:
+            patch.check()
+        except RuntimeError as error:
+            if self._settings.on_unroutable == "raise":
+                raise
+            rank_zero_warn(f"Lighthouse: {error}")
