@@ -15,12 +15,12 @@ from torch import Tensor
 from lightning_lighthouse.attention.backends import choose_stages
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.dilated_scorer import dilated_scores
+from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.attention.sdpa import causal_sdpa
 from lightning_lighthouse.notices import notice_once
 
 DEFAULT = LighthouseConfig()
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lighthouse_attention(
@@ -51,8 +51,8 @@ def lighthouse_attention(
         ValueError: Shapes, dtypes or devices do not fit together, or the backend cannot run on the device.
     """
     config = config or DEFAULT
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v)
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
     shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
@@ -113,38 +113,9 @@ def select_entries(
         entry (l, i) is at `config.pyramid(N).start(l) + i`.
     """
     config = config or DEFAULT
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v)
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
     shape = config.pyramid(q.shape[2])
     stages = choose_stages(config, q.device, q.dtype)
     with torch.no_grad():
         return stages.select(score_entries(stages, q, k, v, shape, config, scale=scale), shape, config, step).index
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts the inputs of the builtin; it does not know this function."""
-    device = tensors[0].device.type
-    # torch refuses to be asked about meta
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    # the builtin keeps float64 too
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    sizes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must be [batch, heads, tokens, head dim], got {sizes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"k and v must have one shape, and batch, tokens and head dim of q, got {sizes}")
-    if min(*q.shape[1:], *k.shape[1:]) < 1:
-        raise ValueError(f"q, k and v must have at least one head, token and channel, got {sizes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the query heads must be a multiple of the key/value heads, got {sizes}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        raise ValueError(
-            f"q, k and v must have one floating dtype of 16, 32 or 64 bits, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")

@@ -185,3 +185,19 @@ def _per_query_head(x_BGS: Tensor, heads: int) -> Tensor:
 
 def _take_rows(x_BHRD: Tensor, rows_BHS: Tensor) -> Tensor:
     return x_BHRD.gather(2, rows_BHS.long().unsqueeze(-1).expand(-1, -1, -1, x_BHRD.shape[-1]))
+
+
+def window_mask(num_tokens: int, window: int, sink_tokens: int, device: torch.device | None = None) -> Tensor:
+    """`[N, N]`, True where a token sees another: itself, the `window - 1` before it, and the first `sink_tokens`."""
+    query_N1, key_N = torch.arange(num_tokens, device=device).unsqueeze(1), torch.arange(num_tokens, device=device)
+    return (key_N <= query_N1) & ((key_N > query_N1 - window) | (key_N < sink_tokens))
+
+
+def window_reference(
+    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, *, sink_tokens: int = 0, scale: float | None = None
+) -> Tensor:
+    """What `window_attention` returns, in the dtype of its inputs, by all N x N logits: `[B, H, N, D]`."""
+    scale = q_BHND.shape[3] ** -0.5 if scale is None else scale
+    k_BHND, v_BHND = (_per_query_head(x, q_BHND.shape[1]) for x in (k_BGND, v_BGND))
+    mask_NN = window_mask(q_BHND.shape[2], window, sink_tokens, q_BHND.device)
+    return (q_BHND @ k_BHND.mT * scale).masked_fill(~mask_NN, -torch.inf).softmax(-1) @ v_BHND

@@ -50,16 +50,51 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, backend
     Raises:
         ValueError: The named backend cannot run this call.
     """
-    names: tuple[str, ...] = ()
-    repeats = False
-    if q.device.type == "cuda":
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-        names, repeats = _plan(backend, q.device, dtype, q.shape[1], k.shape[1], q.shape[3], torch.is_grad_enabled())
-    return _attend(q, k, v, scale, names, repeats)
+    return _attend(q, k, v, None, scale, *_plan_call(q, k, backend, is_masked=False))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, names: tuple[str, ...], repeats: bool) -> Tensor:
-    """The call: k and v repeated for the query heads or not, held to the backends `names` unless there are none."""
+def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None, backend: str) -> Tensor:
+    """Stock SDPA under a mask, with grouped heads as in `causal_sdpa`.
+
+    Args:
+        q: `[B, Hq, N, D]`.
+        k: `[B, Hkv, K, D]`.
+        v: `[B, Hkv, K, D]`.
+        mask: `[N, K]` bool, True where a query sees a key.
+        scale: Factor of the attention logits; None: `D ** -0.5`.
+        backend: As in `causal_sdpa`.
+
+    Returns:
+        `[B, Hq, N, D]`.
+
+    Raises:
+        ValueError: The named backend cannot run this call.
+    """
+    return _attend(q, k, v, mask, scale, *_plan_call(q, k, backend, is_masked=True))
+
+
+def _plan_call(q: Tensor, k: Tensor, backend: str, *, is_masked: bool) -> tuple[tuple[str, ...], bool]:
+    """`_plan` for a call with these tensors; on other devices than CUDA there is nothing to plan."""
+    if q.device.type != "cuda":
+        return (), False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    sizes = (q.shape[1], k.shape[1], q.shape[3])
+    return _plan(backend, q.device, dtype, *sizes, torch.is_grad_enabled(), is_masked)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    names: tuple[str, ...],
+    repeats: bool,
+) -> Tensor:
+    """The call: k and v repeated for the query heads or not, held to the backends `names` unless there are none.
+
+    Without a mask it is causal.
+    """
     if repeats:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # a plain bool, also where Dynamo traces sizes as symbols
@@ -67,9 +102,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, names: tuple[s
     if q.shape[1] != k.shape[1]:
         grouped = True
     if not names:
-        return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return stock_sdpa(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
-        return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return stock_sdpa(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
 
 
 @contextmanager
@@ -98,7 +133,7 @@ def _preferred(choice: str, capability: tuple[int, int] | None) -> list[str]:
     if choice != "auto":
         return [choice]
     if torch.are_deterministic_algorithms_enabled():
-        # cuDNN's backward does not repeat bit for bit; flash's does in this mode (measured: docs/numbers/benchmarks.md)
+        # cuDNN's backward does not repeat bit for bit; flash's does in this mode (measured: docs/benchmarks.md)
         return ["flash", "efficient", "math"]
     return ["cudnn", "flash", "efficient", "math"] if capability == CUDNN_CAPABILITY else []
 
@@ -114,7 +149,14 @@ def _capability(device: torch.device | None = None) -> tuple[int, int] | None:
 
 @torch.compiler.assume_constant_result
 def _plan(
-    backend: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, grad: bool
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    grad: bool,
+    is_masked: bool,
 ) -> tuple[tuple[str, ...], bool]:
     """The backends that the call must be held to, best first, () where the order of the process serves; and whether
     k and v must be repeated for the query heads."""
@@ -126,7 +168,7 @@ def _plan(
     )
     deterministic = torch.are_deterministic_algorithms_enabled()
     order = tuple(torch._C._get_sdp_priority_order())
-    call = (device, dtype, heads, kv_heads, head_dim, grad)
+    call = (device, dtype, heads, kv_heads, head_dim, grad, is_masked)
     names, repeats, message = _plan_once(backend, order, enabled, deterministic, call)
     log_once(message, message)
     return names, repeats
@@ -136,7 +178,7 @@ def _plan(
 def _plan_once(
     backend: str, order: tuple[int, ...], enabled: tuple[bool, ...], deterministic: bool, call: tuple[Any, ...]
 ) -> tuple[tuple[str, ...], bool, str]:
-    device, dtype, heads, kv_heads, head_dim, grad = call
+    device, dtype, heads, kv_heads, head_dim, grad, is_masked = call
     preferred = _completed(_preferred(backend, _capability(device)), list(order))
     names = [name for value in preferred for name in BACKENDS if BACKENDS[name].value == value]
     # what the user turned off stays off, unless it is asked for by name
@@ -146,10 +188,11 @@ def _plan_once(
     chosen = _ask_torch(names, *call)
     repeats = False
     if heads != kv_heads and chosen in (None, "math"):
-        with_equal_heads = _ask_torch(names, device, dtype, heads, heads, head_dim, grad)
+        with_equal_heads = _ask_torch(names, device, dtype, heads, heads, head_dim, grad, is_masked)
         if with_equal_heads not in (None, "math"):
             names, chosen, repeats = [name for name in names if name != "math"], with_equal_heads, True
-    mode = (", k and v repeated" if repeats else "") + (", deterministic" if deterministic else "")
+    mode = (", masked" if is_masked else "") + (", k and v repeated" if repeats else "")
+    mode += ", deterministic" if deterministic else ""
     what = f"{dtype} on {device.type} with {heads} and {kv_heads} heads of {head_dim}{mode}"
     if chosen is None:
         raise ValueError(f"sdpa={backend!r} cannot run attention in {what}; use sdpa='auto'")
@@ -166,15 +209,17 @@ def _ask_torch(
     kv_heads: int,
     head_dim: int,
     grad: bool,
+    is_masked: bool,
 ) -> str | None:
     """The backend that torch takes for such a call, asked with a short one; None where it has none."""
     q, k, v = (
         torch.empty(1, count, 128, head_dim, dtype=dtype, device=device, requires_grad=grad)
         for count in (heads, kv_heads, kv_heads)
     )
+    mask = torch.ones(128, 128, dtype=torch.bool, device=device) if is_masked else None
     with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
         try:
-            value = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+            value = torch._fused_sdp_choice(q, k, v, mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
         except RuntimeError:
             # torch names its reasons in warnings
             return None

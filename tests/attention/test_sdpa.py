@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_lighthouse import notices
-from lightning_lighthouse.attention import sdpa
+from lightning_lighthouse import notices, sdpa
 from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa, sdpa_priority
 
 needs_gpu = [
@@ -118,12 +117,12 @@ def takes(name, dtype, heads, kv_heads):
 
 
 def plan(backend, dtype, heads, kv_heads, monkeypatch, enabled=(True, True, True, True), deterministic=False):
-    def ask(names, device, dtype, heads, kv_heads, head_dim, grad):
+    def ask(names, device, dtype, heads, kv_heads, head_dim, grad, is_masked):
         return next((name for name in names if takes(name, dtype, heads, kv_heads)), None)
 
     monkeypatch.setattr(sdpa, "_ask_torch", ask)
     monkeypatch.setattr(sdpa, "_capability", lambda device=None: (9, 0))
-    call = (torch.device("cuda"), dtype, heads, kv_heads, 64, True)
+    call = (torch.device("cuda"), dtype, heads, kv_heads, 64, True, False)
     torch_order = (FLASH, EFFICIENT, MATH, CUDNN)
     return sdpa._plan_once.__wrapped__(backend, torch_order, enabled, deterministic, call)
 
@@ -174,7 +173,7 @@ def test_repeated_keys_give_the_grouped_result_and_gradients():
     results = []
     for repeats in (False, True):
         qkv = draw((6, 2))
-        out = sdpa._attend(*qkv, None, ("math",), repeats)
+        out = sdpa._attend(*qkv, None, None, ("math",), repeats)
         results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
     for grouped, repeated in zip(*results, strict=True):
         assert grouped.shape == repeated.shape

@@ -1,4 +1,4 @@
-"""Shared by the tests of the kernels."""
+"""Shared by the tests of attention."""
 
 from __future__ import annotations
 
