@@ -17,7 +17,8 @@ from lightning_lighthouse.cli.fit import LighthouseCLI, asks_help, drop_notices
 from lightning_lighthouse.cli.recipe import SWITCHES, UsageError
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.notices import quiet_lightning
-from lightning_lighthouse.phases.schedule import check_return, resolve_switch_step
+from lightning_lighthouse.phases.plan import resolve_phases
+from lightning_lighthouse.phases.schedule import check_return
 from lightning_lighthouse.training.callback import LighthouseCallback
 
 
@@ -73,11 +74,12 @@ class RecipeCheck(LighthouseCLI):
         trainer = self.built.trainer
         if trainer.max_epochs not in (None, -1) or trainer.fast_dev_run:
             return
-        if trainer.max_steps > 0:
-            check_return(callback.return_steps, resolve_switch_step(callback.switch_at, trainer.max_steps))
-        elif trainer.max_epochs == -1 or trainer.max_time is not None:
-            # without epochs or steps Lightning's count is infinite
-            resolve_switch_step(callback.switch_at, math.inf)
+        # without epochs or steps Lightning's count is infinite
+        is_endless = trainer.max_epochs == -1 or trainer.max_time is not None
+        if trainer.max_steps > 0 or is_endless:
+            planned = resolve_phases(callback.all_phases, trainer.max_steps if trainer.max_steps > 0 else math.inf)
+            begins = planned[-2].end if len(planned) > 1 else 0
+            check_return(callback.return_steps, planned[-1].end, begins)
 
     def fit(self, **kwargs: Any) -> None:
         """Train nothing."""

@@ -200,11 +200,20 @@ def _values(section: Section, record: type) -> dict[str, Any]:
     flags = {name: value for name, value in section.items() if isinstance(value, Raw)}
     parser = _class_parser(record)
     values = vars(parser.parse_object({name: plain(value) for name, value in section.items() if name not in flags}))
-    if not flags:
-        # without them the parser would miss what the recipe gives
-        return values
-    given = vars(parser.parse_args([f"--{name}={value}" for name, value in flags.items()]))
-    return values | {name: given[name] for name in flags}
+    if flags:
+        # the parser would miss what the recipe gives
+        given = vars(parser.parse_args([f"--{name}={value}" for name, value in flags.items()]))
+        values |= {name: given[name] for name in flags}
+    kinds = {
+        action.dest: tuple(_classes(action._typehint)) for action in parser._actions if hasattr(action, "_typehint")
+    }
+    return {name: _built(value, kinds.get(name, ())) for name, value in values.items()}
+
+
+def _built(value: Any, kinds: Sequence[type]) -> Any:
+    """A dataclass within a dataclass, which the parser leaves as a mapping."""
+    record = next((kind for kind in kinds if is_dataclass(kind)), None)
+    return record(**vars(value)) if record is not None and isinstance(value, Namespace) else value
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

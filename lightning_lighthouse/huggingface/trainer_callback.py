@@ -15,14 +15,9 @@ from lightning_lighthouse.attention.sdpa import sdpa_priority
 from lightning_lighthouse.checks import SettingError, check_type
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, PhaseEvents, Switch, phase_events
-from lightning_lighthouse.phases.schedule import (
-    DENSE,
-    LIGHTHOUSE,
-    SwitchState,
-    check_switch_at,
-    resolve_switch_step,
-    resume_switch,
-)
+from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
+from lightning_lighthouse.phases.plan import PhasePlan, PlannedPhase, describe_switch, resolve_phases, resume_phases
+from lightning_lighthouse.phases.schedule import DENSE, SwitchState, resume_switch
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 
@@ -49,7 +44,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
 
     Args:
         switch_at: When to switch: an int is an optimizer step, a float above 0 and up to 1.0 a fraction of the
-            training's steps, rounded up.
+            training's steps, rounded up. None: at 0.9 of them, or as `phases` say.
         attention: Settings of Lighthouse Attention, also as a dictionary.
         dense_layers: Attention layers that stay dense; negative numbers count from the end, None and [] for none.
             "published": the first and last two of 16 or more, else the first and last.
@@ -58,6 +53,10 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         allow_return: Let a resumed run that has switched go back to Lighthouse where a later switch_at says so.
         hf_assume_causal: Your statement that no training batch has padding or packed documents, so that no mask is
             built. A batch that has them is an error.
+        layer_types: How the attention layers attend until the switch, as in `Phase`; None: Lighthouse in all of them.
+        window: Tokens, for the types "window" and "chunk".
+        sink_tokens: First tokens that stay visible to every token of a "window" layer.
+        phases: Several phases before the dense one, instead of the four others; also as dictionaries.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -69,13 +68,17 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        switch_at: int | float = 0.9,
+        switch_at: int | float | None = None,
         attention: LighthouseConfig | dict[str, Any] = LighthouseConfig(),  # noqa: B008, immutable
         dense_layers: DenseLayers = None,
         select: str | None = None,
         on_unroutable: Literal["raise", "warn"] = "raise",
         allow_return: bool = False,
         hf_assume_causal: bool = False,
+        layer_types: list[LayerType] | None = None,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        phases: list[Phase | dict[str, Any]] | None = None,
     ) -> None:
         check_type("attention", attention, LighthouseConfig | dict)
         check_type("select", select, str | None)
@@ -83,7 +86,12 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         check_type("allow_return", allow_return, bool)
         check_type("hf_assume_causal", hf_assume_causal, bool)
         check_layers(dense_layers)
-        self.switch_at = check_switch_at(switch_at)
+        self.phases = None if phases is None else [_phase(phase) for phase in phases]
+        self._phases_asked = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
+        self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
+        self.layer_types = layer_types
+        self.window = window
+        self.sink_tokens = sink_tokens
         self.attention = LighthouseConfig(**attention) if isinstance(attention, dict) else attention
         self.dense_layers = dense_layers
         self.select = select
@@ -91,7 +99,9 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self.allow_return = allow_return
         self.hf_assume_causal = hf_assume_causal
 
-        self._switch: SwitchState | None = None
+        self._plan: PhasePlan | None = None
+        # the phase whose attention the patch has
+        self._attending = 0
         self._patch: Patch | None = None
         self._events = PhaseEvents()
         # of the step that runs
@@ -99,7 +109,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self._contexts = ExitStack()
 
     def state(self) -> dict[str, Any]:
-        """The settings and the switch, for the Trainer's checkpoints."""
+        """The settings and the phases, for the Trainer's checkpoints."""
         settings = {
             "switch_at": self.switch_at,
             "attention": asdict(self.attention),
@@ -108,8 +118,17 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             "on_unroutable": self.on_unroutable,
             "allow_return": self.allow_return,
             "hf_assume_causal": self.hf_assume_causal,
+            "layer_types": self.layer_types,
+            "window": self.window,
+            "sink_tokens": self.sink_tokens,
+            "phases": None if self.phases is None else [asdict(phase) for phase in self.phases],
         }
-        return {"args": settings, "attributes": {"saved_switch": self._switch.state_dict() if self._switch else None}}
+        plan = self._plan
+        saved = {
+            "saved_switch": plan.switch.state_dict() if plan else None,
+            "saved_phases": plan.state_dict() if plan else None,
+        }
+        return {"args": settings, "attributes": saved}
 
     # Right also in a resumed run: the Trainer has loaded its state.
     def on_train_begin(
@@ -125,7 +144,9 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         model: nn.Module = others["model"]
         try:
             self._contexts.enter_context(shown_notices())
-            check_backend(self.attention, next(model.parameters()).device)
+            device = next(model.parameters()).device
+            for phase in self._phases_asked:
+                check_backend(phase.attention or self.attention, device)
             self._patch = patch_attention(
                 model,
                 self.attention,
@@ -135,16 +156,20 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             )
             self._contexts.callback(self._patch.restore)
             self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
-            self._switch = self._resolve_switch(state)
+            # each once, so that no phase fails when it begins
+            for phase in reversed(self._phases_asked):
+                self._attend(phase)
+            self._attending = 0
+            self._plan = self._resolve_plan(state)
         except BaseException:
             self.restore()
             raise
-        phase = self._switch.phase(state.global_step)
+        name = self._plan.name(state.global_step)
         self._events = phase_events(model)
-        self._events.publish(FitStart(state.global_step, phase))
+        self._events.publish(FitStart(state.global_step, name))
         self._say(
             state,
-            f"{phase} phase from step {state.global_step}; switch to dense at step {self._switch.switch_step} of "
+            f"{name} phase from step {state.global_step}; switch to dense at step {self._plan.switch.switch_step} of "
             f"{state.max_steps}; {len(self._patch.targets)} attention layers routed, {', '.join(self._patch.targets)}",
         )
 
@@ -153,18 +178,24 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Set the phase by the optimizer step; switch when its time has come."""
         assert self._patch is not None
-        assert self._switch is not None
-        self._phase = self._switch.phase(state.global_step)
-        if self._phase != DENSE:
-            self._patch.set_step(state.global_step)
-            self._patch.on()
-        else:
-            if not self._switch.switched:
-                self._switch.switched = True
-                self._events.publish(Switch(state.global_step, DENSE, LIGHTHOUSE))
-                self._say(state, f"switched from Lighthouse to dense attention at step {state.global_step}")
+        assert self._plan is not None
+        plan, step = self._plan, state.global_step
+        number = plan.number(step)
+        self._phase = plan.names[number]
+        is_dense = number == len(plan.phases)
+        if not plan.switch.switched if is_dense else number != plan.number(max(0, step - 1)):
+            plan.switch.switched = is_dense
+            self._events.publish(Switch(step, self._phase, plan.names[number - 1]))
+            self._say(state, describe_switch(plan, number))
+        if is_dense:
             self._patch.dense()
-        self._events.publish(BatchStart(state.global_step, self._phase))
+        else:
+            if number != self._attending:
+                self._attend(self._phases_asked[number])
+                self._attending = number
+            self._patch.set_step(step)
+            self._patch.on()
+        self._events.publish(BatchStart(step, self._phase))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -182,8 +213,8 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Tell the listeners."""
-        assert self._switch is not None
-        self._events.publish(BatchEnd(state.global_step, self._phase, self._switch.phase(state.global_step)))
+        assert self._plan is not None
+        self._events.publish(BatchEnd(state.global_step, self._phase, self._plan.name(state.global_step)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -191,10 +222,10 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         """Restore the model."""
         self._events.publish(FitEnd(state.global_step, self._phase))
         self.restore()
-        if self._switch is not None and not self._switch.switched:
+        if self._plan is not None and not self._plan.switch.switched:
             logger.warning(
                 f"Lighthouse: the training ended at step {state.global_step}, before the switch to dense attention at "
-                f"step {self._switch.switch_step}: the model has not recovered from Lighthouse"
+                f"step {self._plan.switch.switch_step}: the model has not recovered from Lighthouse"
             )
 
     def restore(self) -> None:
@@ -216,29 +247,52 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             self.restore()
             raise
 
-    def _resolve_switch(self, state: TrainerState) -> SwitchState:
-        asked = SwitchState(self.switch_at, resolve_switch_step(self.switch_at, state.max_steps))
+    def _attend(self, phase: Phase) -> None:
+        assert self._patch is not None
+        self._patch.attend(
+            phase.layer_types,
+            config=phase.attention or self.attention,
+            window=phase.window,
+            sink_tokens=phase.sink_tokens,
+        )
+
+    def _resolve_plan(self, state: TrainerState) -> PhasePlan:
+        planned = resolve_phases(self._phases_asked, state.max_steps)
+        asked = SwitchState(self._phases_asked[-1].until, planned[-1].end)
         step = state.global_step
         if step == 0:
-            return asked
+            return PhasePlan(planned, asked)
         name = type(self).__name__
         # by name in a run that goes on
         states: Any = state.stateful_callbacks
-        saved = states.get(name, {}).get("attributes", {}).get("saved_switch")
-        if saved is not None:
-            switch, line = resume_switch(SwitchState(**saved), asked, step, self.allow_return)
-            if line:
-                logger.warning(f"Lighthouse: {line}")
-            return switch
+        attributes = states.get(name, {}).get("attributes", {})
+        if attributes.get("saved_switch") is not None:
+            saved = SwitchState(**attributes["saved_switch"])
+            switch, line = resume_switch(saved, asked, step, self.allow_return)
+            # version 0.1 had one phase before the dense one
+            phases = attributes.get("saved_phases") or [asdict(PlannedPhase(planned[0].name, asked.switch_at, 0))]
+            followed, change = resume_phases([PlannedPhase(**p) for p in phases], planned, step, self.allow_return)
+            for words in filter(None, (line, change)):
+                logger.warning(f"Lighthouse: {words}")
+            return PhasePlan(followed, switch)
         # the Trainer expects the key when it saves
         states.setdefault(name, self.state())
         logger.warning(
             f"Lighthouse: resumed at step {step} from a checkpoint without Lighthouse state; the phase follows from "
-            f"the step: {asked.phase(step)} (switch at step {asked.switch_step})"
+            f"the step: {PhasePlan(planned, asked).name(step)} (switch at step {asked.switch_step})"
         )
         asked.switched = step >= asked.switch_step
-        return asked
+        return PhasePlan(planned, asked)
 
     def _say(self, state: TrainerState, line: str) -> None:
         if state.is_world_process_zero:
             logger.info(f"Lighthouse: {line}")
+
+
+def _phase(phase: Phase | dict[str, Any]) -> Phase:
+    """A phase, also from a dictionary of its arguments, as checkpoints hold it."""
+    if not isinstance(phase, dict):
+        return phase
+    attention = phase.get("attention")
+    config = LighthouseConfig(**attention) if isinstance(attention, dict) else attention
+    return Phase(**{**phase, "attention": config})

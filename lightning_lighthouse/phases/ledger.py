@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
 
 
 @dataclass
@@ -20,6 +20,8 @@ class PhaseTotals:
             run, which compile.
         paced_seconds: Time of those batches.
         paced_waiting: What of that went by before the loader handed the batch out; on rank 0, the others' differs.
+        routed_calls: Calls of the routed layers that attended as their type says, on this rank.
+        dense_calls: Those that stayed dense, as one with a mask does. Compiled frames count as when they were traced.
     """
 
     steps: int = 0
@@ -28,6 +30,8 @@ class PhaseTotals:
     paced_tokens: int = 0
     paced_seconds: float = 0.0
     paced_waiting: float = 0.0
+    routed_calls: int = 0
+    dense_calls: int = 0
     _window_start: tuple[int, float] = (0, 0.0)
 
     @property
@@ -42,6 +46,12 @@ class PhaseTotals:
         A GPU that still has work meanwhile loses less.
         """
         return self.paced_waiting / self.paced_seconds if self.paced_seconds > 0 else None
+
+    @property
+    def dense_share(self) -> float | None:
+        """Share of the routed layers' calls that stayed dense; None where none was counted, as in a dense phase."""
+        calls = self.routed_calls + self.dense_calls
+        return self.dense_calls / calls if calls else None
 
     def window_rate(self) -> float | None:
         """Tokens per second since the last call; None if no batch was timed since."""
@@ -70,31 +80,31 @@ class Validation(NamedTuple):
 
 @dataclass
 class Ledger:
-    """Totals of both phases, and every dense validation."""
+    """Totals of every phase, by its name, and every dense validation."""
 
-    lighthouse: PhaseTotals = field(default_factory=PhaseTotals)
-    dense: PhaseTotals = field(default_factory=PhaseTotals)
+    phases: dict[str, PhaseTotals] = field(default_factory=dict)
     validations: list[Validation] = field(default_factory=list)
 
     def totals(self, phase: str) -> PhaseTotals:
-        """The totals of LIGHTHOUSE or DENSE."""
-        return {LIGHTHOUSE: self.lighthouse, DENSE: self.dense}[phase]
+        """The totals of a phase."""
+        return self.phases.setdefault(phase, PhaseTotals())
 
     @property
     def seconds(self) -> float:
-        """Training time of both phases."""
-        return self.lighthouse.seconds + self.dense.seconds
+        """Training time of all phases."""
+        return sum(totals.seconds for totals in self.phases.values())
 
     @property
-    def lighthouse_validations(self) -> list[Validation]:
-        """Those of the Lighthouse phase, since the last return to it."""
-        dense = [index for index, validation in enumerate(self.validations) if validation.phase == DENSE]
-        return self.validations[dense[-1] + 1 if dense else 0 :]
+    def validations_of_this_phase(self) -> list[Validation]:
+        """The newest ones, all of one phase."""
+        phase = self.validations[-1].phase if self.validations else DENSE
+        others = [index for index, validation in enumerate(self.validations) if validation.phase != phase]
+        return self.validations[others[-1] + 1 if others else 0 :]
 
     @property
     def before_switch(self) -> Validation | None:
-        """The last validation of the Lighthouse phase."""
-        return next((v for v in reversed(self.validations) if v.phase == LIGHTHOUSE), None)
+        """The last validation before the dense phase."""
+        return next((v for v in reversed(self.validations) if v.phase != DENSE), None)
 
     @property
     def after_switch(self) -> Validation | None:
@@ -116,26 +126,29 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {
-            LIGHTHOUSE: asdict(self.lighthouse),
-            DENSE: asdict(self.dense),
+            "phases": {phase: asdict(totals) for phase, totals in self.phases.items()},
             "validations": [tuple(validation) for validation in self.validations],
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Ledger:
-        """The ledger of a checkpoint; one of an older version has no list of validations."""
+        """The ledger of a checkpoint; those of version 0.1 knew two phases, and had a key for each."""
+        phases = state.get("phases") or {phase: state[phase] for phase in (LIGHTHOUSE, DENSE) if phase in state}
         validations = [Validation(*values) for values in state.get("validations", [])]
-        return cls(PhaseTotals(**state[LIGHTHOUSE]), PhaseTotals(**state[DENSE]), validations)
+        return cls({phase: PhaseTotals(**totals) for phase, totals in phases.items()}, validations)
 
     def summary(self) -> list[str]:
         """The run in a few lines."""
         lines = []
-        for phase in (LIGHTHOUSE, DENSE):
-            totals = self.totals(phase)
+        width = max((len(phase) for phase in self.phases), default=0)
+        for phase, totals in self.phases.items():
             if totals.steps:
                 rate, waiting = totals.tokens_per_second, totals.waiting_share
                 pace = "" if rate is None else f", {rate:,.0f} tokens/s, {waiting:.1%} of the time waiting for data"
-                lines.append(f"{phase:<10} {totals.steps:>7} steps {totals.seconds:>9.1f} s{pace}")
+                share = totals.dense_share
+                stayed = f", {share:.1%} of the attention calls stayed dense" if share else ""
+                line = f"{phase:<{max(width, 10)}} {totals.steps:>7} steps {totals.seconds:>9.1f} s{pace}"
+                lines.append(line + stayed)
         validations = {
             "last before the switch": self.before_switch,
             "first after the switch": self.after_switch,

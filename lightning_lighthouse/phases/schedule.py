@@ -9,10 +9,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
 from lightning_lighthouse.checks import ResumeError, SettingError
 
-LIGHTHOUSE = "lighthouse"
-DENSE = "dense"
 # Each group is one recompile of a compiled model
 RETURN_GROUPS = 4
 
@@ -55,10 +54,13 @@ def resolve_switch_step(switch_at: int | float, total_steps: int | float, name: 
     return math.ceil(round(switch_at * total_steps, 6))
 
 
-def check_return(return_steps: int, switch_step: int) -> None:
-    """Refuse a gradual return that would begin before the training. Raises SettingError."""
-    if return_steps > switch_step:
-        raise SettingError(f"return_steps={return_steps} must end at the switch, which is at step {switch_step}")
+def check_return(return_steps: int, switch_step: int, phase_step: int = 0) -> None:
+    """Refuse a gradual return that would begin before its phase, which begins at `phase_step`. Raises SettingError."""
+    if return_steps > switch_step - phase_step:
+        begins = f"; its phase begins at step {phase_step}" if phase_step else ""
+        raise SettingError(
+            f"return_steps={return_steps} must end at the switch, which is at step {switch_step}{begins}"
+        )
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A stand-in for SDPA that looks at scope and call.
 
 While a model is patched, `torch.nn.functional.scaled_dot_product_attention`, and bare copies of it in loaded modules,
-are `causal_attention`: it sends a call to Lighthouse when a scope that is on is entered and the call is plain causal
-self-attention, and to the stock function otherwise.
+are `causal_attention`: it routes a call by the type of its layer when a scope that is on is entered and the call is
+plain causal self-attention, and hands it to the stock function otherwise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lighthouse.attention.layer_types import CHUNK, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
+from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.routing.reasons import (
     CHECKPOINT_INSIDE,
     DROPOUT,
@@ -66,7 +68,7 @@ def causal_attention(
     """
     scope = None
     for candidate in scopes:
-        if candidate.is_entered and candidate.is_on:
+        if candidate.layer_type and candidate.is_on:
             scope = candidate
     reason = _why_dense(scope, query, key, value, attn_mask, dropout_p, is_causal) if scope is not None else ""
     if scope is None or reason != ROUTED:
@@ -74,11 +76,25 @@ def causal_attention(
             note(reason)
         return stock_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     note(ROUTED)
+    return _attend(scope, query, key, value, scale)
+
+
+def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attention as the type of the layer asks."""
+    settings = scope.settings
+    config = settings.config
+    if scope.layer_type == WINDOW:
+        assert settings.window is not None
+        sink_tokens = settings.sink_tokens
+        return window_attention(q, k, v, settings.window, sink_tokens=sink_tokens, scale=scale, sdpa=config.sdpa)
+    if scope.layer_type == CHUNK:
+        assert settings.window is not None
+        return chunk_attention(q, k, v, settings.window, scale=scale, sdpa=config.sdpa)
     # a compiled frame holds nothing of this
     if not torch.compiler.is_compiling() and scope.audit is not None:
-        scope.audit.spread.add(scope.layer, query, key, scope.config)
-    step = scope.step if scope.config.selection == "random" else None
-    return lighthouse_attention(query, key, value, scope.config, scale=scale, step=step)
+        scope.audit.spread.add(scope.layer, q, k, config)
+    step = scope.step if config.selection == "random" else None
+    return lighthouse_attention(q, k, v, config, scale=scale, step=step)
 
 
 def _why_dense(
@@ -136,7 +152,7 @@ def unswap() -> None:
 
 @contextmanager
 def _scope_allowed_in_checkpoint() -> Iterator[None]:
-    """Let Dynamo trace `scope.is_entered` under activation checkpointing where it cannot see that it is undone.
+    """Let Dynamo trace `scope.layer_type` under activation checkpointing where it cannot see that it is undone.
 
     Newer torch does see it. Until then the setting tells Dynamo not to replay such a side effect in the recompute,
     which is right for one that ends with the module's forward.

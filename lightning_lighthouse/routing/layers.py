@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.routing.adapters import multihead
 from lightning_lighthouse.routing.calls import causal_attention
@@ -24,11 +25,11 @@ class Route(Shared):
     """The way of one routed module's calls.
 
     Args:
-        is_returned: Handed back to dense attention, also while the patch is on.
+        layer_type: How they attend while the patch is on: one of LAYER_TYPES.
     """
 
-    def __init__(self, is_returned: bool = False) -> None:
-        self.is_returned = is_returned
+    def __init__(self, layer_type: str = LIGHTHOUSE) -> None:
+        self.layer_type = layer_type
 
 
 def scope_of(module: nn.Module) -> Scope | None:
@@ -73,26 +74,27 @@ def _replaced(value: Any) -> Any:
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The instance forward of a routed module: its former forward, with the scope entered."""
     scope = self._lighthouse_scope
-    was_entered = scope.is_entered
-    is_returned = self._lighthouse_route.is_returned
-    scope.is_entered = not is_returned
+    outer_type = scope.layer_type
+    layer_type = self._lighthouse_route.layer_type
+    is_routed = layer_type != DENSE
+    scope.layer_type = layer_type if is_routed else ""
     is_inference = False
     if not torch.compiler.is_compiling():
         outer = scope.layer, scope.autograd_mark
         scope.layer, scope.autograd_mark = self, autograd_mark()
         is_inference = not scope.with_inference and not self.training and is_without_gradients()
-    if not is_returned and scope.is_on:
+    if is_routed and scope.is_on:
         note(INFERENCE if is_inference else ENTERED)
     if is_inference:
-        scope.is_entered = False
+        scope.layer_type = ""
     try:
         out = _run(self, scope, args, kwargs)
         # while tracing no layer is known, so the audit counts calls between entry and exit
-        if torch.compiler.is_compiling() and not is_returned and scope.is_on:
+        if torch.compiler.is_compiling() and is_routed and scope.is_on:
             note(EXITED)
         return out
     finally:
-        scope.is_entered = was_entered
+        scope.layer_type = outer_type
         if not torch.compiler.is_compiling():
             scope.layer, scope.autograd_mark = outer
 
@@ -101,11 +103,11 @@ def _run(layer: Any, scope: Scope, args: Any, kwargs: Any) -> Any:
     """The former forward of a layer in scope."""
     if layer._lighthouse_chained is not None:
         return layer._lighthouse_chained(*args, **kwargs)
-    if scope.is_entered and scope.is_on and multihead.is_served(layer):
+    if scope.layer_type and scope.is_on and multihead.is_served(layer):
         reason = multihead.why_dense(layer, *args, **kwargs)
         if not reason:
             return multihead.forward(layer, *args, **kwargs)
         note(reason)
         # dense in eager code too, as it is when compiled
-        scope.is_entered = False
+        scope.layer_type = ""
     return type(layer).forward(layer, *args, **kwargs)

@@ -7,20 +7,23 @@ call is routed is in `routing`. No parameter is added and no module renamed: `st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, check_layer_types, spread_over
 from lightning_lighthouse.notices import logger
 from lightning_lighthouse.routing.adapters import generation
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain
 from lightning_lighthouse.routing.calls import swap, unswap
 from lightning_lighthouse.routing.layers import bind, scope_of, unbind
-from lightning_lighthouse.routing.scope import Scope, Shared, scopes
+from lightning_lighthouse.routing.reasons import ENTERED, EXITED
+from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
 
 
@@ -31,11 +34,19 @@ class Patch(Shared):
     """
 
     def __init__(
-        self, model: nn.Module, targets: dict[str, nn.Module], config: LighthouseConfig, statement: CausalStatement
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        targets: dict[str, nn.Module],
+        settings: Settings,
+        statement: CausalStatement,
     ) -> None:
         self.model = model
         self.targets = targets
-        self.scope = Scope(config)
+        self.scope = Scope(settings)
+        # of all attention layers, the dense ones too
+        self._layers = list(layers)
+        self._layer_types = dict.fromkeys(targets, LIGHTHOUSE)
         self._missing: dict[str, str] | None = None
         self._statement = statement
 
@@ -71,6 +82,7 @@ class Patch(Shared):
         self._require_patched()
         if self.scope.audit is None and self._missing is None:
             self.scope.audit = Audit(self.targets)
+            self.scope.audit.excuse(set(self.targets) - set(self.routed))
         self.scope.is_on = self._statement.holds = True
         self.scope.with_inference = inference
 
@@ -87,6 +99,40 @@ class Patch(Shared):
         self._require_patched()
         self.scope.is_on, self._statement.holds = False, True
 
+    @property
+    def routed(self) -> list[str]:
+        """Names of the layers that do not attend densely while the patch is on, those handed back included."""
+        return [name for name, layer_type in self._layer_types.items() if layer_type != DENSE]
+
+    def attend(
+        self,
+        layer_types: Sequence[str],
+        *,
+        config: LighthouseConfig | None = None,
+        window: int | None = None,
+        sink_tokens: int = 0,
+    ) -> None:
+        """Let the layers attend in another way from the next call on. None is handed back then.
+
+        A frame that torch.compile made is compiled anew for each type, window and config, once.
+
+        Args:
+            layer_types: A type for each attention layer of the model, in their order, or a pattern that is repeated:
+                "lighthouse", "window", "chunk" or "dense". Layers that `dense_layers` named stay dense.
+            config: Of Lighthouse Attention; None: as before.
+            window: Tokens that a token of a "window" layer sees, itself included; tokens of a block of "chunk".
+            sink_tokens: First tokens that stay visible in "window" layers.
+
+        Raises:
+            TypeError: One has the wrong type.
+            ValueError: A type does not exist, or there are more than layers; a value is missing, or used by no type.
+        """
+        types = spread_over(check_layer_types(layer_types, window, sink_tokens), len(self._layers))
+        by_name = dict(zip(self._layers, types, strict=True))
+        self._layer_types = {name: by_name[name] for name in self.targets}
+        self.scope.settings = Settings(config or self.scope.settings.config, window, sink_tokens)
+        self.hand_back(())
+
     def hand_back(self, layers: Collection[str]) -> None:
         """Leave the calls of these layers to stock SDPA also while the patch is on; () hands back none.
 
@@ -99,10 +145,20 @@ class Patch(Shared):
             KeyError: One is not among the routed layers.
         """
         returned = {self.targets[name] for name in layers}
-        for module in self.targets.values():
-            module.__dict__["_lighthouse_route"].is_returned = module in returned
+        for name, module in self.targets.items():
+            route = module.__dict__["_lighthouse_route"]
+            route.layer_type = DENSE if module in returned else self._layer_types[name]
         if returned and self.scope.audit is not None:
             self.scope.audit.excuse(layers)
+
+    def count_calls(self) -> Counter[str]:
+        """What became of the calls of routed layers since this was last asked: "routed", or why they stayed dense.
+
+        In eager code every call counts; a compiled frame counts when it is traced, and not when it runs again.
+        """
+        calls = self.scope.calls
+        self.scope.calls = Counter()
+        return Counter({reason: count for reason, count in calls.items() if reason not in (ENTERED, EXITED)})
 
     def _require_patched(self) -> None:
         if not self.is_patched:
@@ -116,7 +172,7 @@ class Patch(Shared):
         """
         if self.scope.audit is not None:
             self._missing = self.scope.audit.unrouted()
-            flat_scores = self.scope.audit.spread.warning(self.targets, self.scope.config)
+            flat_scores = self.scope.audit.spread.warning(self.targets, self.scope.settings.config)
             if flat_scores:
                 logger.warning(flat_scores)
             self.scope.audit = None
@@ -174,7 +230,7 @@ class Patch(Shared):
     def restore(self) -> None:
         """Undo the patch: the model is as it was. Harmless when already restored."""
         scope = self.scope
-        scope.is_on = scope.is_entered = False
+        scope.is_on, scope.layer_type = False, ""
         scope.layer = scope.audit = None
         if not self.is_patched:
             return
@@ -217,8 +273,11 @@ def patch_attention(
     dense_layers: DenseLayers = None,
     select: str | None = None,
     hf_assume_causal: bool = False,
+    layer_types: Sequence[str] = (LIGHTHOUSE,),
+    window: int | None = None,
+    sink_tokens: int = 0,
 ) -> Patch:
-    """Prepare the causal self-attention of `model` to be routed to Lighthouse Attention.
+    """Prepare the causal self-attention of `model` to be routed: to Lighthouse Attention, or as `layer_types` says.
 
         with patch_attention(model, LighthouseConfig(top_k=512)):
             loss = model(tokens)
@@ -233,6 +292,9 @@ def patch_attention(
         hf_assume_causal: Your statement that every training batch of a transformers model is plain causal, without
             padding and without documents packed by position_ids: no mask is then built, in any layer, while the
             patch is on or trains dense. A batch that shows otherwise is an error.
+        layer_types: How each attention layer attends, or a pattern that is repeated over them: see `Patch.attend`.
+        window: Of the types "window" and "chunk", in tokens.
+        sink_tokens: Of the type "window".
 
     Returns:
         The handle, off: `on()`, `off()`, `dense()`, `check()`, `restore()`. As a context manager it is on, and an
@@ -244,15 +306,20 @@ def patch_attention(
     """
     if type(hf_assume_causal) is not bool:
         raise TypeError(f"hf_assume_causal must be a bool, got {hf_assume_causal!r}")
-    targets = choose_routed(find_targets(model, select), dense_layers)
+    layers = find_targets(model, select)
+    targets = choose_routed(layers, dense_layers)
+    settings = Settings(config or LighthouseConfig(), window, sink_tokens)
     taken = [name for name, module in targets.items() if scope_of(module) in scopes]
     if taken:
         raise ValueError(f"{type(model).__name__} is patched already ({taken[0]}); restore the first patch before")
-    patch = Patch(model, targets, config or LighthouseConfig(), CausalStatement(model, hf_assume_causal))
+    check_layer_types(layer_types, window, sink_tokens)
+    spread_over(layer_types, len(layers))
+    patch = Patch(model, list(layers), targets, settings, CausalStatement(model, hf_assume_causal))
     if not scopes:
         swap()
     scopes.append(patch.scope)
     for module in targets.values():
         bind(module, patch.scope)
     generation.bind(model, patch)
+    patch.attend(layer_types, window=window, sink_tokens=sink_tokens)
     return patch

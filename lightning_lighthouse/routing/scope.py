@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -30,23 +32,40 @@ class Shared:
         return type(None), ()
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a routed call is told, by the type of its layer. Frozen: compiled frames take its numbers for constants.
+
+    Args:
+        config: Of Lighthouse Attention; its `sdpa` is that of windows and chunks too.
+        window: Of the types "window" and "chunk"; None where there are none.
+        sink_tokens: Of the type "window".
+    """
+
+    config: LighthouseConfig
+    window: int | None = None
+    sink_tokens: int = 0
+
+
 class Scope(Shared):
     """The state of one patch that its calls depend on.
 
     Args:
-        config: What Lighthouse Attention is told.
+        settings: What the calls are told.
     """
 
-    def __init__(self, config: LighthouseConfig) -> None:
-        self.config = config
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.is_on = False
         # Whether calls without gradients in eval mode are routed too.
         self.with_inference = False
         # Collects notes from the first `on` until the patch is checked.
         self.audit: Audit | None = None
-        # Whether a routed module runs; set and reset by it. A plain bool that returns to its old value: Dynamo refuses
-        # any other side effect inside activation checkpointing.
-        self.is_entered = False
+        # The type of the routed module that runs, "" outside of one; set and reset by it. A plain value that returns to
+        # what it was: Dynamo refuses any other side effect inside activation checkpointing.
+        self.layer_type = ""
+        # What became of the calls since they were last counted: in eager code of each, in compiled code when traced.
+        self.calls: Counter[str] = Counter()
         # Eager only: the routed module that runs, and what autograd looked like when it started.
         self.layer: nn.Module | None = None
         self.autograd_mark: Any = None
@@ -76,9 +95,10 @@ def autograd_mark() -> tuple[bool, Any]:
 
 @torch.compiler.assume_constant_result
 def note(reason: str) -> None:
-    """Tell the audit of the scope that is entered. Runs at trace time while compiling, on every call in eager."""
-    audited = [scope for scope in scopes if scope.is_on and scope.audit is not None]
+    """Leave a note in the scope that is entered. Runs at trace time while compiling, on every call in eager."""
+    noting = [scope for scope in scopes if scope.is_on]
     # while a frame is traced, what is entered is Dynamo's alone: no scope shows it
-    for scope in [scope for scope in audited if scope.is_entered] or audited:
-        assert scope.audit is not None
-        scope.audit.add(scope.layer, reason)
+    for scope in [scope for scope in noting if scope.layer_type] or noting:
+        scope.calls[reason] += 1
+        if scope.audit is not None:
+            scope.audit.add(scope.layer, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_lighthouse.phases.ledger import PhaseTotals
-from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.phases.schedule import DENSE
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -24,21 +25,24 @@ RATE = "train/tokens_per_second"
 class PhaseCurves:
     """Writes the scalars of both phases; on rank 0 only.
 
-    With a TensorBoardLogger they go to the runs `lighthouse` and `dense` inside its folder, under the same tags; with
-    other loggers to those, beside a scalar `phase` (1 in the Lighthouse phase, 0 in the dense one).
+    With a TensorBoardLogger they go to a run for each phase inside its folder, `lighthouse` and `dense` where there are
+    no others, under the same tags; with other loggers to those, beside a scalar `phase` that counts down: 0 is dense.
 
     Args:
         trainer: Its loggers decide where the curves go.
         first_step: Points at or after this step, left by a run that died, are replaced.
         validation_metric: Name of the validation loss, for the layout.
+        phases: Names of all phases in their order; the last is the dense one.
     """
 
-    def __init__(self, trainer: Trainer, first_step: int, validation_metric: str) -> None:
+    def __init__(self, trainer: Trainer, first_step: int, validation_metric: str, phases: Sequence[str]) -> None:
         self._writers: dict[str, SummaryWriter] = {}
         self._first_step = first_step
         self._validation_metric = validation_metric
         self._losses: list[Tensor] = []
-        self._meets = False
+        # the phase whose curve gets a point beside the next one
+        self._meets = ""
+        self._levels = {name: float(level) for level, name in enumerate(reversed(phases))}
         self._told_of_metric = False
         self._settings_run = DENSE
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -60,15 +64,15 @@ class PhaseCurves:
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
         for logger in self._others:
-            logger.log_metrics({**values, "phase": float(phase == LIGHTHOUSE)}, step)
+            logger.log_metrics({**values, "phase": self._levels[phase]}, step)
 
     def add_loss(self, loss: Tensor) -> None:
         """Note the training loss of a batch, a scalar on its device; a step shows the mean of its batches."""
         self._losses.append(loss.detach())
 
-    def meet(self) -> None:
-        """Give both curves a point at the next step, so that they meet at the switch."""
-        self._meets = True
+    def meet(self, phase: str) -> None:
+        """Give the curve of `phase` a point at the next step too, so that it meets the next one at the switch."""
+        self._meets = phase
 
     def step_done(self, trainer: Trainer, step: int, phase: str, next_phase: str, totals: PhaseTotals) -> None:
         """Write the curves of a step: every `log_every_n_steps`, and around the switch. Every rank calls it.
@@ -81,10 +85,10 @@ class PhaseCurves:
             totals: Those of `phase`, for the throughput.
         """
         losses, self._losses = self._losses, []
-        meets, self._meets = self._meets, False
+        meets, self._meets = self._meets, ""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_due = every > 0 and step % every == 0
-        is_last = phase == LIGHTHOUSE and next_phase == DENSE
+        is_last = phase != next_phase
         if not (is_due or is_last or meets):
             return
         values = {}
@@ -96,7 +100,7 @@ class PhaseCurves:
             values[RATE] = rate
         self.scalars(phase, step, values)
         if meets and step > 0 and LOSS in values:
-            self.scalars(LIGHTHOUSE, step, {LOSS: values[LOSS]})
+            self.scalars(meets, step, {LOSS: values[LOSS]})
 
     def validation_loss(self, trainer: Trainer) -> float | None:
         """What the model logged in the validation that ends; None, with one warning, if it did not."""

@@ -20,7 +20,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lighthouse.phases.ledger import Ledger, PhaseTotals
-from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, SwitchState
+from lightning_lighthouse.phases.plan import PhasePlan
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
 from lightning_lighthouse.runs.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ REPORT = "lighthouse.json"
 REPORT_VERSION = 1
 
 
-def tell_summary(trainer: Trainer, switch: SwitchState | None, ledger: Ledger) -> None:
+def tell_summary(trainer: Trainer, plan: PhasePlan | None, ledger: Ledger) -> None:
     """Print the totals, and warn of a run that ended before its switch."""
     rank_zero_info("\n".join(f"Lighthouse: {line}" for line in ledger.summary()))
+    switch = plan.switch if plan is not None else None
     if switch is not None and not switch.switched:
         rank_zero_warn(
             f"Lighthouse: the training ended at step {trainer.global_step}, before the switch to dense attention at "
@@ -57,15 +59,13 @@ def describe_spike(trainer: Trainer, ledger: Ledger) -> str:
     return line
 
 
-def write_report(
-    trainer: Trainer, callback: Callback, switch: SwitchState | None, ledger: Ledger, folder: Path
-) -> Path:
+def write_report(trainer: Trainer, callback: Callback, plan: PhasePlan | None, ledger: Ledger, folder: Path) -> Path:
     """Write `folder/lighthouse.json` on rank 0; it appears whole or not at all.
 
     Args:
         trainer: Its steps, ranks and device.
         callback: Its settings.
-        switch: None for a dense baseline.
+        plan: None for a dense baseline.
         ledger: Totals and validations of the whole run, resumed parts included.
         folder: Made if missing.
     """
@@ -77,8 +77,9 @@ def write_report(
             "settings": settings(callback),
             "steps": trainer.global_step,
             "total_steps": int(total) if math.isfinite(total) and total >= 0 else None,
-            "switch": switch.state_dict() if switch else None,
-            "phases": {phase: _phase(ledger.totals(phase)) for phase in (LIGHTHOUSE, DENSE)},
+            "switch": plan.switch.state_dict() if plan else None,
+            "plan": _plan(callback, plan) if plan else [],
+            "phases": {phase: _phase(ledger.totals(phase)) for phase in _names(plan, ledger)},
             "validations": [validation._asdict() for validation in ledger.validations],
             "spike": _spike(ledger),
             "probes": _probes(trainer),
@@ -97,13 +98,15 @@ def settings(callback: Callback) -> dict[str, Any]:
     return plain({name: getattr(callback, name) for name in names})
 
 
-def shown_settings(callback: Callback, switch: SwitchState | None) -> dict[str, Any]:
+def shown_settings(callback: Callback, plan: PhasePlan | None) -> dict[str, Any]:
     """The settings for TensorBoard's HPARAMS tab, with the switch step; a dense baseline has none but `enabled`."""
     values = settings(callback)
-    if switch is None:
+    if plan is None:
         return {"lighthouse/enabled": False}
     names = ("enabled", "switch_at", "return_steps", "rewarm_steps")
-    shown = {name: values[name] for name in names} | {"switch_step": switch.switch_step} | values["attention"]
+    shown = {name: values[name] for name in names} | {"switch_step": plan.switch.switch_step} | values["attention"]
+    if plan.names != [LIGHTHOUSE, DENSE]:
+        shown["phases"] = ", ".join(f"{phase.name} until {phase.until}" for phase in plan.phases)
     shown |= {f"plateau_{name}": value for name, value in (values["plateau"] or {}).items()}
     return {f"lighthouse/{name}": value for name, value in shown.items()}
 
@@ -121,6 +124,21 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def _names(plan: PhasePlan | None, ledger: Ledger) -> list[str]:
+    """The phases of the run in their order, those too that it had before its settings were changed."""
+    planned = plan.names if plan else [LIGHTHOUSE, DENSE]
+    return [*(name for name in ledger.phases if name not in planned), *planned]
+
+
+def _plan(callback: Any, plan: PhasePlan) -> list[dict[str, Any]]:
+    """What each phase was told, and where it began."""
+    phases = [
+        {"name": name, "first_step": plan.first_step(number), **asdict(phase)}
+        for number, (name, phase) in enumerate(zip(plan.names, callback.all_phases, strict=False))
+    ]
+    return [*phases, {"name": DENSE, "first_step": plan.switch.switch_step}]
+
+
 def _phase(totals: PhaseTotals) -> dict[str, Any]:
     return {
         "steps": totals.steps,
@@ -128,6 +146,8 @@ def _phase(totals: PhaseTotals) -> dict[str, Any]:
         "tokens": totals.tokens,
         "tokens_per_second": totals.tokens_per_second,
         "waiting_share": totals.waiting_share,
+        "routed_calls": totals.routed_calls,
+        "dense_calls": totals.dense_calls,
     }
 
 

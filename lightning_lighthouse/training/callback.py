@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import ReferenceType, ref
@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.checks import check_count, check_type
+from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
-from lightning_lighthouse.phases.schedule import DENSE, check_switch_at
+from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 from lightning_lighthouse.training.phased_fit import PhasedFit
@@ -33,7 +34,7 @@ class LighthouseCallback(Callback):
 
     Args:
         switch_at: When to switch: an int is an optimizer step, a float above 0 and up to 1.0 a fraction of the
-            training's steps, rounded up.
+            training's steps, rounded up. None: at 0.9 of them, or as `phases` say.
         attention: Settings of Lighthouse Attention.
         dense_layers: Attention layers that stay dense; negative numbers count from the end, None and [] for none.
             "published": the first and last two of 16 or more, else the first and last.
@@ -52,6 +53,12 @@ class LighthouseCallback(Callback):
             name the layer (docs/use/reliability.md).
         hf_assume_causal: Your statement that no training batch of a transformers model has padding or packed
             documents, so that no mask is built (docs/use/models.md). A batch that has them is an error.
+        layer_types: How the attention layers attend until the switch, as in `Phase`; None: Lighthouse in all of them.
+            `dense_layers` names layers by their place among all of them, and overrides the pattern there.
+        window: Tokens, for the types "window" and "chunk".
+        sink_tokens: First tokens that stay visible to every token of a "window" layer.
+        phases: Several phases before the dense one, instead of `switch_at`, `layer_types`, `window` and `sink_tokens`;
+            `plateau`, `return_steps` and `rewarm_steps` belong to the last switch (docs/use/phases.md).
 
     Raises:
         TypeError: A value has the wrong type.
@@ -63,7 +70,7 @@ class LighthouseCallback(Callback):
 
     def __init__(
         self,
-        switch_at: int | float = 0.9,
+        switch_at: int | float | None = None,
         attention: LighthouseConfig = LighthouseConfig(),  # noqa: B008, immutable
         dense_layers: DenseLayers = None,
         select: str | None = None,
@@ -76,6 +83,10 @@ class LighthouseCallback(Callback):
         rewarm_steps: int = 0,
         stop_on_nonfinite: bool = True,
         hf_assume_causal: bool = False,
+        layer_types: list[LayerType] | None = None,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        phases: list[Phase] | None = None,
     ) -> None:
         check_type("attention", attention, LighthouseConfig)
         check_type("select", select, str | None)
@@ -87,7 +98,12 @@ class LighthouseCallback(Callback):
         check_type("stop_on_nonfinite", stop_on_nonfinite, bool)
         check_type("hf_assume_causal", hf_assume_causal, bool)
         check_layers(dense_layers)
-        self.switch_at = check_switch_at(switch_at)
+        phases_asked(switch_at, layer_types, window, sink_tokens, phases)
+        self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
+        self.layer_types = layer_types
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.phases = phases
         self.plateau = plateau
         self.return_steps = check_count("return_steps", return_steps)
         self.rewarm_steps = check_count("rewarm_steps", rewarm_steps)
@@ -108,6 +124,11 @@ class LighthouseCallback(Callback):
         self._trainer: ReferenceType[Trainer] | None = None
         self._fit: PhasedFit | None = None
 
+    @property
+    def all_phases(self) -> Sequence[Phase]:
+        """The phases before the dense one, also where one is given by `switch_at`."""
+        return phases_asked(self.switch_at, self.layer_types, self.window, self.sink_tokens, self.phases)
+
     # Constant, so that a changed setting still finds the state of the run.
     @property
     def state_key(self) -> str:
@@ -124,7 +145,7 @@ class LighthouseCallback(Callback):
             self._loaded = RunState.from_state_dict(state_dict)
 
     def phase_at(self, step: int) -> str:
-        """LIGHTHOUSE or DENSE: how the batch trains that begins after `step` optimizer steps."""
+        """The name of the phase in which the batch trains that begins after `step` optimizer steps."""
         return DENSE if self._fit is None else self._fit.phase_at(step)
 
     @contextmanager

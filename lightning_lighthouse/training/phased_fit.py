@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,10 +20,13 @@ from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
 from lightning_lighthouse.phases.ledger import PhaseTotals
+from lightning_lighthouse.phases.phase import Phase
+from lightning_lighthouse.phases.plan import PhasePlan, describe_switch
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
-from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, RETURN_GROUPS, SwitchState
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, RETURN_GROUPS
 from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_recompile
+from lightning_lighthouse.routing.reasons import REMEDIES, ROUTED
 from lightning_lighthouse.routing.targets import DenseLayers
 from lightning_lighthouse.runs.curves import PhaseCurves
 from lightning_lighthouse.runs.final_weights import is_sharded, write_final
@@ -33,13 +37,12 @@ from lightning_lighthouse.training.parallel import check_tensor_parallel, free_g
 from lightning_lighthouse.training.rank_watch import watched_ranks
 from lightning_lighthouse.training.rewarm import Rewarm
 from lightning_lighthouse.training.stopwatch import Stopwatch, count_tokens, timed_fetches
-from lightning_lighthouse.training.switching import apply_rule, describe_start, describe_switch, resolve_switch
+from lightning_lighthouse.training.switching import apply_rule, describe_start, resolve_plan
 
 
 class Settings(Protocol):
     """What a fit is told; `LighthouseCallback` describes each."""
 
-    switch_at: int | float
     attention: LighthouseConfig
     dense_layers: DenseLayers
     select: str | None
@@ -52,6 +55,10 @@ class Settings(Protocol):
     rewarm_steps: int
     stop_on_nonfinite: bool
     hf_assume_causal: bool
+
+    @property
+    def all_phases(self) -> Sequence[Phase]:
+        """The phases before the dense one, also where one is given by `switch_at`."""
 
 
 class PhasedFit:
@@ -77,9 +84,16 @@ class PhasedFit:
         self._rewarm: Rewarm | None = None
         self._guard = FiniteGuard(settings.stop_on_nonfinite)
         self._step = 0
+        # of the batch before
+        self._step_before = 0
+        # the phase whose attention the patch has
+        self._attending = 0
         # whether the last batch left an optimizer step unfinished
         self._mid_step = False
         self._phase = DENSE
+        # why calls stayed dense, as far as the user knows
+        self._known_reasons: set[str] = set()
+        self._calls: Counter[str] = Counter()
         # where the final weights go, once the training has ended
         self._folder: Path | None = None
         self._contexts = ExitStack()
@@ -102,29 +116,46 @@ class PhasedFit:
             self._contexts.enter_context(context)
         if not settings.enabled:
             return
-        if settings.return_steps:
-            self._contexts.enter_context(room_to_recompile(RETURN_GROUPS))
+        phases = settings.all_phases
+        # a frame is compiled once for each type of each phase; one of them, and dense, always had room
+        variants = sum(len(set(phase.layer_types) - {DENSE}) for phase in phases)
+        room = max(0, variants - 1) + (RETURN_GROUPS if settings.return_steps else 0)
+        if room:
+            self._contexts.enter_context(room_to_recompile(room))
         try:
-            check_backend(settings.attention, module.device)
+            for phase in phases:
+                check_backend(phase.attention or settings.attention, module.device)
+            self._patch = patch_attention(
+                module,
+                settings.attention,
+                dense_layers=settings.dense_layers,
+                select=settings.select,
+                hf_assume_causal=settings.hf_assume_causal,
+            )
+            self._contexts.callback(self._patch.restore)
+            # each once, so that no phase fails when it begins
+            for phase in reversed(phases):
+                self._attend(phase)
         except ValueError as error:
             raise SettingError(str(error)) from None
-        self._patch = patch_attention(
-            module,
-            settings.attention,
-            dense_layers=settings.dense_layers,
-            select=settings.select,
-            hf_assume_causal=settings.hf_assume_causal,
+
+    def _attend(self, phase: Phase) -> None:
+        assert self._patch is not None
+        self._patch.attend(
+            phase.layer_types,
+            config=phase.attention or self._settings.attention,
+            window=phase.window,
+            sink_tokens=phase.sink_tokens,
         )
-        self._contexts.callback(self._patch.restore)
 
     @property
-    def _switch(self) -> SwitchState | None:
-        """The switch that this run follows; none for a dense baseline, also one that goes on from another run."""
-        return self._run.switch if self._settings.enabled else None
+    def _plan(self) -> PhasePlan | None:
+        """What this run follows; None for a dense baseline, also one that goes on from another run."""
+        return self._run.plan if self._settings.enabled else None
 
     def phase_at(self, step: int) -> str:
-        """LIGHTHOUSE or DENSE: how the batch trains that begins after `step` optimizer steps."""
-        return DENSE if self._patch is None or self._switch is None else self._switch.phase(step)
+        """The name of the phase in which the batch trains that begins after `step` optimizer steps."""
+        return DENSE if self._patch is None or self._plan is None else self._plan.name(step)
 
     @contextmanager
     def lend_patch(self) -> Iterator[Patch]:
@@ -149,14 +180,12 @@ class PhasedFit:
         settings, trainer = self._settings, self._trainer
         mend_resume(trainer)
         self._run = run
-        self._curves = curves = PhaseCurves(trainer, trainer.global_step, settings.validation_metric)
-        self._contexts.callback(curves.close)
         if self._patch is not None:
-            run.switch = resolve_switch(
+            run.plan = resolve_plan(
                 trainer,
                 self._module,
-                run.switch,
-                switch_at=settings.switch_at,
+                run.plan,
+                phases=settings.all_phases,
                 plateau=settings.plateau,
                 return_steps=settings.return_steps,
                 rewarm_steps=settings.rewarm_steps,
@@ -165,10 +194,18 @@ class PhasedFit:
             if settings.rewarm_steps:
                 self._rewarm = Rewarm(trainer.optimizers)
                 self._contexts.callback(self._rewarm.remove)
-            names = [name or type(self._module).__name__ for name in self._patch.targets]
-            curves.text(trainer.global_step, describe_start(trainer, run.switch, settings.plateau, names))
+        names = self._plan.names if self._plan is not None else [LIGHTHOUSE, DENSE]
+        for name in names:
+            # in the order of the run
+            run.ledger.totals(name)
+        self._curves = curves = PhaseCurves(trainer, trainer.global_step, settings.validation_metric, names)
+        self._contexts.callback(curves.close)
+        if self._patch is not None and self._plan is not None:
+            layers = [name or type(self._module).__name__ for name in self._patch.routed]
+            curves.text(trainer.global_step, describe_start(trainer, self._plan, settings.plateau, layers))
+        self._step_before = trainer.global_step - 1
         assert isinstance(settings, Callback)
-        run.shown = curves.hyperparameters(shown_settings(settings, self._switch), run.shown)
+        run.shown = curves.hyperparameters(shown_settings(settings, self._plan), run.shown)
         self._events.publish(FitStart(trainer.global_step, self.phase_at(trainer.global_step)))
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
@@ -177,36 +214,44 @@ class PhasedFit:
         self._guard.start_batch(self._module, batch, batch_idx)
         self._step = self._trainer.global_step
         self._phase = self.phase_at(self._step)
-        if self._patch is not None and self._switch is not None:
-            self._set_phase(self._patch, self._switch)
+        if self._patch is not None and self._plan is not None:
+            self._set_phase(self._patch, self._plan)
+        self._step_before = self._step
         self._events.publish(BatchStart(self._step, self._phase))
 
-    def _set_phase(self, patch: Patch, switch: SwitchState) -> None:
+    def _set_phase(self, patch: Patch, plan: PhasePlan) -> None:
+        switch, number = plan.switch, plan.number(self._step)
         if self._rewarm is not None:
             self._rewarm.start_batch(switch.rate_factor(self._step))
-        if self._phase == DENSE:
-            if not switch.switched:
-                self._switch_to_dense(switch)
+        is_dense = number == len(plan.phases)
+        if not switch.switched if is_dense else number != plan.number(max(0, self._step_before)):
+            self._begin_phase(plan, number)
+        if is_dense:
             patch.dense()
             return
+        if number != self._attending:
+            self._attend(self._settings.all_phases[number])
+            self._attending = number
         patch.set_step(self._step)
         patch.on()
-        names = list(patch.targets)
+        names = patch.routed
         num_returned = switch.layers_returned(self._step, len(names))
         patch.hand_back(names[len(names) - num_returned :])
         # once a step, also where it accumulates batches
         if num_returned > switch.layers_returned(self._step - 1, len(names)) and not self._mid_step:
             self._restart_spike_detection()
 
-    def _switch_to_dense(self, switch: SwitchState) -> None:
-        switch.switched = True
+    def _begin_phase(self, plan: PhasePlan, number: int) -> None:
+        """Mark the switch to a phase; the one to dense is final."""
+        plan.switch.switched = number == len(plan.phases)
+        before = plan.names[number - 1]
         if self._step > 0:
-            self._events.publish(Switch(self._step, DENSE, LIGHTHOUSE))
+            self._events.publish(Switch(self._step, self._phase, before))
         assert self._curves is not None
-        self._curves.meet()
+        self._curves.meet(before)
         free_gradients(self._trainer)
         if self._step > 0:
-            self._say(describe_switch(switch))
+            self._say(describe_switch(plan, number))
             self._restart_spike_detection()
 
     def note_loss(self, loss: Tensor) -> None:
@@ -224,17 +269,19 @@ class PhasedFit:
         self.leave_phase()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         # a batch that training_step passes over has routed nothing
-        if self._patch is not None and self._patch.is_audited and (self._patch.has_run or loss is not None):
-            self._finish_audit(self._patch)
         assert self._curves is not None
         trainer, totals = self._trainer, self._totals
+        if self._patch is not None and (self._patch.has_run or loss is not None):
+            self._count_calls(self._patch, totals)
+            if self._patch.is_audited:
+                self._finish_audit(self._patch)
         if isinstance(loss, Tensor):
             # Lightning hands out the part of the loss that this batch adds to an accumulated step
             scale = trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
             self._curves.add_loss(loss * scale)
         steps_done = trainer.global_step - self._step
         self._mid_step = steps_done == 0
-        next_phase = self._switch.phase(trainer.global_step) if self._switch else DENSE
+        next_phase = self._plan.name(trainer.global_step) if self._plan else DENSE
         if steps_done:
             self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
         totals.steps += steps_done
@@ -256,8 +303,8 @@ class PhasedFit:
             ledger.add_validation(trainer.global_step, self._phase, loss)
             if line := describe_spike(trainer, ledger):
                 self._say(line, trainer.global_step)
-        if self._settings.plateau is not None and self._switch is not None:
-            apply_rule(trainer, self._settings.plateau, self._switch, ledger, mid_step=self._mid_step)
+        if self._settings.plateau is not None and self._plan is not None:
+            apply_rule(trainer, self._settings.plateau, self._plan, ledger, mid_step=self._mid_step)
 
     def pause(self) -> None:
         """Something else than training begins."""
@@ -274,14 +321,14 @@ class PhasedFit:
         self.leave_phase()
         self._drain()
         trainer, run = self._trainer, self._run
-        tell_summary(trainer, self._switch, run.ledger)
+        tell_summary(trainer, self._plan, run.ledger)
         self._events.publish(FitEnd(trainer.global_step, self._phase))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # log_dir is broadcast: every rank asks
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         assert isinstance(self._settings, Callback)
-        write_report(trainer, self._settings, self._switch, run.ledger, folder)
+        write_report(trainer, self._settings, self._plan, run.ledger, folder)
         wrapped = trainer.strategy.model
         if wrapped is not None and is_sharded(wrapped):
             rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, wrapped, folder)}")
@@ -316,6 +363,24 @@ class PhasedFit:
         assert self._curves is not None
         if restart_spike_detection(self._trainer.callbacks):  # type: ignore[attr-defined]
             self._curves.text(self._step, "the window of SpikeDetection starts anew")
+
+    def _count_calls(self, patch: Patch, totals: PhaseTotals) -> None:
+        """Count what became of this batch's calls, and tell of a reason to stay dense that comes up behind the audit.
+
+        A compiled frame that runs again leaves no note: then the batch counts as the last one that left any.
+        """
+        if self._phase == DENSE:
+            return
+        self._calls = patch.count_calls() or self._calls
+        totals.routed_calls += self._calls[ROUTED]
+        totals.dense_calls += self._calls.total() - self._calls[ROUTED]
+        reasons = set(self._calls) - {ROUTED} - self._known_reasons
+        self._known_reasons |= reasons
+        for reason in [] if patch.is_audited else sorted(reasons):
+            rank_zero_warn(
+                f"Lighthouse: attention calls stay dense in step {self._step}, the first to do so: {reason} "
+                f"({REMEDIES.get(reason, 'see docs/use/models.md')})"
+            )
 
     def _finish_audit(self, patch: Patch) -> None:
         try:

@@ -36,7 +36,7 @@ BAD_FLAGS = {
     "wrong type": (["--model.width", "wide"], "model.init_args.width must be int, got 'wide'"),
     "wrong type, union": (
         ["--lighthouse.switch_at", "ninety"],
-        "lighthouse.switch_at must be int or float, got 'ninety'",
+        "lighthouse.switch_at must be int or float or null, got 'ninety'",
     ),
     "wrong choice": (
         ["--lighthouse.attention.combine", "men"],

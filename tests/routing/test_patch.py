@@ -494,7 +494,7 @@ def test_scope_is_left_after_an_exception():
     with patch_attention(model, CONFIG) as patch:
         with pytest.raises(FloatingPointError):
             model(tokens())
-        assert not patch.scope.is_entered
+        assert not patch.scope.layer_type
         patch.unrouted()
         q = heads(2)
         assert torch.equal(F.scaled_dot_product_attention(q, q, q, is_causal=True), stock_sdpa(q, q, q, is_causal=True))

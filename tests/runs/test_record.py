@@ -203,10 +203,10 @@ def test_the_validations_around_the_switch():
     assert ledger.after_switch is None
     ledger.validations += [Validation(3, 0.0, "dense", 5.0), Validation(4, 0.0, "dense", 1.0)]
     assert (ledger.before_switch.step, ledger.after_switch.step, ledger.last_validation.step) == (2, 3, 4)
-    assert ledger.lighthouse_validations == []
+    assert [v.step for v in ledger.validations_of_this_phase] == [3, 4]
     # a run that went back to Lighthouse
     ledger.validations.append(Validation(5, 0.0, "lighthouse", 1.0))
-    assert [v.step for v in ledger.lighthouse_validations] == [5]
+    assert [v.step for v in ledger.validations_of_this_phase] == [5]
     assert Ledger.from_state_dict(ledger.state_dict()) == ledger
     assert Ledger.from_state_dict({"lighthouse": {}, "dense": {}}).validations == []
 
