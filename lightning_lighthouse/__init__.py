@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_lighthouse.data.settings import WeightedSource
     from lightning_lighthouse.evaluation.leak_probe import FutureLeakProbe
     from lightning_lighthouse.huggingface.trainer_callback import LighthouseTrainerCallback
+    from lightning_lighthouse.phases.phase import Phase
     from lightning_lighthouse.phases.plateau import PlateauRule
     from lightning_lighthouse.routing.adapters.transformers_mask import register_lighthouse_sdpa
     from lightning_lighthouse.routing.calls import causal_attention
@@ -32,6 +33,7 @@ _HOMES = {
     "LighthouseCallback": "training.callback",
     "LighthouseConfig": "attention.config",
     "LighthouseRecipe": "data.module",
+    "Phase": "phases.phase",
     "PlateauRule": "phases.plateau",
     "WeightedSource": "data.settings",
     "LighthouseTrainerCallback": "huggingface.trainer_callback",
@@ -48,6 +50,7 @@ __all__ = [
     "LighthouseConfig",
     "LighthouseRecipe",
     "LighthouseTrainerCallback",
+    "Phase",
     "PlateauRule",
     "WeightedSource",
     "causal_attention",

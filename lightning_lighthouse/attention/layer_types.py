@@ -44,9 +44,9 @@ def check_layer_types(layer_types: Sequence[str], window: int | None, sink_token
     if windowed and window is None:
         raise ValueError(f"window must be given with layer_types {windowed[0]!r}: how many tokens it sees")
     if window is not None and not windowed:
-        raise ValueError(f"window={window} is for layer_types 'window' and 'chunk', got {list(layer_types)!r}")
+        raise ValueError(f"window is for layer_types 'window' and 'chunk', got {window} with {list(layer_types)!r}")
     if sink_tokens and WINDOW not in layer_types:
-        raise ValueError(f"sink_tokens={sink_tokens} is for layer_types 'window', got {list(layer_types)!r}")
+        raise ValueError(f"sink_tokens is for layer_types 'window', got {sink_tokens} with {list(layer_types)!r}")
     return tuple(layer_types)
 
 

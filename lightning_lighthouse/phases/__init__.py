@@ -2,6 +2,7 @@
 
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, PhaseEvents, Switch, phase_events
 from lightning_lighthouse.phases.ledger import Ledger, PhaseTotals, Validation
+from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, SwitchState
 
@@ -13,6 +14,7 @@ __all__ = [
     "FitEnd",
     "FitStart",
     "Ledger",
+    "Phase",
     "PhaseEvents",
     "PhaseTotals",
     "PlateauRule",

@@ -75,7 +75,8 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The instance forward of a routed module: its former forward, with the scope entered."""
     scope = self._lighthouse_scope
     outer_type = scope.layer_type
-    layer_type = self._lighthouse_route.layer_type
+    # only there: a dense frame must not depend on the type, which would be a frame for each
+    layer_type = self._lighthouse_route.layer_type if scope.is_on else DENSE
     is_routed = layer_type != DENSE
     scope.layer_type = layer_type if is_routed else ""
     is_inference = False
@@ -83,14 +84,14 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outer = scope.layer, scope.autograd_mark
         scope.layer, scope.autograd_mark = self, autograd_mark()
         is_inference = not scope.with_inference and not self.training and is_without_gradients()
-    if is_routed and scope.is_on:
+    if is_routed:
         note(INFERENCE if is_inference else ENTERED)
     if is_inference:
         scope.layer_type = ""
     try:
         out = _run(self, scope, args, kwargs)
         # while tracing no layer is known, so the audit counts calls between entry and exit
-        if torch.compiler.is_compiling() and is_routed and scope.is_on:
+        if torch.compiler.is_compiling() and is_routed:
             note(EXITED)
         return out
     finally:

@@ -201,7 +201,7 @@ class PhasedFit:
         self._curves = curves = PhaseCurves(trainer, trainer.global_step, settings.validation_metric, names)
         self._contexts.callback(curves.close)
         if self._patch is not None and self._plan is not None:
-            layers = [name or type(self._module).__name__ for name in self._patch.routed]
+            layers = [name or type(self._module).__name__ for name in self._patch.targets]
             curves.text(trainer.global_step, describe_start(trainer, self._plan, settings.plateau, layers))
         self._step_before = trainer.global_step - 1
         assert isinstance(settings, Callback)

@@ -73,3 +73,52 @@ def test_a_run_writes_its_report():
     assert report["settings"]["plateau"]["patience"] == 2
     assert report["phases"]["dense"]["steps"] == report["steps"] == 4
     assert report["validations"]
+
+
+PHASES = """
+lighthouse:
+  attention: {num_levels: 2, pooling_factor: 2, top_k: 8}
+  phases:
+  - {until: 0.2, layer_types: [chunk], window: 32}
+  - {until: 0.9, layer_types: [window, lighthouse], window: 16, attention: {top_k: 4}}
+"""
+
+
+def test_phases_stand_in_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE.split("lighthouse:")[0])
+    Path("phases.yaml").write_text(PHASES)
+    parsed = config(capsys, "-c", "recipe.yaml", "-c", "phases.yaml")["lighthouse"]
+    assert [phase["until"] for phase in parsed["phases"]] == [0.2, 0.9]
+    assert parsed["phases"][1]["attention"]["top_k"] == 4
+    assert parsed["switch_at"] is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("phases=[{until: 0.5, windo: 3}]", "lighthouse.phases[0].windo is not a known key; did you mean window?"),
+        ("phases=[{layer_types: [dense]}]", "lighthouse.phases[0].until is required"),
+        ("phases=[{until: 1.5}]", "lighthouse.phases[0].until must be a step (an int >= 0) or a fraction"),
+        ("phases=[{until: 0.5, layer_types: [windw]}]", "lighthouse.phases[0].layer_types must be list of"),
+        ("phases=[{until: 0.5, layer_types: [window]}]", "lighthouse.phases[0].window must be given with layer_types"),
+        ("phases=[{until: 0.5},{until: 0.3}]", "lighthouse.phases must end in rising order, got until 0.5, 0.3"),
+        ("layer_types=[window]", "lighthouse.window must be given with layer_types 'window'"),
+        ("sink_tokens=2", "lighthouse.sink_tokens is for layer_types 'window', got 2 with ['lighthouse']"),
+    ],
+)
+def test_a_wrong_phase_is_one_line(tmp_path, monkeypatch, capsys, flag, line):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE.split("lighthouse:")[0])
+    assert cli.main(["check", "recipe.yaml", f"--lighthouse.{flag}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"lighthouse: {line}")
+    assert err.count("\n") == 1
+
+
+def test_both_forms_at_once_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE.split("lighthouse:")[0])
+    Path("phases.yaml").write_text(PHASES)
+    assert cli.main(["check", "recipe.yaml", "-c", "phases.yaml", "--lighthouse.switch_at", "0.5"]) == 2
+    assert "phases and switch_at cannot both be given: a phase has its own" in capsys.readouterr().err

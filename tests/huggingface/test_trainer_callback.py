@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from families import CONFIG, GROUPED, LAYERS, build_transformers, transformers_by_hand
 from foreign import VOCABULARY
 
-from lightning_lighthouse import notices, register_lighthouse_sdpa
+from lightning_lighthouse import Phase, notices, register_lighthouse_sdpa
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.routing.scope import scopes
@@ -284,3 +285,36 @@ def test_wrong_arguments_are_quoted(arguments, error, words):
     with pytest.raises(error) as caught:
         LighthouseTrainerCallback(**arguments)
     assert words in str(caught.value)
+
+
+PHASES = [
+    Phase(until=2, layer_types=["chunk"], window=16),
+    Phase(until=5, layer_types=["window", "lighthouse"], window=8, sink_tokens=1),
+]
+
+
+class Types(transformers.TrainerCallback):
+    """How the first and the last layer attend in each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, model, **others):
+        layers = [part for part in model.modules() if "_lighthouse_route" in vars(part)]
+        is_on = layers[0]._lighthouse_scope.is_on
+        self.seen.append(
+            [layer._lighthouse_route.layer_type if is_on else "stock" for layer in (layers[0], layers[-1])]
+        )
+
+
+def test_several_phases_and_a_resume_in_the_second(tmp_path):
+    whole, resumed = Types(), Types()
+    saving = {"steps": 7, "save_strategy": "steps", "save_steps": 3}
+    callback = LighthouseTrainerCallback(attention=CONFIG, phases=PHASES)
+    _, losses, _ = trained(tmp_path, callback, callbacks=[whole], **saving)
+    again = LighthouseTrainerCallback(attention=CONFIG, phases=[asdict(phase) for phase in PHASES])
+    resume = str(tmp_path / "checkpoint-3")
+    _, later, _ = trained(tmp_path / "again", again, callbacks=[resumed], resume=resume, **saving)
+    assert whole.seen == [["chunk", "chunk"]] * 2 + [["window", "lighthouse"]] * 3 + [["stock", "stock"]] * 2
+    assert resumed.seen == whole.seen[3:]
+    assert later.train == losses.train[3:]
