@@ -13,8 +13,9 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lighthouse.checks import SettingError
-from lightning_lighthouse.cli.fit import LighthouseCLI, asks_help, drop_notices
-from lightning_lighthouse.cli.recipe import SWITCHES, UsageError
+from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
+from lightning_lighthouse.cli.recipe import SWITCHES, UsageError, asks_help
+from lightning_lighthouse.cli.recipes import require_recipe
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.plan import resolve_phases
@@ -104,6 +105,7 @@ def check(arguments: Sequence[str]) -> int:
     for argument in arguments:
         is_value = bool(given) and given[-1].startswith("-") and "=" not in given[-1] and given[-1] not in SWITCHES
         given += [argument] if argument.startswith("-") or is_value else ["-c", argument]
+    require_recipe("check", given)
     # the model is built without memory
     with quiet_lightning(), torch.device("meta"):
         RecipeCheck(given)

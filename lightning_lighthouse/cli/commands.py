@@ -7,7 +7,6 @@ commands that train, so that the others answer at once.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import threading
@@ -16,12 +15,16 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from lightning_lighthouse.cli.recipe import UsageError, nearest
+from lightning_lighthouse.cli.recipes import require_recipe
+
 DONE, FAILED, MISUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 128 + 2, 128 + 15
 
 COMMANDS = {
     "fit": "Train a model with Lighthouse Attention, then dense: -c RECIPE.yaml [--KEY VALUE ...].",
     "validate": "Evaluate a checkpoint on the validation data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
     "test": "Evaluate a checkpoint on the test data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
+    "recipes": "List the recipes that ship, or write one out: NAME > my.yaml.",
     "check": "Say everything that is wrong with a recipe, without training: RECIPE.yaml [--KEY VALUE ...].",
     "prepare": "Turn documents into packed tokens for training.",
     "verify": "Compare prepared data with its manifest.",
@@ -30,6 +33,7 @@ COMMANDS = {
 }
 # Commands with a main of their own, which returns the exit status
 PROGRAMS = {
+    "recipes": "lightning_lighthouse.cli.recipes",
     "prepare": "lightning_lighthouse.cli.prepare",
     "verify": "lightning_lighthouse.cli.verify",
     "bench": "lightning_lighthouse.cli.bench",
@@ -84,19 +88,19 @@ def _run(arguments: list[str]) -> int:
     if command.startswith("-"):
         return _refuse(f"{command} comes before the command; write lighthouse fit {command} ...")
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(command, list(COMMANDS))
         return _refuse(f"{command!r} is not a command; allowed: {', '.join(COMMANDS)}{hint}")
     if command in PROGRAMS:
         return int(import_module(PROGRAMS[command]).main(rest))
-    # Lightning takes seconds to import
     if command == "check":
-        from lightning_lighthouse.cli import check as cli_rehearsal
+        # Lightning takes seconds to import
+        from lightning_lighthouse.cli.check import check
 
-        return cli_rehearsal.check(rest)
-    from lightning_lighthouse.cli import fit as cli_lightning
+        return check(rest)
+    require_recipe(command, rest)
+    from lightning_lighthouse.cli.fit import run
 
-    return cli_lightning.run(command, rest)
+    return run(command, rest)
 
 
 def _refuse(problem: str) -> int:
@@ -150,7 +154,6 @@ def _end_with_parent() -> None:
 def _explain(error: Exception) -> tuple[Sequence[str], int]:
     """The lines and the exit status for an error; no lines for one that only its traceback explains."""
     from lightning_lighthouse.checks import SettingError
-    from lightning_lighthouse.cli.recipe import UsageError
 
     if isinstance(error, UsageError):
         return error.problems, MISUSED

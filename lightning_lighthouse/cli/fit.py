@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lighthouse.cli.checkpoints import loaded_as_data, resolve_checkpoint
-from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, UsageError, read, split
+from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, UsageError, asks_help, read, split
 from lightning_lighthouse.cli.recipe_check import Checker
 from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
@@ -283,11 +283,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     drop_notices()
     LighthouseCLI(command, arguments)
     return 0
-
-
-def asks_help(arguments: Sequence[str]) -> bool:
-    """Whether arguments ask for help, of a command or of a class."""
-    return any(item in ("-h", "--help") or item.partition("=")[0].endswith(".help") for item in arguments)
 
 
 def _instantiate(parser: LightningArgumentParser, config: Namespace) -> Namespace:

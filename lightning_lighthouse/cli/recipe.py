@@ -6,6 +6,7 @@ overwritten. One mistake is one line.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,17 @@ import yaml  # type: ignore[import-untyped]
 TRUSTED_ONLY = "--trusted_classes_only"
 # Options that take no value
 SWITCHES = ("--print_config", TRUSTED_ONLY)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`; did you mean ...?`, or nothing if no name is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def asks_help(arguments: Sequence[str]) -> bool:
+    """Whether arguments ask for help, of a command or of a class."""
+    return any(item in ("-h", "--help") or item.partition("=")[0].endswith(".help") for item in arguments)
 
 
 class UsageError(Exception):

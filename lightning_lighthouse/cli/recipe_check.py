@@ -2,12 +2,11 @@
 
 A parser's own message for a wrong key names neither the nearest key nor, inside a class, where the key stands; for a
 union it runs over fifteen lines. So each key given in a file or as a flag is looked up here in the parser that will
-read it, and each value is tried alone against that key's type. What passes is then parsed for good by `cli_lightning`.
+read it, and each value is tried alone against that key's type. What passes is then parsed for good in `fit`.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import types
 from argparse import SUPPRESS, Action, ArgumentError
@@ -18,12 +17,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_lighthouse.cli.recipe import Raw, Section, UsageError, load, located, plain
+from lightning_lighthouse.cli.recipe import Raw, Section, UsageError, load, located, nearest, plain
 from lightning_lighthouse.cli.trust import RULE, is_trusted, names_code, strings_in, untrusted_classes
 
 # A recipe writes this where only the user knows the value
 REQUIRED = "???"
-# A longer list of keys does not fit in a line; `lighthouse fit --help` shows it
+# A longer list of keys does not fit in a line; `lighthouse fit --help.all` shows it
 LISTED_KEYS = 16
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 
@@ -115,7 +114,7 @@ class Checker:
 
     def _unknown(self, full: str, key: str, siblings: Sequence[str], where: str) -> None:
         listed = f" (known: {', '.join(siblings)})" if len(siblings) <= LISTED_KEYS else ""
-        self._note(where, f"{full} is not a known key{_nearest(key, siblings)}{listed}")
+        self._note(where, f"{full} is not a known key{nearest(key, siblings)}{listed}")
 
     def _leaf(self, key: str, value: Any, action: Action, full: str, where: str) -> dict[str, Any]:
         """Check one value; return it under its key, or nothing."""
@@ -216,12 +215,6 @@ def _built(value: Any, kinds: Sequence[type]) -> Any:
     return record(**vars(value)) if record is not None and isinstance(value, Namespace) else value
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing if no name is near."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _known(parser: ArgumentParser) -> dict[str, Action]:
     """The keys that hold a value, groups and `--help` apart."""
     return {a.dest: a for a in parser._actions if a.default != SUPPRESS and a.dest != "config"}
@@ -248,7 +241,7 @@ def _refusal(value: Any, hint: Any) -> str:
         options = [str(option) for option in _options(hint)]
         words = _describe(hint)
         allowed = f"one of {', '.join(words)}" if len(words) > 3 else " or ".join(words)
-        return f"must be {allowed}, got {_shown(value)}{_nearest(str(value), options)}"
+        return f"must be {allowed}, got {_shown(value)}{nearest(str(value), options)}"
     return ""
 
 
@@ -299,7 +292,7 @@ def _import(class_path: str, bases: tuple[type, ...]) -> type:
     if not dot:
         subclasses = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
         if name not in subclasses:
-            raise ImportError(_nearest(name, list(subclasses)))
+            raise ImportError(nearest(name, list(subclasses)))
         return subclasses[name]
     try:
         module = importlib.import_module(module_name)
@@ -307,7 +300,7 @@ def _import(class_path: str, bases: tuple[type, ...]) -> type:
     except (ImportError, ValueError, TypeError) as error:
         raise ImportError(f": {error}") from error
     if not hasattr(module, name):
-        raise ImportError(_nearest(name, dir(module)))
+        raise ImportError(nearest(name, dir(module)))
     found = getattr(module, name)
     if not isinstance(found, type) or (bases and not issubclass(found, bases)):
         raise ImportError(", which is none")

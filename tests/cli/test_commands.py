@@ -33,7 +33,7 @@ def test_help_lists_every_command(capsys):
         assert sum(line.split()[:1] == [command] for line in lines) == 1
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "check", "prepare", "verify"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "recipes", "check", "prepare", "verify"])
 def test_each_command_has_help(capsys, command):
     assert cli.main([command, "--help"]) == 0
     usage = capsys.readouterr().out.splitlines()[0]

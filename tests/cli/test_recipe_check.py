@@ -311,7 +311,8 @@ CHECKED = {
 @pytest.mark.parametrize(("flags", "line"), CHECKED.values(), ids=CHECKED)
 def test_check_refuses_what_fit_would(capsys, flags, line):
     settings = ["--data.seq_len", "128", "--trainer.max_steps", "20", "--lighthouse.attention.top_k", "8"]
-    status = cli.main(["check", *settings, *flags])
+    Path("empty.yaml").write_text("{}\n")
+    status = cli.main(["check", "empty.yaml", *settings, *flags])
     out, err = capsys.readouterr()
     if line is None:
         assert (status, out, err) == (0, "ok\n", "")

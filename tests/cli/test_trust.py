@@ -104,8 +104,9 @@ def test_what_is_not_trusted_is_named_and_not_imported(capsys, text, line, comma
 
 
 def test_flags_are_held_to_it_too(capsys):
+    Path("empty.yaml").write_text("{}\n")
     for flags in (["--model", "foreign_guest.Model"], ["--model.class_path", "foreign_guest.Model"]):
-        assert RULE in refusal(capsys, "fit", *flags, "--trusted_classes_only")
+        assert RULE in refusal(capsys, "fit", "-c", "empty.yaml", *flags, "--trusted_classes_only")
     assert not Path("imported").exists()
     line = "--trusted_classes_only takes no value, got 'false'"
     assert refusal(capsys, "fit", "--trusted_classes_only=false") == line
@@ -133,7 +134,8 @@ def test_an_old_jsonargparse_is_told_of(capsys, monkeypatch):
 
     monkeypatch.setattr(cli_trust, "set_parsing_settings", old)
     line = "--trusted_classes_only needs a newer jsonargparse: pip install -U jsonargparse"
-    assert refusal(capsys, "fit", "--trusted_classes_only") == line
+    Path("shared.yaml").write_text("{}\n")
+    assert refusal(capsys, "fit", "-c", "shared.yaml", "--trusted_classes_only") == line
 
 
 def test_what_is_ours_and_lightnings_is_taken(capsys):
