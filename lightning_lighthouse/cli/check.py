@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
-from lightning_lighthouse.cli.recipe import SWITCHES, UsageError, asks_help
+from lightning_lighthouse.cli.recipe import HELP_ALL, SWITCHES, UsageError, asks_help
 from lightning_lighthouse.cli.recipes import require_recipe
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.notices import quiet_lightning
@@ -97,7 +97,8 @@ def check(arguments: Sequence[str]) -> int:
     """
     if asks_help(arguments):
         print(
-            "usage: lighthouse check RECIPE.yaml [-c MORE.yaml ...] [--KEY VALUE ...]\n\nKeys: lighthouse fit --help."
+            "usage: lighthouse check RECIPE.yaml [-c MORE.yaml ...] [--KEY VALUE ...]\n\n"
+            f"Keys: lighthouse fit --help, and all of them: lighthouse fit {HELP_ALL}."
         )
         return 0
     drop_notices()

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from lightning_lighthouse.cli.first_help import first_help
 from lightning_lighthouse.cli.recipe import UsageError, nearest
 from lightning_lighthouse.cli.recipes import require_recipe
 
@@ -93,11 +94,14 @@ def _run(arguments: list[str]) -> int:
     if command in PROGRAMS:
         return int(import_module(PROGRAMS[command]).main(rest))
     if command == "check":
-        # Lightning takes seconds to import
         from lightning_lighthouse.cli.check import check
 
         return check(rest)
+    if {"-h", "--help"} & set(rest):
+        print(first_help(command))
+        return DONE
     require_recipe(command, rest)
+    # Lightning takes seconds to import
     from lightning_lighthouse.cli.fit import run
 
     return run(command, rest)
@@ -114,8 +118,8 @@ def _help() -> str:
         "usage: lighthouse COMMAND [...]\n\n"
         f"Pre-train with Lighthouse Attention.\n\ncommands:\n{commands}\n\n"
         "Several recipes can be layered, -c BASE.yaml -c MORE.yaml: later ones win, and flags win over all.\n"
-        "lighthouse COMMAND --help shows what a command takes, lighthouse fit --model.help CLASS_PATH what a class\n"
-        "takes, and lighthouse fit ... --print_config what a run would use.\n"
+        "lighthouse COMMAND --help shows what a command takes, lighthouse fit --help.all every option, lighthouse fit\n"
+        "--model.help CLASS_PATH what a class takes, and lighthouse fit ... --print_config what a run would use.\n"
         "--trusted_classes_only refuses recipes that name classes of other packages than this one and Lightning.\n"
         "--debug, or LIGHTHOUSE_DEBUG=1, shows where an error comes from."
     )

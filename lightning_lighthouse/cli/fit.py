@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lighthouse.cli.checkpoints import loaded_as_data, resolve_checkpoint
-from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, UsageError, asks_help, read, split
+from lightning_lighthouse.cli.recipe import HELP_ALL, TRUSTED_ONLY, UsageError, asks_help, read, split
 from lightning_lighthouse.cli.recipe_check import Checker
 from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
@@ -96,7 +96,9 @@ class LighthouseCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
         self.trusted_only = TRUSTED_ONLY in arguments
-        arguments = [argument for argument in arguments if argument != TRUSTED_ONLY]
+        arguments = [
+            "--help" if argument == HELP_ALL else argument for argument in arguments if argument != TRUSTED_ONLY
+        ]
         if self.trusted_only:
             deny_imports()
         files = [] if asks_help(arguments) else split(arguments)[0]

@@ -13,6 +13,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 TRUSTED_ONLY = "--trusted_classes_only"
+# every option; `--help` shows those that people set
+HELP_ALL = "--help.all"
 # Options that take no value
 SWITCHES = ("--print_config", TRUSTED_ONLY)
 
@@ -25,7 +27,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 def asks_help(arguments: Sequence[str]) -> bool:
     """Whether arguments ask for help, of a command or of a class."""
-    return any(item in ("-h", "--help") or item.partition("=")[0].endswith(".help") for item in arguments)
+    return any(item in ("-h", "--help", HELP_ALL) or item.partition("=")[0].endswith(".help") for item in arguments)
 
 
 class UsageError(Exception):

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from cli_parts import RECIPE, config
 
 from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.cli.first_help import OPTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,41 @@ def test_each_command_has_help(capsys, command):
     usage = capsys.readouterr().out.splitlines()[0]
     assert usage.startswith("usage: lighthouse")
     assert f" {command} " in usage
+
+
+def test_the_first_screen_is_what_people_set(capsys):
+    assert cli.main(["fit", "-c", "recipe.yaml", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  -") for line in lines) == 20
+    assert max(map(len, lines)) <= 120
+    assert "Every option: lighthouse fit --help.all." in lines[-2]
+
+
+def test_all_options_are_shown_on_demand(capsys):
+    assert cli.main(["fit", "--help.all"]) == 0
+    page = capsys.readouterr().out
+    settings = config(capsys)
+    for group in ("trainer", "lighthouse", "checkpoint"):
+        assert len(settings[group]) > 8
+        assert all(f"  --{group}.{name}" in page for name in settings[group])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_the_first_screen_knows_the_defaults(capsys, command):
+    """They are written down a second time, so that help appears at once."""
+    assert cli.main([command, "--print_config"]) == 0
+    defaults = yaml.safe_load(capsys.readouterr().out)
+    assert cli.main([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    asked = [option for option in OPTIONS if command in option.commands]
+    assert len(asked) > 8
+    for option in asked:
+        group, *rest = option.key.split(".")
+        value = defaults[group]
+        for part in ["init_args", *rest] if group in ("model", "data") else rest:
+            value = value[part]
+        assert (value, type(value)) == (option.default, type(option.default)), option.key
+        assert f"\n  --{option.key} " in page
 
 
 def test_a_model_has_help(capsys):
@@ -93,7 +130,8 @@ def test_a_logger_of_another_class_needs_only_its_name(capsys):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nfrom lightning_lighthouse.cli.commands import main\nassert main(['--help']) == 0\n"
+        "import sys\nfrom lightning_lighthouse.cli.commands import main\n"
+        "assert main(['--help']) == main(['fit', '-h']) == 0\n"
         "heavy = {'torch', 'lightning', 'jsonargparse', 'litdata'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
