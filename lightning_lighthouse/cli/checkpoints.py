@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
@@ -76,27 +77,45 @@ def resolve_checkpoint(command: str, config: Namespace) -> None:
     if asked in ("auto", "last", "best"):
         if asked == "auto" and command != "fit":
             raise UsageError(f"ckpt_path must be a file, 'last' or 'best' for {command}, got 'auto'")
-        root, pattern = _checkpoints(config)
-        pattern += "best.ckpt" if asked == "best" else "last.ckpt"
-        found = max(root.glob(pattern), key=_written, default=None)
+        place = _find_runs(config)
+        name = "best.ckpt" if asked == "best" else "last.ckpt"
+        files = [folder / name for folder in place.folders if (folder / name).exists()]
+        found = max(files, key=_written, default=None)
         config.ckpt_path = None if found is None else str(found)
-        if found is not None and pattern.startswith("*"):
+        if found is not None and place.is_any_version:
             config.trainer.logger.init_args.version = found.parent.parent.name
         elif found is None and asked == "auto":
-            rank_zero_info(f"ckpt_path auto: there is no {root / pattern}, the training starts afresh")
+            rank_zero_info(f"ckpt_path auto: there is no {place.shown / name}, the training starts afresh")
         elif found is None:
-            raise FileNotFoundError(f"ckpt_path {asked}: there is no {root / pattern}; give a file, or no ckpt_path")
+            raise FileNotFoundError(
+                f"ckpt_path {asked}: there is no {place.shown / name}; give a file, or no ckpt_path"
+            )
     if config.ckpt_path is not None:
         _check_complete(str(config.ckpt_path))
 
 
-def _checkpoints(config: Namespace) -> tuple[Path, str]:
-    """Where the checkpoints of a recipe's runs are: a folder, and a pattern under it that lacks the file's name."""
+class _Place(NamedTuple):
+    """Where the checkpoints of a recipe's runs are.
+
+    Args:
+        folders: Those that may hold them. Names are the user's, and no patterns: "lr=0.1 [a]" is a version.
+        shown: How a message names them.
+        is_any_version: Whether they are those of all versions of a logger.
+    """
+
+    folders: list[Path]
+    shown: Path
+    is_any_version: bool = False
+
+
+def _find_runs(config: Namespace) -> _Place:
     if config.checkpoint.dirpath is not None:
-        return Path(config.checkpoint.dirpath), ""
+        folder = Path(config.checkpoint.dirpath)
+        return _Place([folder], folder)
     logger = config.trainer.logger
     if not logger:
-        return Path(config.trainer.default_root_dir or "."), "checkpoints/"
+        folder = Path(config.trainer.default_root_dir or ".") / "checkpoints"
+        return _Place([folder], folder)
     class_path = str(getattr(logger, "class_path", "")).rpartition(".")[-1]
     if class_path not in ("TensorBoardLogger", "CSVLogger"):
         raise UsageError(
@@ -104,8 +123,13 @@ def _checkpoints(config: Namespace) -> tuple[Path, str]:
             "is another: give a file, or set checkpoint.dirpath"
         )
     settings = logger.init_args
-    version = settings.version if isinstance(settings.version, str | None) else f"version_{settings.version}"
-    return Path(settings.save_dir) / (settings.name or ""), f"{version or '*'}/checkpoints/"
+    root = Path(settings.save_dir) / (settings.name or "")
+    if settings.version is None:
+        runs = root.iterdir() if root.is_dir() else ()
+        return _Place([run / "checkpoints" for run in runs], root / "*" / "checkpoints", is_any_version=True)
+    version = settings.version if isinstance(settings.version, str) else f"version_{settings.version}"
+    folder = root / version / "checkpoints"
+    return _Place([folder], folder)
 
 
 def _check_complete(path: str) -> None:

@@ -42,6 +42,9 @@ class Checker:
         # dotted key -> where a recipe asks the user for its value
         self.required: dict[str, str] = {}
         self.given: set[str] = set()
+        # a flag's text while it is checked, and why it is no YAML
+        self._text: Raw | None = None
+        self._unreadable = ""
         self.classes: dict[str, type] = {}
         for key, action in _known(parser).items():
             default = action.default
@@ -58,12 +61,12 @@ class Checker:
     def flag(self, key: str, text: Raw) -> dict[str, Any]:
         """Check a flag; return it as nested mappings, empty if it is wrong."""
         value: Any = text
+        self._text, self._unreadable = text, ""
         if text.lstrip()[:1] in ("{", "["):
             try:
                 value = load(text)
             except UsageError as error:
-                self.problems.append(f"{key}: {error}")
-                return {}
+                self._unreadable = str(error)
         # `--trainer.callbacks+` appends to a list
         parts = key.removesuffix("+").split(".")
         # `--model.dim` is short for `--model.init_args.dim`
@@ -72,7 +75,10 @@ class Checker:
                 parts.insert(size, "init_args")
         for part in reversed(parts):
             value = Section.of(part, value)
-        return self._trusted_section(value)
+        try:
+            return self._trusted_section(value)
+        finally:
+            self._text, self._unreadable = None, ""
 
     def missing(self) -> None:
         """Note the values that were asked for and not given."""
@@ -145,8 +151,12 @@ class Checker:
         if isinstance(value, str) and bases and not no_class:
             # the import path alone, without class_path
             return {key: self._spec(Section.of("class_path", value), bases, full)}
-        if refusal := _refusal(value, hint):
-            self._note(where, f"{full} {no_class or refusal}")
+        refusal = _refusal(value, hint)
+        if refusal and self._text is not None and not _refusal(self._text, hint):
+            # a name may begin with a bracket
+            return {key: str(self._text)}
+        if refusal:
+            self._note(where, f"{full} {self._unreadable or no_class or refusal}")
             return {}
         return {key: plain(value)}
 

@@ -47,6 +47,29 @@ def test_last_and_auto_continue_the_newest_run(capsys):
     assert yaml.safe_load((second.parent / "config.yaml").read_text()) == written
 
 
+@pytest.mark.parametrize("version", ["lr=0.001 [a]", "*", "seed?"])
+def test_a_name_is_no_pattern(version):
+    """Sweeps put their settings into names."""
+    names = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "all [1]*", "--trainer.logger.name", "what?"]
+    flags = ["-c", "recipe.yaml", *names, "--ckpt_path", "auto", "--trainer.logger.version"]
+    assert cli.main(["fit", *flags, "a", "--trainer.max_steps", "5"]) == 0
+    assert cli.main(["fit", *flags, version]) == 0
+    checkpoint = Path("all [1]*") / "what?" / version / "checkpoints/last.ckpt"
+    # afresh, although the pattern "*" would find the other run
+    assert steps(checkpoint) == 4
+    for last, more in ((6, [version]), (7, ["null"])):
+        assert cli.main(["fit", *flags, *more, "--trainer.max_steps", str(last)]) == 0
+        assert steps(checkpoint) == last
+    assert sorted(path.name for path in Path("all [1]*/what?").iterdir()) == sorted(["a", version])
+
+
+def test_checkpoints_of_a_folder_are_found_by_its_name():
+    flags = ["-c", "recipe.yaml", "--checkpoint.dirpath", "[kept]*", "--ckpt_path"]
+    assert cli.main(["fit", *flags, "auto"]) == 0
+    assert cli.main(["fit", *flags, "last", "--trainer.max_steps", "5"]) == 0
+    assert steps("[kept]*/last.ckpt") == 5
+
+
 def test_without_a_logger_no_file_of_the_user_is_written_over(folder):
     Path("recipe.yaml").rename("config.yaml")
     assert cli.main(["fit", "-c", "config.yaml", "--trainer.logger", "false"]) == 0

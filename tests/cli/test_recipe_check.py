@@ -86,6 +86,10 @@ BAD_FLAGS = {
         ["--weights_only", "false"],
         "weights_only must be true or null, got False: no checkpoint is loaded as code",
     ),
+    "brackets left open": (
+        ["--trainer.callbacks", "[{class_path: ModelSummary}"],
+        "trainer.callbacks not readable as YAML: expected ',' or ']', but got '<stream end>'",
+    ),
     "value missing": (["--trainer.max_steps"], "--trainer.max_steps needs a value: --trainer.max_steps VALUE"),
     "value without a key": (
         ["more.yaml"],

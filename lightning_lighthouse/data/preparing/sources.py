@@ -80,10 +80,18 @@ def find_files(source: str | None) -> list[Path]:
                 f"a pattern: '{source}/**/*'"
             )
         return _sorted(known, path)
-    matches = [Path(match) for match in glob.glob(source, recursive=True) if Path(match).is_file()]
+    matches = [match for match in _matches(path) if match.is_file()]
     if not matches:
         raise FileNotFoundError(f"source must be a file, a folder or a glob pattern, got {source!r}: no such file")
     return sorted(matches)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob pattern matches; its leading folders that exist are taken by name, "books [en]/*.txt"."""
+    names = [*reversed(pattern.parents), pattern]
+    literal = max((path for path in names if path.exists()), key=lambda path: len(path.parts), default=Path())
+    rest = str(pattern.relative_to(literal))
+    return [literal / match for match in glob.glob(rest, root_dir=literal, recursive=True)]
 
 
 def read_documents(files: list[Path], text_field: str) -> Iterator[Document]:

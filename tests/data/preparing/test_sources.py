@@ -51,6 +51,31 @@ def test_files_of_unknown_kind_are_told_of_or_asked_for(tmp_path: Path, caplog: 
         list(read_documents(find_files(str(tmp_path / "c.txt.gz")), "text"))
 
 
+def test_a_path_with_the_characters_of_a_pattern_is_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "books [en]*?"
+    (folder / "sub [1]").mkdir(parents=True)
+    (tmp_path / "books e").mkdir()
+    files = [folder / "[a]*.txt", folder / "b.txt", folder / "sub [1]" / "a.txt"]
+    for file in [*files, tmp_path / "books e" / "a.txt"]:
+        file.write_text(file.name)
+    assert find_files(str(folder)) == files
+    assert find_files(str(files[0])) == files[:1]
+    # in a pattern the folders that exist are names too
+    assert find_files(f"{folder}/*.txt") == files[:2]
+    assert find_files(f"{folder}/**/[ab].txt") == files[1:]
+    assert find_files(str(tmp_path / "books [e]" / "*.txt")) == [tmp_path / "books e" / "a.txt"]
+    with pytest.raises(FileNotFoundError, match="must be a file, a folder or a glob pattern"):
+        find_files(f"{folder}/*.md")
+
+
+def test_a_relative_pattern_gives_relative_files(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("[x]").mkdir()
+    Path("[x]/a.txt").write_text("a")
+    for pattern in ("[x]/*.txt", "./[x]/*.txt", "**/*.txt", "[[]x]/a*"):
+        assert find_files(pattern) == [Path("[x]/a.txt")]
+
+
 def test_zstandard(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard", reason="the zstandard package is not installed")
     lines = write_jsonl(tmp_path / "a.jsonl", texts_of(997)).read_bytes()
