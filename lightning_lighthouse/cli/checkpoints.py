@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lighthouse.cli.recipe import UsageError
+from lightning_lighthouse.cli.weights import VERSION, look_into
 from lightning_lighthouse.runs.saving import is_remote
 
 # torch.load listens to these
@@ -22,7 +23,7 @@ FORCE_DATA, FORCE_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHT
 
 
 @contextmanager
-def loaded_as_data(path: str | None) -> Iterator[None]:
+def loaded_as_data(path: Path | str | None) -> Iterator[None]:
     """Let no checkpoint run code that is loaded inside, by this process or one that it starts.
 
     Lightning itself would trust one that it downloads; and one that it loads after sharding, where the environment
@@ -53,7 +54,7 @@ def loaded_as_data(path: str | None) -> Iterator[None]:
         and_more = f", and {len(more)} more such lines" if more else ""
         raise ValueError(f"checkpoint {path} does not fit the model: {first.strip()}{and_more}") from error
     except KeyError as error:
-        if error.args != ("pytorch-lightning_version",):
+        if error.args != (VERSION,):
             raise
         raise ValueError(f"{path} is no checkpoint of a training: it holds no state to go on from") from error
     finally:
@@ -61,17 +62,22 @@ def loaded_as_data(path: str | None) -> Iterator[None]:
         os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
-def resolve_checkpoint(command: str, config: Namespace) -> None:
+def resolve_checkpoint(command: str, config: Namespace) -> Path | None:
     """Replace `--ckpt_path` auto, last or best by the newest such file of this recipe's runs, and log to that run.
+
+    What an evaluation starts from is said in a line.
 
     Args:
         command: "fit", "validate" or "test".
         config: Its settings, changed in place.
 
+    Returns:
+        The file where it holds weights that Lightning cannot load; `config` names none then.
+
     Raises:
         UsageError: auto, for another command than fit; or the logger's folders are not known here.
         FileNotFoundError: There is no such checkpoint; auto starts afresh instead.
-        ValueError: The checkpoint is not complete, or damaged.
+        ValueError: The checkpoint is not complete, or damaged, or nothing that the command can start from.
     """
     asked = config.ckpt_path
     if asked in ("auto", "last", "best"):
@@ -90,8 +96,23 @@ def resolve_checkpoint(command: str, config: Namespace) -> None:
             raise FileNotFoundError(
                 f"ckpt_path {asked}: there is no {place.shown / name}; give a file, or no ckpt_path"
             )
-    if config.ckpt_path is not None:
-        _check_complete(str(config.ckpt_path))
+    path = config.ckpt_path
+    if path is None and command != "fit":
+        rank_zero_info("ckpt_path: none is given, the weights are those that the model begins with")
+    if path is None or is_remote(path):
+        return None
+    _check_complete(Path(path))
+    with loaded_as_data(path):
+        contents = look_into(Path(path))
+    if command == "fit":
+        if not contents.can_go_on:
+            raise ValueError(_no_training(Path(path), contents.words))
+        return None
+    rank_zero_info(f"ckpt_path {path}: {contents.words}")
+    if contents.is_checkpoint:
+        return None
+    config.ckpt_path = None
+    return Path(path)
 
 
 class _Place(NamedTuple):
@@ -132,10 +153,18 @@ def _find_runs(config: Namespace) -> _Place:
     return _Place([folder], folder)
 
 
-def _check_complete(path: str) -> None:
+def _no_training(path: Path, words: str) -> str:
+    beside = path.parent / "checkpoints" / "last.ckpt"
+    last = str(beside) if beside.is_file() else "a checkpoint, checkpoints/last.ckpt in the folder of its run,"
+    return (
+        f"ckpt_path {path} holds {words}, and no training to go on from: give {last} to go on with its training, or "
+        "load the weights in a LightningModule of your own to begin another"
+    )
+
+
+def _check_complete(checkpoint: Path) -> None:
     """Refuse a file that was cut short or altered; a folder is the business of its strategy."""
-    checkpoint = Path(path)
-    if is_remote(path) or checkpoint.is_dir():
+    if checkpoint.is_dir():
         return
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")

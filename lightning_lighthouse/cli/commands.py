@@ -23,8 +23,8 @@ DONE, FAILED, MISUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 128 + 2, 128 + 15
 
 COMMANDS = {
     "fit": "Train a model with Lighthouse Attention, then dense: -c RECIPE.yaml [--KEY VALUE ...].",
-    "validate": "Evaluate a checkpoint on the validation data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
-    "test": "Evaluate a checkpoint on the test data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
+    "validate": "Evaluate a checkpoint or final.pt on the validation data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
+    "test": "Evaluate a checkpoint or final.pt on the test data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
     "recipes": "List the recipes that ship, or write one out: NAME > my.yaml.",
     "check": "Say everything that is wrong with a recipe, without training: RECIPE.yaml [--KEY VALUE ...].",
     "prepare": "Turn documents into packed tokens for training.",

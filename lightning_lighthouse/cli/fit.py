@@ -21,6 +21,7 @@ from lightning_lighthouse.cli.recipe import HELP_ALL, TRUSTED_ONLY, UsageError, 
 from lightning_lighthouse.cli.recipe_check import Checker
 from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
+from lightning_lighthouse.cli.weights import LoadWeights
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
 from lightning_lighthouse.training.callback import LighthouseCallback
@@ -92,6 +93,9 @@ class LighthouseCLI(LightningCLI):
         command: "fit", "validate" or "test".
         arguments: What follows it.
     """
+
+    # weights that Lightning cannot load, for an evaluation
+    weights: Path | None = None
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
@@ -193,7 +197,7 @@ class LighthouseCLI(LightningCLI):
         """Find the checkpoint of `--ckpt_path last`, and set what is the command line's business."""
         # a copy: what is written to config.yaml stays as it was asked for
         self.built = self.config[self.command].clone()
-        resolve_checkpoint(self.command, self.built)
+        self.weights = resolve_checkpoint(self.command, self.built)
         self.built.weights_only = True
         if torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
@@ -236,7 +240,7 @@ class LighthouseCLI(LightningCLI):
         choose_routed(targets, callback.dense_layers)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with no_trace_of_a_refusal(self.trainer), loaded_as_data(self.built.ckpt_path):
+        with no_trace_of_a_refusal(self.trainer), loaded_as_data(self.weights or self.built.ckpt_path):
             super()._run_subcommand(subcommand)
 
     def _set_seed(self) -> None:
@@ -252,6 +256,8 @@ class LighthouseCLI(LightningCLI):
         callbacks = list(given) if isinstance(given, list) else [given]
         if self.built.trainer.enable_checkpointing is not False:
             callbacks.append(self.built.checkpoint)
+        if self.weights is not None:
+            callbacks.append(LoadWeights(self.weights))
         return super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
 
     @contextmanager

@@ -127,7 +127,7 @@ def test_a_checkpoint_of_something_else_is_one_line(capsys):
     torch.save({"weight": torch.zeros(3)}, "weights.ckpt")
     checkpoints = {
         "runs/recipe/version_0/checkpoints/last.ckpt": "does not fit the model: size mismatch for layer.weight: ",
-        "weights.ckpt": "is no checkpoint of a training: it holds no state to go on from",
+        "weights.ckpt": "holds final weights, 3 numbers, and no training to go on from: give ",
     }
     for path, words in checkpoints.items():
         capsys.readouterr()

@@ -53,6 +53,16 @@ class Scorer(Model):
         self.log("test/mean", batch["tokens"].float().mean())
 
 
+class Weighed(Model):
+    """Shows what its weights give, so that others show in the metrics."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test/loss", self.training_step(batch, batch_idx))
+
+
 class Data(LightningDataModule):
     """Any LightningDataModule, with one required value."""
 
@@ -63,7 +73,7 @@ class Data(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         return DataLoader(list(torch.ones(self.num_batches, self.width)), batch_size=None)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = train_dataloader
 
 
 class Sentences(LightningDataModule):

@@ -1,0 +1,87 @@
+"""What a file of `--ckpt_path` holds; and final weights, brought into the model that is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from lightning_lighthouse.runs.final_weights import is_sharded
+
+# what every checkpoint of Lightning has
+VERSION, STATE, OPTIMIZERS = "pytorch-lightning_version", "state_dict", "optimizer_states"
+# in the folder of every checkpoint of torch.distributed
+SHARDED = ".metadata"
+
+
+class Contents(NamedTuple):
+    """What a file holds.
+
+    Args:
+        words: In words.
+        is_checkpoint: Whether Lightning can load it.
+        can_go_on: Whether a training can go on from it.
+    """
+
+    words: str
+    is_checkpoint: bool
+    can_go_on: bool
+
+
+def look_into(path: Path) -> Contents:
+    """Say what a complete file holds, or a folder; the tensors stay on the disk.
+
+    Raises:
+        UnpicklingError: More than tensors and plain values.
+        ValueError: Neither a checkpoint nor weights.
+    """
+    if (path / SHARDED).is_file():
+        return Contents("a sharded checkpoint", is_checkpoint=True, can_go_on=True)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder and no sharded checkpoint, which has a file {SHARDED}; give a file")
+    content = _read(path)
+    if isinstance(content, Mapping) and VERSION in content and STATE in content:
+        step = f"step {content.get('global_step', 'unknown')}"
+        if OPTIMIZERS in content:
+            return Contents(f"a checkpoint of {step}", is_checkpoint=True, can_go_on=True)
+        return Contents(f"a checkpoint of the weights alone, of {step}", is_checkpoint=True, can_go_on=False)
+    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
+        number = sum(value.numel() for value in content.values() if isinstance(value, Tensor))
+        return Contents(f"final weights, {number:,} numbers", is_checkpoint=False, can_go_on=False)
+    held = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+    raise ValueError(
+        f"{path} holds neither a checkpoint of Lightning nor the weights of a LightningModule, but {held or 'nothing'}"
+    )
+
+
+class LoadWeights(Callback):
+    """Brings weights into the model before it is evaluated, once it is built, wrapped and sharded.
+
+    Args:
+        path: A file like `final.pt`: the state dict of the LightningModule.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load them."""
+        weights = _read(self.path)
+        wrapped = trainer.strategy.model
+        if wrapped is not None and is_sharded(wrapped):
+            # every rank has read all of them, and keeps its part
+            options = StateDictOptions(full_state_dict=True, strict=pl_module.strict_loading)
+            set_model_state_dict(wrapped, weights, options=options)
+        else:
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+
+    on_test_start = on_validation_start
+
+
+def _read(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
