@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_lighthouse.cli.first_help import first_help
-from lightning_lighthouse.cli.recipe import UsageError, nearest
+from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, UsageError, nearest
 from lightning_lighthouse.cli.recipes import require_recipe
 
 DONE, FAILED, MISUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 128 + 2, 128 + 15
@@ -93,6 +93,9 @@ def _run(arguments: list[str]) -> int:
         return _refuse(f"{command!r} is not a command; allowed: {', '.join(COMMANDS)}{hint}")
     if command in PROGRAMS:
         return int(import_module(PROGRAMS[command]).main(rest))
+    if TRUSTED_ONLY not in rest and "" not in sys.path:
+        # a recipe may name a module of the current folder; at the end, so that it hides no package
+        sys.path.append("")
     if command == "check":
         from lightning_lighthouse.cli.check import check
 

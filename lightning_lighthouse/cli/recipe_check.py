@@ -8,6 +8,7 @@ read it, and each value is tried alone against that key's type. What passes is t
 from __future__ import annotations
 
 import importlib
+import traceback
 import types
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterator, Sequence
@@ -306,15 +307,26 @@ def _import(class_path: str, bases: tuple[type, ...]) -> type:
         return subclasses[name]
     try:
         module = importlib.import_module(module_name)
-    # ValueError and TypeError: dots in the wrong place
-    except (ImportError, ValueError, TypeError) as error:
-        raise ImportError(f": {error}") from error
+    # its own code runs, and may raise anything; ValueError and TypeError also for dots in the wrong place
+    except Exception as error:
+        raise ImportError(f": {_described(error)}") from error
     if not hasattr(module, name):
         raise ImportError(nearest(name, dir(module)))
     found = getattr(module, name)
     if not isinstance(found, type) or (bases and not issubclass(found, bases)):
         raise ImportError(", which is none")
     return found
+
+
+def _described(error: Exception) -> str:
+    """What an import raised, and where in the module's own code."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (__file__, importlib.__file__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen ") and frame.filename not in others]
+    where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+    return f"{where}{error}" if isinstance(error, ImportError) else f"{where}{type(error).__name__}: {error}"
 
 
 def _why_no_class(class_path: str, bases: tuple[type, ...]) -> str:

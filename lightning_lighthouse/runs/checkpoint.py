@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from lightning_lighthouse.runs.metric_name import metric_name
 from lightning_lighthouse.runs.saving import WholeCheckpointIO, check_writable, is_remote
 
 
@@ -119,6 +120,14 @@ class Checkpoint(ModelCheckpoint):
             return False
         is_time = time.monotonic() - self._kept_time >= self._train_time_interval.total_seconds()
         return bool(trainer.strategy.broadcast(is_time))
+
+    # the setting stays as it is, for it is part of the key under which the state of this callback is found again
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        name = metric_name(self.monitor, candidates) if self.monitor is not None else None
+        if self.monitor is not None and name in candidates:
+            candidates[self.monitor] = candidates[name]
+        return candidates
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if trainer.fit_loop._should_accumulate():

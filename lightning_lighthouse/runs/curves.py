@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.phases.schedule import DENSE
+from lightning_lighthouse.runs.metric_name import metric_name, metric_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -104,7 +105,7 @@ class PhaseCurves:
 
     def validation_loss(self, trainer: Trainer) -> float | None:
         """What the model logged in the validation that ends; None, with one warning, if it did not."""
-        loss = trainer.callback_metrics.get(self._validation_metric)
+        loss = trainer.callback_metrics.get(metric_name(self._validation_metric, trainer.callback_metrics))
         if loss is None and not self._told_of_metric:
             self._told_of_metric = True
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
@@ -175,7 +176,7 @@ class PhaseCurves:
             assert self._board is not None
             writer = SummaryWriter(str(Path(self._board.log_dir) / run), purge_step=self._first_step or None)
             charts = {
-                "loss": ["Multiline", [LOSS, self._validation_metric]],
+                "loss": ["Multiline", [LOSS, *metric_names(self._validation_metric)]],
                 "tokens per second": ["Multiline", [RATE]],
             }
             writer.add_custom_scalars({"Lighthouse": charts})

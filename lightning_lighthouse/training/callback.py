@@ -43,7 +43,8 @@ class LighthouseCallback(Callback):
         on_unroutable: What happens when a layer that should be routed stayed dense in the first routed batch.
         allow_return: Let a resumed run that has switched, or has begun to hand layers back, go back to Lighthouse
             where changed settings say so.
-        validation_metric: Name under which the model logs its validation loss.
+        validation_metric: Name under which the model logs its validation loss; where it does not log the default one,
+            "val_loss" is looked for too.
         plateau: Switch earlier where the dense validation loss stops gaining. None: at `switch_at`.
         return_steps: Hand the routed layers back to dense attention in up to 4 groups, the last layers first, over
             this many optimizer steps before the switch; 0: all of them at the switch.
