@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.runs.comparison import Run, read_report, summarize
@@ -15,7 +16,7 @@ from lightning_lighthouse.runs.record import REPORT
 
 DESCRIPTION = (
     "Compare runs: steps, training seconds, speed, dense validation losses, and the seconds that each needed to reach "
-    "the final loss of one of them."
+    "the final loss of one of them. A run without a report is left out, with a line that says so."
 )
 
 
@@ -37,18 +38,15 @@ def table(runs: Sequence[Run]) -> str:
     ]
     rows = [head]
     for run in runs:
-        both = run.lighthouse_steps and run.dense_steps
         speeds = [run.lighthouse_tokens_per_second, run.dense_tokens_per_second]
         waiting = [run.lighthouse_waiting_share, run.dense_waiting_share]
         rows.append(
             [
                 run.run,
-                run.attention,
-                str(run.world_size),
-                f"{run.lighthouse_steps} + {run.dense_steps}" if both else str(run.lighthouse_steps + run.dense_steps),
-                f"{run.lighthouse_seconds:.1f} + {run.dense_seconds:.1f}"
-                if both
-                else f"{run.lighthouse_seconds + run.dense_seconds:.1f}",
+                run.attention or "-",
+                _shown(run.world_size, "d"),
+                _parts([run.lighthouse_steps, run.dense_steps], "d"),
+                _parts([run.lighthouse_seconds, run.dense_seconds], ".1f"),
                 ", ".join(f"{speed:,.0f}" for speed in speeds if speed is not None) or "-",
                 ", ".join(f"{share:.1%}" for share in waiting if share is not None) or "-",
                 _shown(run.loss_at_switch, ".4f"),
@@ -64,6 +62,23 @@ def table(runs: Sequence[Run]) -> str:
     )
 
 
+def _parts(values: Sequence[float | None], form: str) -> str:
+    """What both phases took, or the one that ran."""
+    return " + ".join(format(value, form) for value in values if value) or _shown(values[0], form)
+
+
+def _report(path: str) -> dict[str, Any] | None:
+    """The report of a run; None, with a line that says why, where it has none that can be read."""
+    try:
+        report = read_report(Path(path))
+        # what it must be like shows when it is summed up
+        summarize(path, report)
+        return report
+    except (OSError, ValueError) as error:
+        print(f"lighthouse compare: {path} is left out: {error}", file=sys.stderr)
+        return None
+
+
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -72,13 +87,18 @@ def main(argv: Sequence[str]) -> int:
     """Run `lighthouse compare`; returns the exit status."""
     parser = Parser(prog="lighthouse compare", description=DESCRIPTION)
     parser.add_argument("runs", nargs="+", help=f"log folders of runs, or their {REPORT}")
-    parser.add_argument("--reference", help="the run whose final loss is to be reached (default: the first)")
+    parser.add_argument("--reference", help="the run whose final loss is to be reached (default: the first shown)")
     parser.add_argument("--csv", action="store_true", help="print comma-separated values instead of a table")
     arguments = parser.parse_args(argv)
 
-    reference = read_report(Path(arguments.reference or arguments.runs[0]))["validations"]
-    loss = reference[-1]["loss"] if reference else None
-    runs = [summarize(str(run), read_report(Path(run)), loss) for run in arguments.runs]
+    asked = dict.fromkeys([*arguments.runs, *filter(None, [arguments.reference])])
+    reports = {path: report for path in asked if (report := _report(path)) is not None}
+    shown = [path for path in arguments.runs if path in reports]
+    if not shown:
+        return 1
+    reference = reports.get(arguments.reference or shown[0])
+    loss = summarize("", reference).final_loss if reference is not None else None
+    runs = [summarize(path, reports[path], loss) for path in shown]
     if not arguments.csv:
         print(table(runs))
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lightning_lighthouse.runs.record import REPORT, REPORT_VERSION
 @dataclass(frozen=True)
 class Run:
     """What one run cost and reached. Seconds are training time, losses dense validation losses, in nats per token.
+
+    None stands for what its report does not tell, as one of before may not.
 
     Args:
         run: Its folder.
@@ -40,12 +43,12 @@ class Run:
     """
 
     run: str
-    attention: str
-    world_size: int
-    lighthouse_steps: int
-    dense_steps: int
-    lighthouse_seconds: float
-    dense_seconds: float
+    attention: str | None
+    world_size: int | None
+    lighthouse_steps: int | None
+    dense_steps: int | None
+    lighthouse_seconds: float | None
+    dense_seconds: float | None
     lighthouse_tokens_per_second: float | None
     dense_tokens_per_second: float | None
     loss_at_switch: float | None
@@ -53,7 +56,7 @@ class Run:
     final_loss: float | None
     seconds_to_reference: float | None
     peak_gib: float | None
-    device: str
+    device: str | None
     lighthouse_waiting_share: float | None
     dense_waiting_share: float | None
 
@@ -88,43 +91,60 @@ def summarize(name: str, report: dict[str, Any], reference_loss: float | None = 
         name: Of the run.
         report: From `read_report`.
         reference_loss: The loss to be reached.
+
+    Raises:
+        ValueError: What it tells is not of the shape that it should have.
     """
-    lighthouse, dense = report["phases"][LIGHTHOUSE], report["phases"][DENSE]
-    validations = report["validations"]
+    try:
+        return _summarize(name, report, reference_loss)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: not a report of LighthouseCallback: {type(error).__name__} {error}") from None
+
+
+def _summarize(name: str, report: dict[str, Any], reference_loss: float | None) -> Run:
+    validations = _look_up(report, "validations") or []
     by_phase = {phase: [v["loss"] for v in validations if v["phase"] == phase] for phase in (LIGHTHOUSE, DENSE)}
     curve = [(v["seconds"], v["loss"]) for v in validations if v["loss"] is not None]
-    switched = report["switch"] is not None
-    peak = report["device"]["peak_memory_mib"]
+    switched = _look_up(report, "switch") is not None
+    peak = _look_up(report, "device", "peak_memory_mib")
+    lighthouse, dense = (partial(_look_up, report, "phases", phase) for phase in (LIGHTHOUSE, DENSE))
     return Run(
         run=name,
-        attention=_describe(report["settings"]),
-        world_size=report["world_size"],
-        lighthouse_steps=lighthouse["steps"],
-        dense_steps=dense["steps"],
-        lighthouse_seconds=lighthouse["seconds"],
-        dense_seconds=dense["seconds"],
-        lighthouse_tokens_per_second=lighthouse["tokens_per_second"],
-        dense_tokens_per_second=dense["tokens_per_second"],
+        attention=_describe(_look_up(report, "settings") or {}),
+        world_size=_look_up(report, "world_size"),
+        lighthouse_steps=lighthouse("steps"),
+        dense_steps=dense("steps"),
+        lighthouse_seconds=lighthouse("seconds"),
+        dense_seconds=dense("seconds"),
+        lighthouse_tokens_per_second=lighthouse("tokens_per_second"),
+        dense_tokens_per_second=dense("tokens_per_second"),
         loss_at_switch=by_phase[LIGHTHOUSE][-1] if by_phase[LIGHTHOUSE] else None,
         loss_after_switch=by_phase[DENSE][0] if switched and by_phase[DENSE] else None,
         final_loss=validations[-1]["loss"] if validations else None,
         seconds_to_reference=None if reference_loss is None else seconds_to(reference_loss, curve),
         peak_gib=None if peak is None else peak / 1024,
-        device=report["device"]["name"],
-        # reports of before had none
-        lighthouse_waiting_share=lighthouse.get("waiting_share"),
-        dense_waiting_share=dense.get("waiting_share"),
+        device=_look_up(report, "device", "name"),
+        lighthouse_waiting_share=lighthouse("waiting_share"),
+        dense_waiting_share=dense("waiting_share"),
     )
 
 
-def _describe(settings: dict[str, Any]) -> str:
+def _look_up(report: Any, *keys: str) -> Any:
+    """A value by the keys that lead to it; None where one of them is absent."""
+    for key in keys:
+        report = report.get(key) if isinstance(report, dict) else None
+    return report
+
+
+def _describe(settings: dict[str, Any]) -> str | None:
     """The settings of the attention that are not the defaults."""
-    if not settings["enabled"]:
-        return "dense"
+    if not settings.get("enabled"):
+        return "dense" if "enabled" in settings else None
     defaults = asdict(LighthouseConfig())
-    changed = [f"{key}={value}" for key, value in settings["attention"].items() if value != defaults.get(key)]
-    changed += [f"dense_layers={settings['dense_layers']}"] if settings["dense_layers"] else []
-    return " ".join([f"switch_at={settings['switch_at']}", *changed])
+    attention = settings.get("attention") or {}
+    changed = [f"{key}={value}" for key, value in attention.items() if value != defaults.get(key)]
+    changed += [f"dense_layers={settings['dense_layers']}"] if settings.get("dense_layers") else []
+    return " ".join([f"switch_at={settings.get('switch_at', '?')}", *changed])
 
 
 def seconds_to(loss: float, curve: Sequence[tuple[float, float]]) -> float | None:

@@ -112,3 +112,53 @@ def test_what_is_no_report_is_refused_in_a_line(tmp_path, capsys, content, words
     assert len(lines) == 1
     assert words in lines[0]
     assert "lighthouse.json" in lines[0]
+
+
+def test_runs_without_a_report_do_not_hide_the_others(runs, tmp_path, capsys):
+    unfinished, older, odd = (tmp_path / name for name in ("unfinished", "older", "odd"))
+    contents = {unfinished: None, older: {"version": 0}, odd: read_report(runs[0]) | {"validations": [3]}}
+    for folder, content in contents.items():
+        folder.mkdir()
+        if content is not None:
+            (folder / "lighthouse.json").write_text(json.dumps(content))
+    assert main(["compare", str(unfinished), str(runs[0]), str(older), str(runs[1]), str(odd)]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["run", str(runs[0]), str(runs[1])]
+    # the first that is shown is the reference: it reaches its own loss
+    assert out.splitlines()[1].split()[-2] != "-"
+    for line, folder, words in zip(
+        err.splitlines(),
+        (unfinished, older, odd),
+        ("it is written when a training", "its version must be 1, got 0", "not a report of LighthouseCallback"),
+        strict=True,
+    ):
+        assert line.startswith(f"lighthouse compare: {folder} is left out: ")
+        assert words in line
+
+
+def test_a_reference_without_a_report_is_told(runs, tmp_path, capsys):
+    assert main(["compare", str(runs[0]), "--reference", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split()[-2:] == ["-", "-"]
+    assert err.count("\n") == 1
+    assert f"{tmp_path} is left out: " in err
+
+
+def test_what_an_older_report_does_not_tell_is_left_open(runs, tmp_path, capsys):
+    """Of the same version, for new keys come without one."""
+    report = read_report(runs[0])
+    whole = summarize("a", report)
+    kept = {key: report[key] for key in ("version", "phases", "validations")}
+    for phase in kept["phases"].values():
+        del phase["waiting_share"], phase["tokens_per_second"]
+    (tmp_path / "lighthouse.json").write_text(json.dumps(kept))
+    run = summarize("a", read_report(tmp_path))
+    assert (run.attention, run.world_size, run.device, run.loss_after_switch) == (None, None, None, None)
+    assert (run.lighthouse_steps, run.dense_steps, run.final_loss) == (4, 2, whole.final_loss)
+    assert main(["compare", str(tmp_path), str(runs[1])]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[1].split()[1:6] == ["-", "-", "4", "+", "2"]
+    (tmp_path / "lighthouse.json").write_text(json.dumps({"version": 1}))
+    assert main(["compare", str(tmp_path)]) == 0
+    assert set(capsys.readouterr().out.splitlines()[1].split()[1:]) == {"-"}
