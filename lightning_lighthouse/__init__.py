@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_lighthouse.attention.config import LighthouseConfig
     from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
+    from lightning_lighthouse.checks import LighthouseWarning
     from lightning_lighthouse.data.module import LighthouseRecipe
     from lightning_lighthouse.data.settings import WeightedSource
     from lightning_lighthouse.evaluation.leak_probe import FutureLeakProbe
@@ -33,6 +34,7 @@ _HOMES = {
     "LighthouseCallback": "training.callback",
     "LighthouseConfig": "attention.config",
     "LighthouseRecipe": "data.module",
+    "LighthouseWarning": "checks",
     "Phase": "phases.phase",
     "PlateauRule": "phases.plateau",
     "WeightedSource": "data.settings",
@@ -50,6 +52,7 @@ __all__ = [
     "LighthouseConfig",
     "LighthouseRecipe",
     "LighthouseTrainerCallback",
+    "LighthouseWarning",
     "Phase",
     "PlateauRule",
     "WeightedSource",

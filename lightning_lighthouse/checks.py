@@ -1,10 +1,11 @@
-"""What every room refuses with: the checks of one value, and the errors of settings.
+"""What every room refuses or warns with: the checks of one value, the errors of settings, the category of warnings.
 
 Imports nothing of ours, and no torch.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, get_args
 
 
@@ -41,3 +42,15 @@ def check_count(name: str, value: int) -> int:
 
 class ResumeError(ValueError):
     """The settings contradict what the resumed run has done."""
+
+
+class LighthouseWarning(UserWarning):
+    """The category of all warnings of this package, so that they can be filtered.
+
+    warnings.filterwarnings("ignore", category=LighthouseWarning)
+    """
+
+
+def warn(message: str, stacklevel: int = 1) -> None:
+    """Warn of something in the category LighthouseWarning, as said by the caller, or by whom called that."""
+    warnings.warn(message, LighthouseWarning, stacklevel=stacklevel + 1)

@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from lightning_lighthouse.checks import warn
+
 logger = logging.getLogger("lightning_lighthouse")
 
 _given: set[str] = set()
@@ -15,10 +17,10 @@ _given: set[str] = set()
 
 @torch.compiler.assume_constant_result
 def notice_once(key: str, message: str) -> None:
-    """Log `message` as a warning unless this process logged one under `key`. While compiling it runs at trace time."""
+    """Warn of `message` unless this process did so under `key`. While compiling it runs at trace time."""
     if key not in _given:
         _given.add(key)
-        logger.warning(message)
+        warn(message, stacklevel=2)
 
 
 @torch.compiler.assume_constant_result

@@ -12,13 +12,16 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from lightning_lighthouse.cli.first_help import first_help
 from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, UsageError, nearest
 from lightning_lighthouse.cli.recipes import require_recipe
 
+_show_as_before = warnings.showwarning
 DONE, FAILED, MISUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 128 + 2, 128 + 15
 
 COMMANDS = {
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if _is_launched():
         _end_with_parent()
+    warnings.showwarning = _show_warning
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -108,6 +112,22 @@ def _run(arguments: list[str]) -> int:
     from lightning_lighthouse.cli.fit import run
 
     return run(command, rest)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings on one line, without the place in the code that gives them; others as before."""
+    # by name, for its module takes a second to import
+    if category.__name__ == "LighthouseWarning":
+        print(f"Lighthouse: {str(message).removeprefix('Lighthouse: ')}", file=sys.stderr)
+    else:
+        _show_as_before(message, category, filename, lineno, file, line)
 
 
 def _refuse(problem: str) -> int:

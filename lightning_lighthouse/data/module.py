@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_lighthouse.checks import warn
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import Manifest, is_prepared
 from lightning_lighthouse.data.preparing.prepare import check_prepared, check_workers, prepare
@@ -269,7 +270,7 @@ def _warn_of_topology(old: dict[str, int], new: dict[str, int]) -> None:
             f"but the global batch is {batches[1]} sequences, no longer {batches[0]}, and Trainer may end this epoch "
             "early: keep ranks x batch_size to avoid that"
         )
-    logger.warning(
+    warn(
         f"resumed with {', '.join(changed)}: the batches are not those of an unbroken run; no sequence of this epoch "
         f"comes twice, {skipped}"
     )

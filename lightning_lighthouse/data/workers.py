@@ -8,7 +8,6 @@ does not begin is killed and forked again. To be removed with support for Python
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from typing import Any
 
-logger = logging.getLogger("lightning_lighthouse")
+from lightning_lighthouse.checks import warn
 
 FIRST_SOUND_PYTHON = (3, 11, 10)
 # Patience with one child: far more than a busy machine takes to let it begin, which is all it has to do.
@@ -62,7 +61,7 @@ class PatientPopen(Popen):
             os.close(begun)
             if has_begun:
                 return
-            logger.warning(f"worker process {self.pid} did not begin within {SECONDS_TO_BEGIN:g} s; starting another")
+            warn(f"worker process {self.pid} did not begin within {SECONDS_TO_BEGIN:g} s; starting another")
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.finalizer()

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.checks import SettingError, check_type
+from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_type
 from lightning_lighthouse.evaluation.leak import Sample, draw_positions, draw_trial, other_text
 from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, Switch, phase_events
@@ -192,7 +192,10 @@ class FutureLeakProbe(Callback):
         if not self._is_active:
             return
         if not trainer.enable_validation:
-            rank_zero_warn("Lighthouse probe: without validation there is no text to measure on; nothing is measured")
+            rank_zero_warn(
+                "Lighthouse probe: without validation there is no text to measure on; nothing is measured",
+                category=LighthouseWarning,
+            )
         self._unsubscribe()
         events = phase_events(trainer)
         self._subscriptions = [
@@ -289,7 +292,7 @@ class FutureLeakProbe(Callback):
     def _tell_once(self, line: str) -> None:
         if line not in self._told:
             self._told.add(line)
-            rank_zero_warn(f"Lighthouse probe: {line}")
+            rank_zero_warn(f"Lighthouse probe: {line}", category=LighthouseWarning)
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> ProbeResult:
         assert self._lighthouse is not None

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lighthouse.attention.backends import check_backend
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.sdpa import sdpa_priority
-from lightning_lighthouse.checks import SettingError, check_type
+from lightning_lighthouse.checks import SettingError, check_type, warn
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, PhaseEvents, Switch, phase_events
 from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
@@ -223,7 +223,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self._events.publish(FitEnd(state.global_step, self._phase))
         self.restore()
         if self._plan is not None and not self._plan.switch.switched:
-            logger.warning(
+            warn(
                 f"Lighthouse: the training ended at step {state.global_step}, before the switch to dense attention at "
                 f"step {self._plan.switch.switch_step}: the model has not recovered from Lighthouse"
             )
@@ -273,11 +273,11 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             phases = attributes.get("saved_phases") or [asdict(PlannedPhase(planned[0].name, asked.switch_at, 0))]
             followed, change = resume_phases([PlannedPhase(**p) for p in phases], planned, step, self.allow_return)
             for words in filter(None, (line, change)):
-                logger.warning(f"Lighthouse: {words}")
+                warn(f"Lighthouse: {words}")
             return PhasePlan(followed, switch)
         # the Trainer expects the key when it saves
         states.setdefault(name, self.state())
-        logger.warning(
+        warn(
             f"Lighthouse: resumed at step {step} from a checkpoint without Lighthouse state; the phase follows from "
             f"the step: {PhasePlan(planned, asked).name(step)} (switch at step {asked.switch_step})"
         )

@@ -6,7 +6,6 @@ call is routed is in `routing`. No parameter is added and no module renamed: `st
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, check_layer_types, spread_over
-from lightning_lighthouse.notices import logger
+from lightning_lighthouse.checks import warn
 from lightning_lighthouse.routing.adapters import generation
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain
@@ -174,7 +173,7 @@ class Patch(Shared):
             self._missing = self.scope.audit.unrouted()
             flat_scores = self.scope.audit.spread.warning(self.targets, self.scope.settings.config)
             if flat_scores:
-                logger.warning(flat_scores)
+                warn(flat_scores)
             self.scope.audit = None
         return self._missing or {}
 
@@ -195,7 +194,7 @@ class Patch(Shared):
         line = explain(missing, len(self.targets))
         if on_unroutable == "raise":
             raise RuntimeError(line)
-        warnings.warn(line, stacklevel=2)
+        warn(line, stacklevel=2)
 
     @contextmanager
     def unaudited(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_lighthouse.checks import LighthouseWarning
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.runs.metric_name import metric_name, metric_names
@@ -111,7 +112,8 @@ class PhaseCurves:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(
                 f"Lighthouse: validation_metric={self._validation_metric!r} was not logged, the summary will lack it; "
-                f"logged: {logged}"
+                f"logged: {logged}",
+                category=LighthouseWarning,
             )
         if loss is not None and self._active and self._board is not None:
             self._writer(self._settings_run).add_scalar(f"hparams/{self._validation_metric}", loss, trainer.global_step)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_lighthouse.checks import LighthouseWarning
 from lightning_lighthouse.phases.ledger import Ledger, PhaseTotals
 from lightning_lighthouse.phases.plan import PhasePlan
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
@@ -38,7 +39,8 @@ def tell_summary(trainer: Trainer, plan: PhasePlan | None, ledger: Ledger) -> No
     if switch is not None and not switch.switched:
         rank_zero_warn(
             f"Lighthouse: the training ended at step {trainer.global_step}, before the switch to dense attention at "
-            f"step {switch.switch_step}: the model has not recovered from Lighthouse"
+            f"step {switch.switch_step}: the model has not recovered from Lighthouse",
+            category=LighthouseWarning,
         )
 
 

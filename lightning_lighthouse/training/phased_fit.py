@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_lighthouse.attention.backends import check_backend
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.sdpa import sdpa_priority
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import LighthouseWarning, SettingError
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
 from lightning_lighthouse.phases.ledger import PhaseTotals
@@ -379,7 +379,8 @@ class PhasedFit:
         for reason in [] if patch.is_audited else sorted(reasons):
             rank_zero_warn(
                 f"Lighthouse: attention calls stay dense in step {self._step}, the first to do so: {reason} "
-                f"({REMEDIES.get(reason, 'see docs/use/models.md')})"
+                f"({REMEDIES.get(reason, 'see docs/use/models.md')})",
+                category=LighthouseWarning,
             )
 
     def _finish_audit(self, patch: Patch) -> None:
@@ -388,4 +389,4 @@ class PhasedFit:
         except RuntimeError as error:
             if self._settings.on_unroutable == "raise":
                 raise
-            rank_zero_warn(f"Lighthouse: {error}")
+            rank_zero_warn(f"Lighthouse: {error}", category=LighthouseWarning)

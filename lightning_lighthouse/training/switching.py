@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import LighthouseWarning, SettingError
 from lightning_lighthouse.phases.ledger import Ledger
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import PhasePlan, resolve_phases, resume_phases
@@ -66,13 +66,14 @@ def resolve_plan(
         switch, line = resume_switch(saved.switch, asked, step, allow_return, has_rule=plateau is not None)
         followed, change = resume_phases(saved.phases, planned, step, allow_return)
         for words in filter(None, (line, change)):
-            rank_zero_warn(f"Lighthouse: {words}")
+            rank_zero_warn(f"Lighthouse: {words}", category=LighthouseWarning)
         return PhasePlan(followed, switch)
     plan = PhasePlan(planned, asked)
     if step > 0:
         rank_zero_warn(
             f"Lighthouse: resumed at step {step} from a checkpoint without Lighthouse state; the phase follows "
-            f"from the step: {plan.name(step)} (switch at step {asked.switch_step})"
+            f"from the step: {plan.name(step)} (switch at step {asked.switch_step})",
+            category=LighthouseWarning,
         )
     # already past: the run starts dense, and no switch happens in it
     asked.switched = step > 0 and step >= asked.switch_step
@@ -127,7 +128,9 @@ def describe_start(trainer: Trainer, plan: PhasePlan, rule: PlateauRule | None, 
     line += " at the latest" if rule is not None and not (switch.switched or switch.by_plateau) else ""
     rank_zero_info(f"Lighthouse: {line} of {total}; {len(names)} attention layers routed, {names[0]} .. {names[-1]}")
     if not switch.switched and switch.switch_step >= total:
-        rank_zero_warn(f"Lighthouse: {total} steps end before the switch at step {switch.switch_step}")
+        rank_zero_warn(
+            f"Lighthouse: {total} steps end before the switch at step {switch.switch_step}", category=LighthouseWarning
+        )
     return line
 
 
@@ -144,13 +147,15 @@ def _check_count(trainer: Trainer, module: LightningModule, switch_at: int | flo
     if is_fraction and not module.automatic_optimization:
         rank_zero_warn(
             f"Lighthouse: under manual optimization Lightning's count of steps may be wrong, and {name}={switch_at} "
-            f"with it: better give {name} as a step (an int)"
+            f"with it: better give {name} as a step (an int)",
+            category=LighthouseWarning,
         )
     count = len(trainer.optimizers)
     if count > 1 and not is_fraction:
         rank_zero_warn(
             f"Lighthouse: Lightning's global_step adds up the steps of all {count} optimizers, for max_steps too: if "
-            f"each steps once a batch, {name}={switch_at} comes after {-(-switch_at // count)} batches"
+            f"each steps once a batch, {name}={switch_at} comes after {-(-switch_at // count)} batches",
+            category=LighthouseWarning,
         )
 
 

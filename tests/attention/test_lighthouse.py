@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from warned import own_warnings
 
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention, notices, select_entries
 
@@ -18,14 +18,14 @@ def draw(*shape, dtype=torch.float32):
     return tuple(torch.randn(*shape, generator=torch.Generator().manual_seed(i), dtype=dtype) for i in range(3))
 
 
-def test_a_short_sequence_is_dense_with_one_notice(caplog, monkeypatch):
+def test_a_short_sequence_is_dense_with_one_notice(monkeypatch):
     monkeypatch.setattr(notices, "_given", set())
-    with caplog.at_level(logging.WARNING, "lightning_lighthouse"):
+    with own_warnings() as lines:
         for tokens in (40, 41, 50):
             q, k, v = draw(1, 2, tokens, 8)
             out = lighthouse_attention(q, k, v)
     assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    assert len([record for record in caplog.records if "too short" in record.message]) == 1
+    assert [("too short" in line) for line in lines] == [True]
 
 
 def test_a_coarsest_level_within_the_budget_still_selects_below():

@@ -6,7 +6,6 @@ torch's kernel, with the sinks merged by the Triton kernels in the interpreter.
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import flash_twin
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from warned import own_warnings
 
 from lightning_lighthouse import notices
 from lightning_lighthouse.attention import flash_window, windows
@@ -385,12 +385,12 @@ def test_wrong_tensors_are_named(attend):
         ("cpu", torch.bfloat16, 128, "auto", False),
     ],
 )
-def test_the_kernel_runs_where_it_can_and_no_notice_is_given(device, dtype, dim, sdpa, expected, monkeypatch, caplog):
+def test_the_kernel_runs_where_it_can_and_no_notice_is_given(device, dtype, dim, sdpa, expected, monkeypatch):
     on_a_gpu(monkeypatch)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, 4, 521, dim))
-    with caplog.at_level(logging.WARNING, logger="lightning_lighthouse"):
+    with own_warnings() as lines:
         assert windows._takes_kernel(q, sdpa) == expected
-    assert not caplog.records
+    assert lines == []
 
 
 @pytest.mark.parametrize(
@@ -404,14 +404,12 @@ def test_the_kernel_runs_where_it_can_and_no_notice_is_given(device, dtype, dim,
     ],
     ids=["head dim", "capability", "build", "off", "triton"],
 )
-def test_a_kernel_that_cannot_run_is_told_once(dim, changes, reason, monkeypatch, caplog):
+def test_a_kernel_that_cannot_run_is_told_once(dim, changes, reason, monkeypatch):
     on_a_gpu(monkeypatch, **changes)
     q = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(2, 4, 521, dim))
-    with caplog.at_level(logging.WARNING, logger="lightning_lighthouse"):
+    with own_warnings() as lines:
         assert not any(windows._takes_kernel(q, "auto") for _ in range(2))
-    assert [record.message for record in caplog.records] == [
-        f"windows run on blocks under a mask, which is slow: {reason}"
-    ]
+    assert lines == [f"windows run on blocks under a mask, which is slow: {reason}"]
 
 
 def on_a_gpu(monkeypatch, capability=(9, 0), is_built=True, is_on=True, triton="a module"):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from warned import own_warnings
 
 from lightning_lighthouse import notices
 from lightning_lighthouse.attention.reference import window_reference
@@ -71,14 +70,12 @@ def test_any_heads_and_dtype(heads, dim, dtype):
     assert_as_exact_as_naive(windowed(window_attention, 63, 4), windowed(window_reference, 63, 4), qkv, dout)
 
 
-def test_head_dims_beyond_the_kernel_run_on_blocks_and_say_so(caplog, monkeypatch):
+def test_head_dims_beyond_the_kernel_run_on_blocks_and_say_so(monkeypatch):
     monkeypatch.setattr(notices, "_given", set())
     qkv, dout = draw(1, 2, 1, 1031, 320)
-    with caplog.at_level(logging.WARNING, logger="lightning_lighthouse"):
+    with own_warnings() as lines:
         assert_as_exact_as_naive(windowed(window_attention, 63, 4), windowed(window_reference, 63, 4), qkv, dout)
-    assert [record.message for record in caplog.records] == [
-        "windows run on blocks under a mask, which is slow: the flash kernel takes head dims up to 256"
-    ]
+    assert lines == ["windows run on blocks under a mask, which is slow: the flash kernel takes head dims up to 256"]
 
 
 @pytest.mark.parametrize("sdpa", ["flash", "cudnn", "efficient", "math"])

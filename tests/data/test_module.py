@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 from places import DOCS, TESTS
 from recorded import Recorder, fit, name_of, trainer
+from warned import own_warnings
 
 from lightning_lighthouse import LighthouseRecipe
 from lightning_lighthouse.data.preparing import packing
@@ -187,21 +187,21 @@ def test_other_data_under_a_checkpoint_is_refused(text: Path, prepared: str, tmp
     trainer().validate(Recorder(), datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
 
 
-def test_another_topology_warns_and_repeats_nothing(prepared: str, tmp_path: Path, caplog: Any) -> None:
+def test_another_topology_warns_and_repeats_nothing(prepared: str, tmp_path: Path) -> None:
     unbroken = fit(recipe(prepared, batch_size=1), tmp_path / "steps", max_epochs=1)
     step = tmp_path / "steps" / "step=5.ckpt"
-    with caplog.at_level(logging.WARNING):
+    with own_warnings() as lines:
         resumed = fit(recipe(prepared, batch_size=1, num_workers=2), resume=step, max_epochs=1)
-    assert "resumed with num_workers 1 -> 2: the batches are not those of an unbroken run" in caplog.text
-    assert "at most 1 global batches are left out" in caplog.text
+    (line,) = lines
+    assert "resumed with num_workers 1 -> 2: the batches are not those of an unbroken run" in line
+    assert "at most 1 global batches are left out" in line
     served = Counter(unbroken.seen[:5] + resumed.seen)
     assert max(served.values()) == 1
     assert 0 <= len(unbroken.seen) - len(served) < 2
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
+    with own_warnings() as lines:
         alone = fit(recipe(prepared, batch_size=1, num_workers=1), resume=step, max_epochs=1)
     # one worker does what the main process would have done
-    assert "resumed with" not in caplog.text
+    assert lines == []
     assert alone.seen == unbroken.seen[5:]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import lightning.pytorch as pl
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from warned import own_warnings
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig, patch_attention
 from lightning_lighthouse.routing.score_spread import normalises
@@ -36,30 +36,24 @@ def make(family, head_dim=16, **settings):
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
-def warned(model, config, caplog):
-    """What the log says after routed batches and the check that follows them."""
+def warned(model, config):
+    """What is said after routed batches and the check that follows them."""
     tokens = torch.randint(256, (1, TOKENS), generator=torch.Generator().manual_seed(42))
-    caplog.clear()
-    with (
-        caplog.at_level(logging.WARNING, "lightning_lighthouse"),
-        patch_attention(model, config, dense_layers=[]) as patch,
-    ):
+    with own_warnings() as lines, patch_attention(model, config, dense_layers=[]) as patch:
         for _ in range(2):
             model(tokens)
             model(tokens)
             patch.check()
-    return [
-        record.message for record in caplog.records if "norms of" in record.message or "normalise" in record.message
-    ]
+    return lines
 
 
 @pytest.mark.parametrize("selection", ["published", "causal"])
-def test_a_model_with_norms_of_q_and_k_is_warned_once(selection, caplog):
+def test_a_model_with_norms_of_q_and_k_is_warned_once(selection):
     config = LighthouseConfig(3, 2, 8, selection=selection)
-    assert warned(make("Qwen3"), config, caplog) == [f"the norms of q and k hardly differ in 100% of 4 heads {WARNING}"]
+    assert warned(make("Qwen3"), config) == [f"the norms of q and k hardly differ in 100% of 4 heads {WARNING}"]
 
 
-def test_a_training_is_warned_once(caplog, tmp_path):
+def test_a_training_is_warned_once(tmp_path):
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -77,10 +71,11 @@ def test_a_training_is_warned_once(caplog, tmp_path):
         enable_model_summary=False, default_root_dir=tmp_path,
         callbacks=LighthouseCallback(switch_at=2, attention=CONFIG, dense_layers=[]),
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING, "lightning_lighthouse"):
+    with own_warnings() as lines:
         trainer.fit(Module(), torch.utils.data.DataLoader(tokens))
-    lines = [record.message for record in caplog.records if "norms of" in record.message]
-    assert lines == [f"the norms of q and k hardly differ in 100% of 4 heads {WARNING}"]
+    assert [line for line in lines if "norms of" in line] == [
+        f"the norms of q and k hardly differ in 100% of 4 heads {WARNING}"
+    ]
 
 
 def test_selective_checkpointing_gives_the_gradients_of_none():
@@ -112,25 +107,25 @@ def test_selective_checkpointing_gives_the_gradients_of_none():
 
 # a fresh projection to 128 channels spreads by 0.04 only: that is no norm
 @pytest.mark.parametrize("head_dim", [16, 128])
-def test_a_model_without_such_norms_is_not_warned(head_dim, caplog):
-    assert warned(make("Llama", head_dim), CONFIG, caplog) == []
+def test_a_model_without_such_norms_is_not_warned(head_dim):
+    assert warned(make("Llama", head_dim), CONFIG) == []
 
 
 @pytest.mark.parametrize("settings", [{"scorer": "dilated"}, {"selection": "strided"}, {"selection": "random"}])
-def test_what_the_warning_offers_ends_it(settings, caplog):
-    assert warned(make("Qwen3"), LighthouseConfig(3, 2, 8, **settings), caplog) == []
+def test_what_the_warning_offers_ends_it(settings):
+    assert warned(make("Qwen3"), LighthouseConfig(3, 2, 8, **settings)) == []
 
 
-def test_learnt_scales_that_spread_the_norms_end_it(caplog):
+def test_learnt_scales_that_spread_the_norms_end_it():
     model = make("Qwen3")
     for name, parameter in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.data[:] = 0.1
             parameter.data[0] = 3.0
-    assert warned(model, CONFIG, caplog) == []
+    assert warned(model, CONFIG) == []
 
 
-def test_a_layer_is_flat_where_q_and_k_are_and_a_majority_counts(caplog):
+def test_a_layer_is_flat_where_q_and_k_are_and_a_majority_counts():
     class Attention(nn.Module):
         def __init__(self, flat):
             super().__init__()
@@ -146,34 +141,25 @@ def test_a_layer_is_flat_where_q_and_k_are_and_a_majority_counts(caplog):
 
     def said_of(*layers):
         model = nn.Sequential(*(Attention(flat) for flat in layers))
-        caplog.clear()
-        with (
-            caplog.at_level(logging.WARNING, "lightning_lighthouse"),
-            patch_attention(model, CONFIG, dense_layers=[]) as patch,
-        ):
+        with own_warnings() as lines, patch_attention(model, CONFIG, dense_layers=[]) as patch:
             model(torch.randn(2, TOKENS, 8, generator=torch.Generator().manual_seed(42)))
             patch.check()
-        return [record.message for record in caplog.records]
+        return lines
 
     assert said_of("q k", "", "") == []
     assert said_of("q", "k", "q") == []
     assert said_of("q k", "q k", "") == [f"the norms of q and k hardly differ in 67% of 6 heads {WARNING}"]
 
 
-def test_a_compiled_layer_is_judged_by_its_modules(caplog):
+def test_a_compiled_layer_is_judged_by_its_modules():
     x = torch.randn(1, TOKENS, 64)
     lines = {}
     for family in ("Qwen3", "Llama"):
         torch.compiler.reset()
-        caplog.clear()
         attention = make(family).model.layers[0].self_attn
-        with (
-            caplog.at_level(logging.WARNING, "lightning_lighthouse"),
-            patch_attention(attention, CONFIG, dense_layers=[]) as patch,
-        ):
+        with own_warnings() as lines[family], patch_attention(attention, CONFIG, dense_layers=[]) as patch:
             torch.compile(attention, backend="eager")(x, ROTARY, None)
             patch.check()
-        lines[family] = [record.message for record in caplog.records]
     assert lines["Llama"] == []
     assert lines["Qwen3"] == [
         "1 of 1 layers normalise q and k (the module itself, ...), so that their norms may hardly differ; compiled, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import gzip
 import json
-import logging
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -17,9 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from lightning_lighthouse.checks import warn
 from lightning_lighthouse.data.preparing.tables import TABLE_SUFFIXES, find_table_files, read_table
-
-logger = logging.getLogger("lightning_lighthouse")
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".rs", ".go")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -70,7 +68,7 @@ def find_files(source: str | None) -> list[Path]:
         known = [file for file in files if file.name.endswith(ALL_SUFFIXES)]
         left_out = sorted(set(files) - set(known))
         if left_out and known:
-            logger.warning(
+            warn(
                 f"{source}: {len(left_out)} of {len(files)} files are left out, their kind is unknown (first: "
                 f"{left_out[0].name}); a pattern such as '{source}/**/*{left_out[0].suffix}' reads them as text"
             )
