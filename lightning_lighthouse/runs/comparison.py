@@ -23,22 +23,23 @@ class Run:
 
     Args:
         run: Its folder.
-        attention: What was not at its default, or "dense".
+        attention: The phases before the dense one, unless Lighthouse in all layers is the only one, and what was not
+            at its default; or "dense".
         world_size: Processes.
-        lighthouse_steps: Optimizer steps of the Lighthouse phase.
+        lighthouse_steps: Optimizer steps of the phases before the dense one, Lighthouse or others.
         dense_steps: Those of the dense phase.
-        lighthouse_seconds: Time of the Lighthouse phase.
+        lighthouse_seconds: Time of these phases.
         dense_seconds: Time of the dense phase.
-        lighthouse_tokens_per_second: All processes together, compilation left out.
+        lighthouse_tokens_per_second: All processes together, compilation left out; of several phases the last one's.
         dense_tokens_per_second: The same of the dense phase.
-        loss_at_switch: The last loss of the Lighthouse phase.
+        loss_at_switch: The last loss before the dense phase.
         loss_after_switch: The first of the dense phase.
         final_loss: The last of all.
         seconds_to_reference: Training time at which the loss first was as low as the reference's last one, on the
             line between two validations; None if it never was.
         peak_gib: Most memory allocated on the first GPU.
         device: Its name.
-        lighthouse_waiting_share: Share of the Lighthouse phase's time that rank 0 waited for data; None if unknown.
+        lighthouse_waiting_share: Share of the last such phase's time that rank 0 waited for data; None if unknown.
         dense_waiting_share: The same of the dense phase.
     """
 
@@ -103,28 +104,33 @@ def summarize(name: str, report: dict[str, Any], reference_loss: float | None = 
 
 def _summarize(name: str, report: dict[str, Any], reference_loss: float | None) -> Run:
     validations = _look_up(report, "validations") or []
-    by_phase = {phase: [v["loss"] for v in validations if v["phase"] == phase] for phase in (LIGHTHOUSE, DENSE)}
+    cheap = [v["loss"] for v in validations if v["phase"] != DENSE]
+    full = [v["loss"] for v in validations if v["phase"] == DENSE]
     curve = [(v["seconds"], v["loss"]) for v in validations if v["loss"] is not None]
     switched = _look_up(report, "switch") is not None
     peak = _look_up(report, "device", "peak_memory_mib")
-    lighthouse, dense = (partial(_look_up, report, "phases", phase) for phase in (LIGHTHOUSE, DENSE))
+    phases = _look_up(report, "phases") or {}
+    before = [name for name in phases if name != DENSE]
+    # the last one says how fast
+    last = partial(_look_up, phases, next((name for name in reversed(before) if phases[name]["steps"]), LIGHTHOUSE))
+    dense = partial(_look_up, phases, DENSE)
     return Run(
         run=name,
-        attention=_describe(_look_up(report, "settings") or {}),
+        attention=_describe(_look_up(report, "settings") or {}, before),
         world_size=_look_up(report, "world_size"),
-        lighthouse_steps=lighthouse("steps"),
+        lighthouse_steps=_total(phases, before, "steps"),
         dense_steps=dense("steps"),
-        lighthouse_seconds=lighthouse("seconds"),
+        lighthouse_seconds=_total(phases, before, "seconds"),
         dense_seconds=dense("seconds"),
-        lighthouse_tokens_per_second=lighthouse("tokens_per_second"),
+        lighthouse_tokens_per_second=last("tokens_per_second"),
         dense_tokens_per_second=dense("tokens_per_second"),
-        loss_at_switch=by_phase[LIGHTHOUSE][-1] if by_phase[LIGHTHOUSE] else None,
-        loss_after_switch=by_phase[DENSE][0] if switched and by_phase[DENSE] else None,
+        loss_at_switch=cheap[-1] if cheap else None,
+        loss_after_switch=full[0] if switched and full else None,
         final_loss=validations[-1]["loss"] if validations else None,
         seconds_to_reference=None if reference_loss is None else seconds_to(reference_loss, curve),
         peak_gib=None if peak is None else peak / 1024,
         device=_look_up(report, "device", "name"),
-        lighthouse_waiting_share=lighthouse("waiting_share"),
+        lighthouse_waiting_share=last("waiting_share"),
         dense_waiting_share=dense("waiting_share"),
     )
 
@@ -136,15 +142,25 @@ def _look_up(report: Any, *keys: str) -> Any:
     return report
 
 
-def _describe(settings: dict[str, Any]) -> str | None:
-    """The settings of the attention that are not the defaults."""
+def _total(phases: dict[str, Any], names: Sequence[str], key: str) -> Any:
+    """A sum over phases; None where one of them does not tell it, or there is none."""
+    values = [_look_up(phases, name, key) for name in names]
+    return None if None in values or not values else sum(values)
+
+
+def _describe(settings: dict[str, Any], phases: Sequence[str]) -> str | None:
+    """The phases, and the settings of the attention that are not the defaults."""
     if not settings.get("enabled"):
         return "dense" if "enabled" in settings else None
     defaults = asdict(LighthouseConfig())
     attention = settings.get("attention") or {}
     changed = [f"{key}={value}" for key, value in attention.items() if value != defaults.get(key)]
     changed += [f"dense_layers={settings['dense_layers']}"] if settings.get("dense_layers") else []
-    return " ".join([f"switch_at={settings.get('switch_at', '?')}", *changed])
+    named = [", ".join(phases)] if list(phases) != [LIGHTHOUSE] else []
+    # several phases have no one end
+    switch_at = settings.get("switch_at", "?")
+    switched = [] if switch_at is None else [f"switch_at={switch_at}"]
+    return " ".join([*named, *switched, *changed])
 
 
 def seconds_to(loss: float, curve: Sequence[tuple[float, float]]) -> float | None:

@@ -12,16 +12,18 @@ from foreign import ForeignModule, Sequences
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig, Phase
 from lightning_lighthouse.cli.commands import main
 from lightning_lighthouse.cli.compare import table
 from lightning_lighthouse.runs.comparison import read_report, summarize
 
+ATTENTION = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
 
-def train(folder, enabled: bool = True):
+
+def train(folder, **settings):
     """A run of six steps, the switch after four, validated every two."""
     torch.manual_seed(0)
-    attention = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+    settings = {"switch_at": 4, "attention": ATTENTION} | settings
     trainer = Trainer(
         accelerator="cpu",
         max_steps=6,
@@ -29,7 +31,7 @@ def train(folder, enabled: bool = True):
         check_val_every_n_epoch=None,
         limit_val_batches=1,
         num_sanity_val_steps=0,
-        callbacks=[LighthouseCallback(4, attention, enabled=enabled)],
+        callbacks=[LighthouseCallback(**settings)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -162,3 +164,14 @@ def test_what_an_older_report_does_not_tell_is_left_open(runs, tmp_path, capsys)
     (tmp_path / "lighthouse.json").write_text(json.dumps({"version": 1}))
     assert main(["compare", str(tmp_path)]) == 0
     assert set(capsys.readouterr().out.splitlines()[1].split()[1:]) == {"-"}
+
+
+def test_several_phases_are_named_and_summed_up(tmp_path, capsys):
+    phases = [Phase(2, ["chunk"], window=32), Phase(4, ["window", "lighthouse"], window=8)]
+    train(tmp_path, switch_at=None, phases=phases)
+    run = summarize("run", read_report(tmp_path))
+    assert run.attention == "chunk 32, window 8 + lighthouse num_levels=2 pooling_factor=2 top_k=8"
+    assert (run.lighthouse_steps, run.dense_steps) == (4, 2)
+    assert run.loss_at_switch is not None
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "4 + 2" in capsys.readouterr().out
