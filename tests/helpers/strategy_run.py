@@ -19,17 +19,19 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig, Phase
+from lightning_lighthouse.phases import Switch, phase_events
 from lightning_lighthouse.routing.scope import scopes
 
 STEPS = 8
 SWITCH = 0.6
 GLOBAL_BATCH = 4
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
+PHASES = [Phase(0.25, ["chunk"], window=32), Phase(SWITCH, ["window", "lighthouse"], window=8, sink_tokens=1)]
 
 
 class Moded(ForeignModule):
-    """The module of the other tests in a mode: plain, compile, checkpoint, both or accumulate."""
+    """The module of the other tests in a mode: plain, compile, checkpoint, both, accumulate or phases."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
@@ -43,10 +45,10 @@ class Moded(ForeignModule):
             return
         self.is_ready = True
         blocks = list(self.model.blocks)
-        if self.mode in ("checkpoint", "both"):
+        if self.mode in ("checkpoint", "both", "phases"):
             apply_activation_checkpointing(self.model, check_fn=lambda module: module in blocks)
         self.shard()
-        if self.mode in ("compile", "both"):
+        if self.mode in ("compile", "both", "phases"):
             for block in self.model.blocks:
                 block.compile(backend="aot_eager")
 
@@ -77,11 +79,15 @@ class CPUFSDPStrategy(FSDPStrategy):
 
 
 class Phases(Callback):
-    """Whether each batch is routed, and its step."""
+    """Whether each batch is routed, and its step; the switches."""
 
     def __init__(self) -> None:
         self.routed: list[bool] = []
         self.steps: list[int] = []
+        self.switches: list[int] = []
+
+    def setup(self, trainer, pl_module, stage):
+        phase_events(trainer).subscribe(Switch, lambda event: self.switches.append(event.step))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.routed.append(any(scope.is_on for scope in scopes))
@@ -107,6 +113,8 @@ def main(name: str, output: Path, mode: str) -> None:
     torch.manual_seed(0)
     module, phases = kind(mode), Phases()
     accumulate = 2 if mode == "accumulate" else 1
+    several = mode == "phases"
+    callback = LighthouseCallback(attention=CONFIG, phases=PHASES) if several else LighthouseCallback(SWITCH, CONFIG)
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
@@ -115,7 +123,7 @@ def main(name: str, output: Path, mode: str) -> None:
         max_steps=STEPS // accumulate,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
-        callbacks=[LighthouseCallback(SWITCH, CONFIG), phases],
+        callbacks=[callback, phases],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -125,7 +133,7 @@ def main(name: str, output: Path, mode: str) -> None:
     # each rank takes its part of every global batch, so that one process would see the same
     tokens = Sequences(GLOBAL_BATCH * STEPS).tokens[int(os.environ["RANK"]) :: processes]
     trainer.fit(module, DataLoader(tokens, GLOBAL_BATCH // processes))
-    result = {"losses": module.losses, "routed": phases.routed, "steps": phases.steps}
+    result = {"losses": module.losses, "routed": phases.routed, "steps": phases.steps, "switches": phases.switches}
     (output / mode).mkdir(parents=True, exist_ok=True)
     (output / mode / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 

@@ -38,16 +38,16 @@ def train(name: str, output: Path, modes: list[str]) -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "single"
-    return train("single", folder, ["plain", "accumulate"]), folder
+    return train("single", folder, ["plain", "accumulate", "phases"]), folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "modes"),
     [
-        ("ddp", ["plain", "compile", "checkpoint", "both", "accumulate"]),
-        ("fsdp2", ["plain", "both", "accumulate"]),
-        ("fsdp1", ["plain", "checkpoint", "compile"]),
+        ("ddp", ["plain", "compile", "checkpoint", "both", "accumulate", "phases"]),
+        ("fsdp2", ["plain", "both", "accumulate", "phases"]),
+        ("fsdp1", ["plain", "checkpoint", "compile", "phases"]),
     ],
     ids=["ddp", "fsdp2", "fsdp1"],
 )
@@ -55,12 +55,14 @@ def test_two_processes_train_as_one(strategy, modes, single, tmp_path):
     alone, single_folder = single
     results = train(strategy, tmp_path / strategy, modes)
     for mode, ranks in results.items():
-        (reference,) = alone["accumulate" if mode == "accumulate" else "plain"]
+        (reference,) = alone[mode if mode in alone else "plain"]
         for rank in ranks:
             # 8 steps switch at 5; 4 steps of two batches at 3, so after 6 batches
             expected = [True] * 6 + [False] * 2 if mode == "accumulate" else [True] * 5 + [False] * 3
             assert rank["routed"] == reference["routed"] == expected
             assert rank["steps"] == reference["steps"]
+            assert rank["switches"] == reference["switches"]
+            assert len(rank["switches"]) == (2 if mode == "phases" else 1)
         means = [sum(pair) / 2 for pair in zip(*(rank["losses"] for rank in ranks), strict=True)]
         assert means == pytest.approx(reference["losses"], rel=1e-5), mode
 
