@@ -125,7 +125,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         }
         plan = self._plan
         saved = {
-            "saved_switch": plan.switch.state_dict() if plan else None,
+            "saved_switch": self._switch.state_dict() if self._switch else None,
             "saved_phases": plan.state_dict() if plan else None,
         }
         return {"args": settings, "attributes": saved}
@@ -222,10 +222,10 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         """Restore the model."""
         self._events.publish(FitEnd(state.global_step, self._phase))
         self.restore()
-        if self._plan is not None and not self._plan.switch.switched:
+        if self._switch is not None and not self._switch.switched:
             warn(
                 f"Lighthouse: the training ended at step {state.global_step}, before the switch to dense attention at "
-                f"step {self._plan.switch.switch_step}: the model has not recovered from Lighthouse"
+                f"step {self._switch.switch_step}: the model has not recovered from Lighthouse"
             )
 
     def restore(self) -> None:
@@ -246,6 +246,10 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         except RuntimeError:
             self.restore()
             raise
+
+    @property
+    def _switch(self) -> SwitchState | None:
+        return self._plan.switch if self._plan else None
 
     def _attend(self, phase: Phase) -> None:
         assert self._patch is not None

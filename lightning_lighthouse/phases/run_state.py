@@ -26,11 +26,16 @@ class RunState:
     ledger: Ledger = field(default_factory=Ledger)
     shown: dict[str, Any] | None = None
 
+    @property
+    def switch(self) -> SwitchState | None:
+        """The last switch of the plan, to dense attention."""
+        return self.plan.switch if self.plan else None
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {
             "version": VERSION,
-            "switch": self.plan.switch.state_dict() if self.plan else None,
+            "switch": self.switch.state_dict() if self.switch else None,
             "phases": self.plan.state_dict() if self.plan else None,
             "ledger": self.ledger.state_dict(),
             "shown": self.shown,
