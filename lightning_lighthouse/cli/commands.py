@@ -152,7 +152,7 @@ def _status(stop: SystemExit) -> int:
     """The exit status of a SystemExit; Lightning hides signals in it."""
     if type(stop).__name__ == "SIGTERMException":
         # Lightning kills the main process, maybe while it saves, once a rank that it launched ends with another status
-        return DONE if _is_launched() else TERMINATED
+        return DONE if _is_launched() else int(stop.code or TERMINATED)
     if isinstance(stop.__context__, KeyboardInterrupt):
         return INTERRUPTED
     if stop.code is None or isinstance(stop.code, int):

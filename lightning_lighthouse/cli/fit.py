@@ -22,6 +22,7 @@ from lightning_lighthouse.cli.recipe_check import Checker
 from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
 from lightning_lighthouse.cli.weights import LoadWeights
+from lightning_lighthouse.data.workers import shield_workers
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
 from lightning_lighthouse.training.callback import LighthouseCallback
@@ -240,6 +241,8 @@ class LighthouseCLI(LightningCLI):
         choose_routed(targets, callback.dense_layers)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        # also where neither the data nor the callbacks are ours
+        shield_workers(self)
         with no_trace_of_a_refusal(self.trainer), loaded_as_data(self.weights or self.built.ckpt_path):
             super()._run_subcommand(subcommand)
 

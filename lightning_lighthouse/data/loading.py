@@ -17,6 +17,7 @@ from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 from litdata.streaming.sampler import ChunkedIndex
 
 from lightning_lighthouse.data.manifest import Manifest
+from lightning_lighthouse.data.workers import shield_from_group, shield_workers
 
 
 class DamagedDataError(ValueError):
@@ -109,7 +110,9 @@ class SequenceLoader(StreamingDataLoader):
         limit: int | float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, **options)
+        # the first shields workers that are forked from their beginning on, the other those that are not
+        shield_workers(self)
+        super().__init__(dataset, worker_init_fn=shield_from_group, **options)
         self._end_of_document = end_of_document
         self._limit = limit
 

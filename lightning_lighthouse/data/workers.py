@@ -1,4 +1,7 @@
-"""Worker processes that are sure to begin.
+"""Worker processes that are sure to begin, and that end when their parent says so.
+
+Schedulers, `timeout` and a terminal's Ctrl-C send a signal to every process of a run, and the workers would be gone
+before the step that the run finishes: `shield_workers` leaves the signal to the parent.
 
 Before Python 3.11.10 a forked process may wait for ever: if another thread held the lock over Python's list of threads
 at that moment, the child takes it a second time (python/cpython#112275). The threads of a process group do so now and
@@ -12,9 +15,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
+from multiprocessing.util import register_after_fork
 from typing import Any
 
 from lightning_lighthouse.checks import warn
@@ -23,6 +28,41 @@ FIRST_SOUND_PYTHON = (3, 11, 10)
 # Patience with one child: far more than a busy machine takes to let it begin, which is all it has to do.
 SECONDS_TO_BEGIN = 20.0
 ATTEMPTS = 5
+# How long a worker may outlive its parent.
+SECONDS_ALONE = 1.0
+
+_shielded: int | None = None
+
+
+def shield_workers(owner: object) -> None:
+    """Shield all workers that are forked from this process while `owner` lives, whoever starts them."""
+    register_after_fork(owner, shield_from_group)
+
+
+def shield_from_group(_: Any = None) -> None:
+    """In a worker: leave SIGINT and SIGTERM to the parent, end where that sends SIGTERM, and soon after its end.
+
+    It is also a `worker_init_fn`, for workers that are not forked. Where the system cannot say who sent a signal, as on
+    macOS, nothing changes.
+    """
+    global _shielded
+    process, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+    # one that is no daemon is not ended by its parent; it may be anything
+    if _shielded == os.getpid() or parent is None or not process.daemon or not hasattr(signal, "sigtimedwait"):
+        return
+    _shielded = os.getpid()
+    # torch sets a handler after this: it never hears of a signal that is blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
+
+
+def _end_with(parent: int | None) -> None:
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGINT, signal.SIGTERM}, SECONDS_ALONE)
+        if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            break
+    # as torch's own handler does, so that its parent takes it for no fault
+    os._exit(0)
 
 
 def worker_context() -> BaseContext | None:

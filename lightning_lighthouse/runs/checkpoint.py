@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
-import threading
 import time
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_lighthouse.runs.metric_name import metric_name
-from lightning_lighthouse.runs.saving import WholeCheckpointIO, check_writable, is_remote
+from lightning_lighthouse.runs.saving import WholeCheckpointIO, check_writable
+from lightning_lighthouse.runs.stop_signals import StopSignals, highest
 
 
 class Checkpoint(ModelCheckpoint):
     """ModelCheckpoint whose `last.ckpt` is always the last, and always that of a completed optimizer step.
 
-    It is written at each validation, at the end, on SIGTERM, and every `every_n_train_steps` or `train_time_interval`;
-    Lightning 2.6 writes it only where the monitored loss has improved. On SIGTERM the step is finished first. After an
-    exception nothing is written: a step is incomplete then, and a run resumed from it would skip a batch. `best.ckpt`
-    is that of the best validation.
+    It is written at each validation, at the end, on SIGTERM and Ctrl-C, and every `every_n_train_steps` or
+    `train_time_interval`; Lightning 2.6 writes it only where the monitored loss has improved. On a signal the step is
+    finished first, or the validation left; `fit` then ends in a SystemExit with 128 + the signal's number, as a shell
+    shows it. A second Ctrl-C stops at once. After an exception nothing is written: a step is incomplete then, and a run
+    resumed from it would skip a batch. `best.ckpt` is that of the best validation.
     """
 
-    _received_sigterm = False
+    # what the ranks agreed to stop for
+    _stopped_by = 0
+    # whether all ranks validate as many batches, so that they can agree after each
+    _validates_alike = False
     # a last.ckpt that waits for the end of a step
     _is_pending = False
     # step and time of the last.ckpt written last
@@ -43,36 +49,49 @@ class Checkpoint(ModelCheckpoint):
             SavingError: No file can be written to the folder of the checkpoints.
         """
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None and not is_remote(self.dirpath):
-            check_writable(Path(self.dirpath))
+        self._stopped_by = 0
+        self._signals = StopSignals()
+        if stage == "fit":
+            self._signals.replace_lightnings(trainer)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
+            check_writable(self.dirpath)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first hook after Lightning has set its handler."""
-        self._handle_sigterm()
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on only note a SIGTERM when it comes."""
+        """From here on a Ctrl-C is noted too when it comes."""
         super().on_train_start(trainer, pl_module)
-        self._handle_sigterm()
+        self._signals.listen_to_interrupts(trainer)
         self._kept_step, self._kept_time = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Behind the last batch of a step: save where it is time, and stop where a rank received SIGTERM."""
+        """Behind the last batch of a step: save where it is time, and stop where a rank received a signal."""
         if trainer.fit_loop._should_accumulate():
             return
         if self.monitor is None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif self._is_pending or self._is_due(trainer):
             self._keep_last(trainer)
-        self._agree_on_sigterm(trainer)
+        self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask whether the ranks validate as many batches: where not, they would wait for each other in vain."""
+        if self._is_in_fit(trainer):
+            count = float(sum(trainer.fit_loop.epoch_loop.val_loop.max_batches))
+            self._validates_alike = (
+                trainer.world_size == 1 or -highest(trainer, -count) == highest(trainer, count) < math.inf
+            )
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Leave the validation where a rank received a signal, unless it divides a step."""
+        if self._is_in_fit(trainer) and self._validates_alike and not trainer.fit_loop._should_accumulate():
+            self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after a validation, unless the best is saved later, at the epoch's end."""
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if not self._is_in_fit(trainer):
             return
         # with every_n_train_steps Lightning would look for the best at those steps only, where no loss is new
         self._defer_save_until_validation |= self.monitor is not None and self._every_n_epochs < 1
@@ -80,7 +99,7 @@ class Checkpoint(ModelCheckpoint):
         if not self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
         if not trainer.fit_loop._should_accumulate():
-            self._agree_on_sigterm(trainer)
+            self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch."""
@@ -93,25 +112,34 @@ class Checkpoint(ModelCheckpoint):
             self._keep_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save on SIGTERM, between two steps."""
-        if isinstance(exception, SIGTERMException) and self._kept_step != trainer.global_step:
-            self._keep_last(trainer)
+        """Save between two steps where a signal ends the run, and say how it goes on."""
+        if isinstance(exception, SIGTERMException):
+            if self._kept_step != trainer.global_step:
+                self._keep_last(trainer)
+            exception.code = self._exit_status(trainer)
+            way = f"go on with --ckpt_path {self.last_model_path}" if self.last_model_path else "nothing was saved"
+            rank_zero_info(f"Lighthouse: stopped at step {trainer.global_step}; {way}")
+        self._signals.close(trainer)
 
-    # Lightning's handler calls a collective wherever the signal strikes, and stops between the batches of a step
-    def _handle_sigterm(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note_sigterm)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._signals.close(trainer)
 
-    def _note_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        self._received_sigterm = True
-
-    def _agree_on_sigterm(self, trainer: Trainer) -> None:
-        received = self._received_sigterm
-        if trainer.world_size > 1:
-            received = trainer.strategy.reduce_boolean_decision(received, all=False)
-        if received:
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        self._stopped_by = self._signals.agree(trainer)
+        if self._stopped_by:
             # the loop looks at it once this batch is counted as done
             trainer._signal_connector.received_sigterm = True
+
+    def _exit_status(self, trainer: Trainer) -> int:
+        """What a shell shows for the signal; Lightning kills rank 0 where a rank that it launched ends with another."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_launched = isinstance(environment, LightningEnvironment) and trainer.strategy.launcher is None
+        return 0 if is_launched and trainer.local_rank > 0 else 128 + (self._stopped_by or signal.SIGTERM)
+
+    @staticmethod
+    def _is_in_fit(trainer: Trainer) -> bool:
+        return not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
@@ -144,9 +172,10 @@ class Checkpoint(ModelCheckpoint):
             # a validation between the batches of a step
             self._is_pending = True
         else:
-            last = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+            # an address is no Path
+            last = os.path.join(self.dirpath, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
             # before saving: it is part of the state
-            self.last_model_path = str(last)
+            self.last_model_path = last
             trainer.save_checkpoint(last, self.save_weights_only)
             self._note_kept(trainer)
 

@@ -61,8 +61,9 @@ def exit_code(process: int, parent: int) -> int | None:
 
 def main(parent: int, ranks: list[int]) -> None:
     """Wait until `parent`, rank 0, is gone, or end it with the ranks if it leaves one that failed unnoticed."""
-    # Ctrl-C is the parent's to handle
+    # what is sent to all processes of a run is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     failed_since: dict[int, float] = {}
     while os.getppid() == parent:
         for rank in ranks:

@@ -202,15 +202,14 @@ def test_debug_shows_where_a_line_comes_from(capsys, monkeypatch, how):
     assert err.endswith("lighthouse: gone.yaml: cannot be read: No such file or directory\n")
 
 
-@pytest.mark.parametrize(("name", "status", "saved"), [("SIGTERM", 143, 3), ("SIGINT", 130, None)])
-def test_a_signal_has_its_status_and_sigterm_saves_the_last_step(name, status, saved):
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_has_its_status_and_saves_the_last_step(name, status):
     if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         pytest.skip(f"started where {name} is ignored, as nohup and & do, and so is every child")
     done = run("fit", "-c", "recipe.yaml", "--model.fault", name)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
-    last = Path("runs/recipe/version_0/checkpoints/last.ckpt")
-    assert (steps(last) if last.exists() else None) == saved
+    assert steps("runs/recipe/version_0/checkpoints/last.ckpt") == 3
 
 
 @pytest.mark.slow

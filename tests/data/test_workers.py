@@ -1,9 +1,12 @@
-"""A worker that hangs where it is forked is forked again; what it does is not touched."""
+"""A worker that hangs where it is forked is forked again; one that is shielded outlives its group's signals."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lighthouse.data import workers
-from lightning_lighthouse.data.workers import PatientForkContext, worker_context
+from lightning_lighthouse.data.workers import PatientForkContext, shield_workers, worker_context
 
 # how many of the children forked next hang before they run any Python of multiprocessing's
 _stuck = multiprocessing.Value("i", 0)
@@ -89,3 +92,71 @@ def test_only_where_fork_may_hang(
     monkeypatch.setattr(workers.sys, "version_info", version)
     monkeypatch.setattr(workers.multiprocessing, "get_start_method", lambda: method)
     assert isinstance(worker_context(), PatientForkContext) == is_patient
+
+
+class Owner:
+    """Whose life is that of a shield."""
+
+
+def sleeping() -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    return process
+
+
+def is_shielded(process: multiprocessing.Process) -> bool:
+    """Whether it has both signals blocked, within seconds."""
+    wanted = 1 << (signal.SIGINT - 1) | 1 << (signal.SIGTERM - 1)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+        if blocked & wanted == wanted:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_shielded_worker_ends_by_its_parent_alone() -> None:
+    owner = Owner()
+    shield_workers(owner)
+    process = sleeping()
+    assert is_shielded(process)
+    for name in ("INT", "TERM"):
+        # by a process that is not its parent
+        subprocess.run(["/bin/sh", "-c", f"kill -{name} {process.pid}"], check=True)
+    process.join(1.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
+
+
+def test_without_the_owner_workers_are_as_ever() -> None:
+    owner = Owner()
+    shield_workers(owner)
+    del owner
+    process = sleeping()
+    subprocess.run(["/bin/sh", "-c", f"kill -TERM {process.pid}"], check=True)
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
+ORPHAN = """\
+import multiprocessing, os, time
+from lightning_lighthouse.data.workers import shield_workers
+shield_workers(multiprocessing.current_process())
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+worker.start()
+print(worker.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_shielded_worker_ends_soon_after_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, check=False)
+    worker = Path(f"/proc/{int(done.stdout)}/stat")
+    deadline = time.monotonic() + 10
+    while worker.exists() and ") Z" not in worker.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not worker.exists() or ") Z" in worker.read_text()

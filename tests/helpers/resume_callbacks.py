@@ -30,9 +30,10 @@ class StepLog(Callback):
 class Fault(Callback):
     """Strikes once, as the environment variable FAULT says: `{"kind": ..., "batch": ..., "hook": ..., "ranks": [...]}`.
 
-    `kind` is the name of a signal, "exception", "nan", or one of the ways to fail inside a save. With `"busy": true`
-    the other ranks are then busy with something else than waiting for these, with `"frozen": true` for ever, and no
-    thread of theirs runs.
+    `kind` is the name of a signal, "Ctrl-C twice", "exception", "nan", or one of the ways to fail inside a save. A
+    signal goes to this process alone, or with `"group": true` to every process of the run, as from a terminal or a
+    scheduler. With `"busy": true` the other ranks are then busy with something else than waiting for these, with
+    `"frozen": true` for ever, and no thread of theirs runs.
     """
 
     def __init__(self) -> None:
@@ -53,12 +54,18 @@ class Fault(Callback):
                 # unlike CDLL it keeps Python's lock
                 ctypes.PyDLL(None).sleep(3600)
             return
+        if self.fault["kind"] == "Ctrl-C twice":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
         if self.fault["kind"] == "exception":
             raise ArithmeticError("a fault of the test")
         if self.fault["kind"] == "nan":
             pl_module.blocks[1].attention.qkv.register_forward_hook(lambda module, args, out: out * float("nan"))
         else:
-            os.kill(os.getpid(), getattr(signal, self.fault["kind"]))
+            receiver = 0 if self.fault.get("group") else os.getpid()
+            os.kill(receiver, getattr(signal, self.fault["kind"]))
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         self.strike(trainer, "start", pl_module)
@@ -71,6 +78,10 @@ class Fault(Callback):
 
     def on_validation_start(self, trainer, *_):
         self.strike(trainer, "validation")
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            self.strike(trainer, "validation batch")
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         kind = self.fault.get("kind")

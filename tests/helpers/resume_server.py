@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import litdata
 import torch.utils.tensorboard
@@ -24,13 +25,15 @@ IMPORTED = (litdata, torch.utils.tensorboard, Trainer, LighthouseRecipe, cli_lig
 
 
 def run(arguments: list[str], folder: str, environment: dict[str, str]) -> int:
+    # a group of its own, for signals that a whole run gets
+    os.setpgid(0, 0)
     os.chdir(folder)
     os.environ.update(environment)
     for number, name in enumerate(("in", "out", "err")):
         file = os.open(os.devnull if name == "in" else name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     # what Lightning starts the other ranks with
-    sys.argv = [cli.__file__, *arguments]
+    sys.argv = [str(Path(cli.__file__).with_name("__main__.py")), *arguments]
     try:
         return cli.main(arguments)
     except BaseException:

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def batches_done(checkpoint: Path) -> int:
 def copy(prepared: Path, folder: Path) -> Path:
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("runs", "steps-*"))
     return folder
+
+
+def still_left_over(folder: Path) -> list[str]:
+    """Processes of a run that are there although it ended; each notices within seconds."""
+    ended = time.monotonic()
+    while left_over(folder) and time.monotonic() < ended + 20:
+        time.sleep(0.2)
+    return left_over(folder)
 
 
 def left_over(folder: Path) -> list[str]:

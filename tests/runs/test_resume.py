@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from typing import Any
 
 import pytest
-from resuming import EPOCH, RANKS, SWITCH, batches_done, copy, last, left_over, steps
+from resuming import EPOCH, RANKS, SWITCH, batches_done, copy, last, steps, still_left_over
 
 HOOKS = ["start", "backward", "end"]
 EXPECTED = {
@@ -21,14 +20,6 @@ EXPECTED = {
     ("SIGTERM", 2): [143],
     ("exception", 2): [-signal.SIGKILL, 1],
 }
-
-
-def still_left_over(folder):
-    """Processes of a run that are there although it ended; loader workers look for their parent every five seconds."""
-    ended = time.monotonic()
-    while left_over(folder) and time.monotonic() < ended + 20:
-        time.sleep(0.5)
-    return left_over(folder)
 
 
 def break_and_resume(server, folder, unbroken, faults, *flags):
