@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from lightning_lighthouse.cli.weights import LoadWeights
 from lightning_lighthouse.data.workers import shield_workers
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
+from lightning_lighthouse.runs.run_folder import run_folder
+from lightning_lighthouse.runs.saving import save_text
 from lightning_lighthouse.training.callback import LighthouseCallback
 
 MODEL = "lightning_lighthouse.model.Decoder"
@@ -74,7 +77,9 @@ class SaveRecipe(SaveConfigCallback):
         self.has_started = True
         # without a logger the folder is the current one, and config.yaml there is the user's
         if trainer.loggers:
-            super().setup(trainer, pl_module, "fit")
+            path = os.path.join(run_folder(trainer), self.config_filename)
+            if trainer.is_global_zero:
+                save_text(self.parser.dump(self.config, skip_none=False), path)
 
 
 class Parser(LightningArgumentParser):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,8 @@ from lightning_lighthouse.evaluation.leak import Sample, draw_positions, draw_tr
 from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, Switch, phase_events
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
-from lightning_lighthouse.runs.whole_file import whole_file
+from lightning_lighthouse.runs.run_folder import run_folder
+from lightning_lighthouse.runs.saving import save_text
 
 STATE_VERSION = 1
 TABLE = "probe.csv"
@@ -284,10 +286,9 @@ class FutureLeakProbe(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics({f"probe/{name}": getattr(result, name) for name in CURVES}, result.step)
-        # log_dir is broadcast: every rank asks
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path = os.path.join(run_folder(trainer), TABLE)
         if trainer.is_global_zero:
-            _write_table(self.results, folder / TABLE)
+            save_text(_table(self.results), path)
 
     def _tell_once(self, line: str) -> None:
         if line not in self._told:
@@ -389,8 +390,9 @@ def _evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             part.training = True
 
 
-def _write_table(results: list[ProbeResult], path: Path) -> None:
-    with whole_file(path) as partial, partial.open("w", newline="") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(ProbeResult)])
-        table.writeheader()
-        table.writerows(asdict(result) for result in results)
+def _table(results: list[ProbeResult]) -> str:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, [field.name for field in fields(ProbeResult)])
+    table.writeheader()
+    table.writerows(asdict(result) for result in results)
+    return text.getvalue()

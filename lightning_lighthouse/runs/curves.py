@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +176,7 @@ class PhaseCurves:
             from torch.utils.tensorboard import SummaryWriter
 
             assert self._board is not None
-            writer = SummaryWriter(str(Path(self._board.log_dir) / run), purge_step=self._first_step or None)
+            writer = SummaryWriter(os.path.join(self._board.log_dir, run), purge_step=self._first_step or None)
             charts = {
                 "loss": ["Multiline", [LOSS, *metric_names(self._validation_metric)]],
                 "tokens per second": ["Multiline", [RATE]],

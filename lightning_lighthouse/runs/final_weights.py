@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,18 +11,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from lightning_lighthouse.runs.saving import save_whole
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lightning.pytorch import Trainer
 
 FINAL = "final.pt"
 
 
-def write_final(trainer: Trainer, module: nn.Module, folder: Path) -> Path:
+def write_final(trainer: Trainer, module: nn.Module, folder: str | Path) -> str:
     """Gather the weights of `module` and write `folder/final.pt`. Every rank calls it, rank 0 writes.
 
     The file loads with `torch.load(path, weights_only=True)` into the same LightningModule. It appears whole or not at
     all.
     """
-    path = folder / FINAL
+    path = os.path.join(folder, FINAL)
     weights = _gather_weights(module)
     if trainer.is_global_zero:
         save_whole(weights, path)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +23,11 @@ from lightning_lighthouse.checks import LighthouseWarning
 from lightning_lighthouse.phases.ledger import Ledger, PhaseTotals
 from lightning_lighthouse.phases.plan import PhasePlan
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
-from lightning_lighthouse.runs.whole_file import whole_file
+from lightning_lighthouse.runs.saving import save_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lightning.pytorch import Callback, Trainer
 
 REPORT = "lighthouse.json"
@@ -61,7 +63,9 @@ def describe_spike(trainer: Trainer, ledger: Ledger) -> str:
     return line
 
 
-def write_report(trainer: Trainer, callback: Callback, plan: PhasePlan | None, ledger: Ledger, folder: Path) -> Path:
+def write_report(
+    trainer: Trainer, callback: Callback, plan: PhasePlan | None, ledger: Ledger, folder: str | Path
+) -> str:
     """Write `folder/lighthouse.json` on rank 0; it appears whole or not at all.
 
     Args:
@@ -69,9 +73,9 @@ def write_report(trainer: Trainer, callback: Callback, plan: PhasePlan | None, l
         callback: Its settings.
         plan: None for a dense baseline.
         ledger: Totals and validations of the whole run, resumed parts included.
-        folder: Made if missing.
+        folder: Made if missing; an address too.
     """
-    path = folder / REPORT
+    path = os.path.join(folder, REPORT)
     if trainer.is_global_zero:
         total = trainer.estimated_stepping_batches
         content = {
@@ -89,8 +93,7 @@ def write_report(trainer: Trainer, callback: Callback, plan: PhasePlan | None, l
             "device": _device(trainer.strategy.root_device),
             "versions": _versions(),
         }
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+        save_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", path)
     return path
 
 

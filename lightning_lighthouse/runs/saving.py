@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: checkpoints and final weights."""
+"""Files that appear whole or not at all: checkpoints, final weights, reports; local ones, and those at an address."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
+from fsspec.core import split_protocol
+from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
 from lightning_lighthouse.runs.whole_file import PARTIAL, whole_file
@@ -21,16 +23,21 @@ class SavingError(OSError):
     """A file could not be written; the one before it, if any, is as it was."""
 
 
-def save_whole(content: Any, path: Path) -> None:
-    """Write `content` with torch.save to `path`, by `whole_file`.
+def save_whole(content: Any, path: str | Path) -> None:
+    """Write `content` with torch.save to `path`: a local file by `whole_file`, another in one piece.
 
     Args:
         content: What torch.save takes.
-        path: Local file; its folder is made if it is missing.
+        path: Local file, or an address that fsspec opens; its folder is made if it is missing.
 
     Raises:
         SavingError: The disk is full, or the folder cannot be written to; with the size that is needed.
     """
+    if is_remote(path):
+        # object storage shows a file once all of it is there
+        TorchCheckpointIO().save_checkpoint(content, path)
+        return
+    path = local_path(path)
     try:
         # an open file: torch's own would hide the system's error
         with whole_file(path) as partial, open(partial, "wb") as file:
@@ -45,12 +52,30 @@ def save_whole(content: Any, path: Path) -> None:
         raise SavingError(f"{path} could not be written: {_explain(cause, content, path)}") from cause
 
 
-def check_writable(folder: Path) -> None:
-    """Make sure that a file can be written to a local folder, which may not exist yet; nothing is left there.
+def save_text(text: str, path: str | Path) -> None:
+    """Write a text file whole, to a local path or an address; its folder is made if it is missing."""
+    if is_remote(path):
+        storage = get_filesystem(path)
+        storage.makedirs(os.path.dirname(path), exist_ok=True)
+        storage.pipe_file(os.fspath(path), text.encode())
+        return
+    with whole_file(local_path(path)) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make sure that a file can be written to a folder, which may not exist yet; nothing is left there.
+
+    Args:
+        folder: Local, or an address.
 
     Raises:
         SavingError: It cannot.
     """
+    if is_remote(folder):
+        _check_writable_address(os.fspath(folder))
+        return
+    folder = local_path(folder)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     probe = folder / f".probe-{os.getpid()}{PARTIAL}"
     try:
@@ -64,6 +89,23 @@ def check_writable(folder: Path) -> None:
             # another rank or run may have begun to use it
             with suppress(OSError):
                 part.rmdir()
+
+
+def _check_writable_address(folder: str) -> None:
+    probe = f"{folder.rstrip('/')}/.probe-{os.getpid()}{PARTIAL}"
+    try:
+        storage = get_filesystem(folder)
+        is_new = not storage.exists(folder)
+        storage.makedirs(folder, exist_ok=True)
+        storage.pipe_file(probe, b"")
+        storage.rm_file(probe)
+        if is_new:
+            with suppress(OSError):
+                storage.rmdir(folder)
+    # whatever the client of a storage raises, one without its package or the rights among it
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SavingError(f"nothing can be written to {folder}: {reason}; choose another folder") from error
 
 
 def _explain(error: OSError, content: Any, path: Path) -> str:
@@ -102,9 +144,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            save_whole(checkpoint, Path(path))
+            save_whole(checkpoint, path)
 
 
 def is_remote(path: str | Path) -> bool:
     """Whether a path is an address, "s3://bucket/last.ckpt", and no local file."""
-    return bool(urlsplit(str(path)).netloc)
+    return split_protocol(path)[0] not in (None, *LocalFileSystem.protocol)
+
+
+def local_path(path: str | Path) -> Path:
+    """A local path, also of an address as "file:///runs"."""
+    return Path(path) if split_protocol(path)[0] is None else Path(LocalFileSystem._strip_protocol(os.fspath(path)))

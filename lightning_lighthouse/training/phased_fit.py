@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,6 +31,8 @@ from lightning_lighthouse.runs.curves import PhaseCurves
 from lightning_lighthouse.runs.final_weights import is_sharded, write_final
 from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary, write_report
 from lightning_lighthouse.runs.resume import mend_resume
+from lightning_lighthouse.runs.run_folder import run_folder
+from lightning_lighthouse.runs.saving import check_writable
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients
 from lightning_lighthouse.training.rank_watch import watched_ranks
@@ -95,7 +96,7 @@ class PhasedFit:
         self._known_reasons: set[str] = set()
         self._calls: Counter[str] = Counter()
         # where the final weights go, once the training has ended
-        self._folder: Path | None = None
+        self._folder: str | None = None
         self._contexts = ExitStack()
         try:
             self._patch_model()
@@ -106,6 +107,10 @@ class PhasedFit:
     def _patch_model(self) -> None:
         settings, trainer, module = self._settings, self._trainer, self._module
         check_tensor_parallel(trainer, module)
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # days before something is written there
+            check_writable(folder)
         self._contexts.callback(self._guard.clear)
         for context in (
             shown_notices(),
@@ -325,8 +330,7 @@ class PhasedFit:
         self._events.publish(FitEnd(trainer.global_step, self._phase))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # log_dir is broadcast: every rank asks
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         assert isinstance(self._settings, Callback)
         write_report(trainer, self._settings, self._plan, run.ledger, folder)
         wrapped = trainer.strategy.model
