@@ -137,8 +137,12 @@ class Ledger:
         validations = [Validation(*values) for values in state.get("validations", [])]
         return cls({phase: PhaseTotals(**totals) for phase, totals in phases.items()}, validations)
 
-    def summary(self) -> list[str]:
-        """The run in a few lines."""
+    def summary(self, step: int) -> list[str]:
+        """The run in a few lines.
+
+        Args:
+            step: Optimizer steps done at its end.
+        """
         lines = []
         width = max((len(phase) for phase in self.phases), default=0)
         for phase, totals in self.phases.items():
@@ -157,4 +161,6 @@ class Ledger:
         for name, validation in validations.items():
             if validation is not None:
                 lines.append(f"dense validation loss, {name}: {validation.loss:.4f} (step {validation.step})")
+        if self.last_validation is not None and self.last_validation.step != step:
+            lines[-1] += f"; the final weights are those of step {step}"
         return lines

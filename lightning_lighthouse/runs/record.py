@@ -36,7 +36,7 @@ REPORT_VERSION = 1
 
 def tell_summary(trainer: Trainer, plan: PhasePlan | None, ledger: Ledger) -> None:
     """Print the totals, and warn of a run that ended before its switch."""
-    rank_zero_info("\n".join(f"Lighthouse: {line}" for line in ledger.summary()))
+    rank_zero_info("\n".join(f"Lighthouse: {line}" for line in ledger.summary(trainer.global_step)))
     switch = plan.switch if plan is not None else None
     if switch is not None and not switch.switched:
         rank_zero_warn(
@@ -87,6 +87,7 @@ def write_report(
             "plan": _plan(callback, plan) if plan else [],
             "phases": {phase: _phase(ledger.totals(phase)) for phase in _names(plan, ledger)},
             "validations": [validation._asdict() for validation in ledger.validations],
+            "final": _final(trainer, ledger),
             "spike": _spike(ledger),
             "probes": _probes(trainer),
             "world_size": trainer.world_size,
@@ -154,6 +155,14 @@ def _phase(totals: PhaseTotals) -> dict[str, Any]:
         "routed_calls": totals.routed_calls,
         "dense_calls": totals.dense_calls,
     }
+
+
+def _final(trainer: Trainer, ledger: Ledger) -> dict[str, Any] | None:
+    """The newest dense validation, and whether it is of the weights in `final.pt`."""
+    last = ledger.last_validation
+    if last is None:
+        return None
+    return {"step": last.step, "loss": last.loss, "is_of_final_weights": last.step == trainer.global_step}
 
 
 def _spike(ledger: Ledger) -> dict[str, Any] | None:

@@ -229,6 +229,10 @@ class LighthouseCallback(Callback):
         """Restore the model; write the final weights."""
         fit = self._running
         self._close()
+        # still there where no training started: the checkpoint is that of the last step
+        if self._loaded is not None and trainer.limit_train_batches != 0:
+            self._run, self._loaded = self._loaded, None
+            fit.end_untrained(self._run)
         fit.write_final_weights()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -28,11 +28,10 @@ from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_r
 from lightning_lighthouse.routing.reasons import REMEDIES, ROUTED
 from lightning_lighthouse.routing.targets import DenseLayers
 from lightning_lighthouse.runs.curves import PhaseCurves
-from lightning_lighthouse.runs.final_weights import is_sharded, write_final
-from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary, write_report
+from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary
 from lightning_lighthouse.runs.resume import mend_resume
-from lightning_lighthouse.runs.run_folder import run_folder
-from lightning_lighthouse.runs.saving import check_writable
+from lightning_lighthouse.training.last_validation import validate_now
+from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients
 from lightning_lighthouse.training.rank_watch import watched_ranks
@@ -95,8 +94,9 @@ class PhasedFit:
         # why calls stayed dense, as far as the user knows
         self._known_reasons: set[str] = set()
         self._calls: Counter[str] = Counter()
-        # where the final weights go, once the training has ended
-        self._folder: str | None = None
+        # step of the newest validation in this fit
+        self._validated = -1
+        self._has_ended = False
         self._contexts = ExitStack()
         try:
             self._patch_model()
@@ -107,10 +107,8 @@ class PhasedFit:
     def _patch_model(self) -> None:
         settings, trainer, module = self._settings, self._trainer, self._module
         check_tensor_parallel(trainer, module)
-        folder = run_folder(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # days before something is written there
-            check_writable(folder)
+        assert isinstance(settings, Callback)
+        self._left = LeftFiles(settings, trainer, module)
         self._contexts.callback(self._guard.clear)
         for context in (
             shown_notices(),
@@ -303,12 +301,13 @@ class PhasedFit:
         """Note the dense validation loss, and ask the plateau rule."""
         trainer, ledger = self._trainer, self._run.ledger
         assert self._curves is not None
+        self._validated = trainer.global_step
         loss = self._curves.validation_loss(trainer)
         if loss is not None:
             ledger.add_validation(trainer.global_step, self._phase, loss)
             if line := describe_spike(trainer, ledger):
                 self._say(line, trainer.global_step)
-        if self._settings.plateau is not None and self._plan is not None:
+        if self._settings.plateau is not None and self._plan is not None and not self._has_ended:
             apply_rule(trainer, self._settings.plateau, self._plan, ledger, mid_step=self._mid_step)
 
     def pause(self) -> None:
@@ -322,28 +321,27 @@ class PhasedFit:
             self._patch.hand_back(())
 
     def end(self) -> None:
-        """Sum up; sharded weights are gathered here, while the ranks still work together."""
+        """Validate what the training ends with, and sum up; sharded weights are gathered while the ranks still work."""
         self.leave_phase()
         self._drain()
         trainer, run = self._trainer, self._run
+        self._has_ended = True
+        if self._validated != trainer.global_step:
+            validate_now(trainer)
         tell_summary(trainer, self._plan, run.ledger)
         self._events.publish(FitEnd(trainer.global_step, self._phase))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = run_folder(trainer)
-        assert isinstance(self._settings, Callback)
-        write_report(trainer, self._settings, self._plan, run.ledger, folder)
-        wrapped = trainer.strategy.model
-        if wrapped is not None and is_sharded(wrapped):
-            rank_zero_info(f"Lighthouse: final weights: {write_final(trainer, wrapped, folder)}")
-        else:
-            self._folder = folder
+        self._left.report(self._plan, run.ledger)
+
+    def end_untrained(self, run: RunState) -> None:
+        """Report a run that went on from its last step, with nothing left to train."""
+        self._run = run
+        self._left.report_untrained(self._plan, run.ledger)
 
     def write_final_weights(self) -> None:
-        """Write those that `end` left, after the hooks that may change them last: averages, the module's own."""
-        if self._folder is not None:
-            path = write_final(self._trainer, self._module, self._folder)
-            rank_zero_info(f"Lighthouse: final weights: {path}")
+        """Write the final weights, where they are not sharded."""
+        self._left.write_weights()
 
     def close(self) -> None:
         """Restore the model, and whatever else this fit changed. Harmless at any time."""

@@ -310,13 +310,13 @@ def test_the_final_weights_are_those_the_fit_ends_with(tmp_path, first):
     assert torch.equal(weights["model.head.bias"], model.model.head.bias)
 
 
-def test_a_fit_that_has_nothing_left_to_do_writes_nothing(tmp_path, monkeypatch):
+def test_a_fit_that_has_nothing_left_to_do_writes_into_its_folder_alone(tmp_path, monkeypatch):
     path = checkpointed(tmp_path, 0.5, stop=10)
     (tmp_path / "final.pt").unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], ckpt_path=path)
-    assert not list(tmp_path.rglob("final.pt"))
+    assert list(tmp_path.rglob("final.pt")) == [tmp_path / "final.pt"]
 
 
 class ExtraState(ForeignModule):

@@ -1,0 +1,68 @@
+"""The files that a fit leaves in its run's folder: the report, and the final weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_lighthouse.checks import LighthouseWarning
+from lightning_lighthouse.runs.final_weights import is_sharded, write_final
+from lightning_lighthouse.runs.record import write_report
+from lightning_lighthouse.runs.run_folder import run_folder
+from lightning_lighthouse.runs.saving import check_writable
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from lightning_lighthouse.phases.ledger import Ledger
+    from lightning_lighthouse.phases.plan import PhasePlan
+
+
+class LeftFiles:
+    """What one fit writes at its end. Every rank calls every method.
+
+    Args:
+        callback: Its settings go into the report.
+        trainer: At fit start.
+        module: In training.
+
+    Raises:
+        SavingError: Nothing could be written there; days before it would be.
+    """
+
+    def __init__(self, callback: Callback, trainer: Trainer, module: LightningModule) -> None:
+        self._callback, self._trainer, self._module = callback, trainer, module
+        # where the final weights go, once the training has ended
+        self._folder: str | None = None
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_writable(folder)
+
+    def report(self, plan: PhasePlan | None, ledger: Ledger) -> None:
+        """Write the report when a training has ended, and sharded weights, while the ranks still work together."""
+        folder = self._report(plan, ledger)
+        wrapped = self._trainer.strategy.model
+        if wrapped is not None and is_sharded(wrapped):
+            rank_zero_info(f"Lighthouse: final weights: {write_final(self._trainer, wrapped, folder)}")
+        else:
+            self._folder = folder
+
+    def report_untrained(self, plan: PhasePlan | None, ledger: Ledger) -> None:
+        """The same for a run that went on from its last step: killed before its end, or started once more."""
+        if is_sharded(self._module):
+            line = "nothing was left to train, and sharded weights cannot be gathered now: there is no final.pt"
+            rank_zero_warn(f"Lighthouse: {line}", category=LighthouseWarning)
+        else:
+            self._folder = self._report(plan, ledger)
+
+    def write_weights(self) -> None:
+        """Write the final weights after the hooks that may change them last: averages, the module's own."""
+        if self._folder is not None:
+            path = write_final(self._trainer, self._module, self._folder)
+            rank_zero_info(f"Lighthouse: final weights: {path}")
+
+    def _report(self, plan: PhasePlan | None, ledger: Ledger) -> str:
+        folder = run_folder(self._trainer)
+        write_report(self._trainer, self._callback, plan, ledger, folder)
+        return folder
