@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,6 +13,8 @@ from lightning_lighthouse.checks import warn
 logger = logging.getLogger("lightning_lighthouse")
 
 _given: set[str] = set()
+# of the fits that have not begun, the innermost last
+_held: list[list[str]] = []
 
 
 @torch.compiler.assume_constant_result
@@ -28,7 +30,37 @@ def log_once(key: str, message: str) -> None:
     """Log `message` at level INFO unless this process logged one under `key`. While compiling it runs at trace time."""
     if key not in _given:
         _given.add(key)
+        say(message)
+
+
+def say(message: str) -> None:
+    """Log `message` at level INFO, or keep it for the line that is to come."""
+    if _held:
+        _held[-1].append(message)
+    else:
         logger.info(message)
+
+
+@contextmanager
+def held_notices() -> Iterator[Callable[[], list[str]]]:
+    """Keep back what is to be said at level INFO until the function that is given is called, and hands it out.
+
+    So a training begins with one line. What was not asked for is logged at the end.
+    """
+    lines: list[str] = []
+    _held.append(lines)
+
+    def release() -> list[str]:
+        # by identity: another fit may hold as many lines
+        _held[:] = [held for held in _held if held is not lines]
+        said, lines[:] = lines[:], []
+        return said
+
+    try:
+        yield release
+    finally:
+        for line in release():
+            logger.info(line)
 
 
 class _Forwarder(logging.Handler):

@@ -68,3 +68,55 @@ def test_the_command_line_shows_the_sentence_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stderr.splitlines()[0].startswith("Lighthouse: .: 1 of 2 files are left out, their kind is unknown")
     assert "LighthouseWarning" not in done.stderr
+
+
+TRAINING = """
+import sys, warnings
+from lightning.pytorch import Callback, Trainer
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig, LighthouseRecipe
+from lightning_lighthouse.model import Decoder
+
+class Begin(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            print("BEGIN", file=sys.stderr, flush=True)
+
+for logger in (True, False):
+    data = LighthouseRecipe(seq_len=128, source="a.txt", validation_source="a.txt", output_dir="p", num_workers=0)
+    callback = LighthouseCallback(2, LighthouseConfig(2, 2, 8))
+    settings = dict(accelerator="cpu", max_steps=3, enable_progress_bar=False, logger=logger)
+    trainer = Trainer(**settings, callbacks=[callback, Begin()])
+    trainer.fit(Decoder(num_layers=1, dim=16, num_heads=1, ffn_dim=16), datamodule=data)
+    print("END", file=sys.stderr, flush=True)
+"""
+
+
+def test_a_training_begins_with_one_line(tmp_path: Path) -> None:
+    """Also where the data is prepared first; the rest is Lightning's."""
+    (tmp_path / "a.txt").write_text("text " * 999)
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "sequences" not in done.stdout
+    runs = done.stderr.split("END")[:2]
+    before = [run.partition("BEGIN")[0].splitlines() for run in runs]
+    ours = [[line for line in lines if "ighthouse" in line or "sequences" in line] for lines in before]
+    assert [len(lines) for lines in ours] == [1, 1], ours
+    assert ours[0][0].startswith(
+        "Lighthouse: lighthouse phase from step 0; switch to dense at step 2 of 3; 1 attention"
+    )
+    assert ours[0][0].endswith("; backend='auto' runs 'reference' on cpu")
+
+
+def test_what_is_held_is_said_in_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning_lighthouse"):
+        with notices.held_notices() as outer, notices.held_notices() as inner:
+            notices.say("of the inner")
+            assert inner() == ["of the inner"]
+            notices.say("of the outer")
+            assert caplog.messages == []
+        assert caplog.messages == ["of the outer"]
+        assert outer() == []
+        notices.say("of nobody")
+    assert caplog.messages == ["of the outer", "of nobody"]

@@ -24,6 +24,7 @@ from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
 from lightning_lighthouse.cli.weights import LoadWeights
 from lightning_lighthouse.data.workers import shield_workers
+from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
 from lightning_lighthouse.runs.run_folder import run_folder
@@ -297,7 +298,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         0; everything else is an exception.
     """
     drop_notices()
-    LighthouseCLI(command, arguments)
+    with shown_notices():
+        LighthouseCLI(command, arguments)
     return 0
 
 

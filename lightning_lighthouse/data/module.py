@@ -127,14 +127,14 @@ class LighthouseRecipe(LightningDataModule):
         return self._load_manifest().bytes_per_token if is_prepared(self.folder) else None
 
     def prepare_data(self) -> None:
-        """Prepare the data if that has not been done, and say what there is."""
+        """Prepare the data if that has not been done, and log what there is, at level INFO."""
         if self.source_is_prepared or is_prepared(self.folder):
-            print(f"{self.folder}: {check(self.folder).summary()}")
+            logger.info(f"{self.folder}: {check(self.folder).summary()}")
             return
         settings = self._settings(self.tokenizer)
         asked = {field.name: getattr(settings, field.name) for field in fields(settings)}
         manifest = prepare(self.output_dir, num_workers=self.num_workers, **{**asked, "sources": self.sources or None})
-        print(f"{self.folder}\n{manifest.report()}")
+        logger.info(f"{self.folder}\n{manifest.report()}")
 
     def setup(self, stage: str) -> None:
         """Check that the data is whole, is what was asked for, and suffices for one batch on each rank."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_lighthouse.checks import LighthouseWarning
+from lightning_lighthouse.notices import say
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.runs.metric_name import metric_name, metric_names
@@ -55,7 +56,7 @@ class PhaseCurves:
             self._purge_validation(self._board)
         if self._board is None and self._others:
             names = ", ".join(type(logger).__name__ for logger in self._others)
-            rank_zero_info(f"Lighthouse: no TensorBoardLogger; the phases' scalars go to {names}")
+            say(f"no TensorBoardLogger, the phases' scalars go to {names}")
 
     def scalars(self, phase: str, step: int, values: dict[str, float]) -> None:
         """Write `values` by tag at an optimizer step."""

@@ -16,7 +16,7 @@ from lightning_lighthouse.attention.backends import check_backend
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.sdpa import sdpa_priority
 from lightning_lighthouse.checks import LighthouseWarning, SettingError
-from lightning_lighthouse.notices import shown_notices
+from lightning_lighthouse.notices import held_notices, say, shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.phases.phase import Phase
@@ -110,8 +110,9 @@ class PhasedFit:
         assert isinstance(settings, Callback)
         self._left = LeftFiles(settings, trainer, module)
         self._contexts.callback(self._guard.clear)
+        self._contexts.enter_context(shown_notices())
+        self._details = self._contexts.enter_context(held_notices())
         for context in (
-            shown_notices(),
             watched_ranks(trainer.strategy.launcher),
             sdpa_priority(settings.attention.sdpa),
             timed_fetches(trainer.profiler, lambda seconds: self._stopwatch.fetched(seconds)),  # type: ignore[attr-defined]
@@ -205,7 +206,11 @@ class PhasedFit:
         self._contexts.callback(curves.close)
         if self._patch is not None and self._plan is not None:
             layers = [name or type(self._module).__name__ for name in self._patch.targets]
-            curves.text(trainer.global_step, describe_start(trainer, self._plan, settings.plateau, layers))
+            line = describe_start(trainer, self._plan, settings.plateau, layers, self._details())
+            curves.text(trainer.global_step, line)
+        for detail in self._details():
+            # of a dense baseline
+            say(detail)
         self._step_before = trainer.global_step - 1
         assert isinstance(settings, Callback)
         run.shown = curves.hyperparameters(shown_settings(settings, self._plan), run.shown)

@@ -110,7 +110,9 @@ def apply_rule(trainer: Trainer, rule: PlateauRule, plan: PhasePlan, ledger: Led
         )
 
 
-def describe_start(trainer: Trainer, plan: PhasePlan, rule: PlateauRule | None, names: list[str]) -> str:
+def describe_start(
+    trainer: Trainer, plan: PhasePlan, rule: PlateauRule | None, names: list[str], details: list[str]
+) -> str:
     """Say in which phase the run starts, and when it switches; return that line.
 
     Args:
@@ -118,6 +120,7 @@ def describe_start(trainer: Trainer, plan: PhasePlan, rule: PlateauRule | None, 
         plan: What was resolved.
         rule: May switch earlier.
         names: The routed layers.
+        details: Told in the same line.
     """
     total = trainer.estimated_stepping_batches
     switch, step = plan.switch, trainer.global_step
@@ -126,7 +129,8 @@ def describe_start(trainer: Trainer, plan: PhasePlan, rule: PlateauRule | None, 
     line += "".join(f"{plan.names[number]} from step {plan.first_step(number)}; " for number in later)
     line += f"switch to dense at step {switch.switch_step}"
     line += " at the latest" if rule is not None and not (switch.switched or switch.by_plateau) else ""
-    rank_zero_info(f"Lighthouse: {line} of {total}; {len(names)} attention layers routed, {names[0]} .. {names[-1]}")
+    layers = f"{len(names)} attention layers routed, {names[0]} .. {names[-1]}"
+    rank_zero_info(f"Lighthouse: {'; '.join([f'{line} of {total}', layers, *details])}")
     if not switch.switched and switch.switch_step >= total:
         rank_zero_warn(
             f"Lighthouse: {total} steps end before the switch at step {switch.switch_step}", category=LighthouseWarning

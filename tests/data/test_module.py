@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -49,14 +50,15 @@ def recipe(source: str, **options: Any) -> LighthouseRecipe:
     return LighthouseRecipe(**{"seq_len": SEQ_LEN, "source": source, "num_workers": 0, "batch_size": 3, **options})
 
 
-def test_trainer_prepares_trains_and_validates(text: Path, tmp_path: Path, capsys: Any) -> None:
+def test_trainer_prepares_trains_and_validates(text: Path, tmp_path: Path, caplog: Any) -> None:
     data = LighthouseRecipe(
         seq_len=SEQ_LEN, batch_size=3, source=str(text), output_dir=str(tmp_path / "out"), validation_fraction=0.2
     )
     assert (data.vocab_size, data.bytes_per_token) == (257, None)
-    model = fit(data, max_epochs=2)
+    with caplog.at_level(logging.INFO, "lightning_lighthouse"):
+        model = fit(data, max_epochs=2)
     manifest = data.state_dict()
-    assert f"sha256 {data._load_manifest().sha256}" in capsys.readouterr().out
+    assert f"sha256 {data._load_manifest().sha256}" in caplog.text
     counts = data._load_manifest()
     assert len(model.seen) == counts.train.sequences // 3 * 2
     # each epoch shows each batch once, in an order of its own

@@ -539,13 +539,18 @@ def test_the_backend_is_told_once(tmp_path, monkeypatch, caplog):
     assert notices.logger.level == logging.NOTSET
 
 
-def test_the_backend_is_told_by_lightning_where_nobody_listens(tmp_path, monkeypatch, caplog):
+def test_what_is_told_is_told_by_lightning_where_nobody_listens(tmp_path, monkeypatch, caplog):
+    class Teller(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            notices.log_once("teller", "a line of ours")
+
     monkeypatch.setattr(notices, "_given", set())
     monkeypatch.setattr(notices.logger, "propagate", False)
     # its records reach the root, where pytest listens
     lightning = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(lightning, "handlers", [])
     monkeypatch.setattr(lightning, "propagate", True)
-    fit(tmp_path, [LighthouseCallback(2, CONFIG)], max_steps=4)
-    assert caplog.text.count("Lighthouse: backend='auto' runs 'reference' on cpu") == 1
+    fit(tmp_path, [LighthouseCallback(2, CONFIG), Teller()], max_steps=4)
+    assert caplog.text.count("; backend='auto' runs 'reference' on cpu") == 1
+    assert caplog.text.count("Lighthouse: a line of ours") == 1
     assert not notices.logger.handlers
