@@ -44,6 +44,14 @@ class ResumeError(ValueError):
     """The settings contradict what the resumed run has done."""
 
 
+def is_named(value: Any, name: str) -> bool:
+    """Whether `value` is of a class of that name, or of one that inherits from it.
+
+    `lightning.pytorch` and `pytorch_lightning` have the same classes twice, and `isinstance` knows one of them.
+    """
+    return any(base.__name__ == name for base in type(value).__mro__)
+
+
 class LighthouseWarning(UserWarning):
     """The category of all warnings of this package, so that they can be filtered.
 

@@ -7,6 +7,7 @@ position within the data; the recipe sees to it that it is the same data.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +82,12 @@ class LighthouseRecipe(LightningDataModule):
         long_fraction: float | None = None,
     ) -> None:
         super().__init__()
+        if "pytorch_lightning" in sys.modules:
+            warn(
+                'pytorch_lightning is imported beside lightning: its Trainer takes no LighthouseRecipe ("Expected a '
+                'parent"); import Trainer and LightningModule from lightning.pytorch',
+                stacklevel=2,
+            )
         check_workers(num_workers)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")

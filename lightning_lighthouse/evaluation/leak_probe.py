@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_type
+from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_type, is_named
 from lightning_lighthouse.evaluation.leak import Sample, draw_positions, draw_trial, other_text
 from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, Switch, phase_events
@@ -177,7 +176,7 @@ class FutureLeakProbe(Callback):
         if not self._lighthouse.enabled:
             rank_zero_info("Lighthouse probe: nothing to measure with enabled=False")
             return
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if is_named(trainer.strategy, "FSDPStrategy"):
             raise SettingError("FutureLeakProbe cannot run under FSDPStrategy; use ModelParallelStrategy, or no probe")
         offers = callable(getattr(pl_module, "token_losses", None))
         if not offers and type(pl_module).forward is LightningModule.forward:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_lighthouse.checks import LighthouseWarning
+from lightning_lighthouse.checks import LighthouseWarning, is_named
 from lightning_lighthouse.notices import say
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.phases.schedule import DENSE
@@ -19,6 +18,7 @@ from lightning_lighthouse.runs.metric_name import metric_name, metric_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
     from torch.utils.tensorboard import SummaryWriter
 
 LOSS = "train/loss"
@@ -48,9 +48,9 @@ class PhaseCurves:
         self._levels = {name: float(level) for level, name in enumerate(reversed(phases))}
         self._told_of_metric = False
         self._settings_run = DENSE
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        self._others = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
-        self._board = boards[0] if boards else None
+        boards: list[Any] = [logger for logger in trainer.loggers if is_named(logger, "TensorBoardLogger")]
+        self._others = [logger for logger in trainer.loggers if logger not in boards]
+        self._board: TensorBoardLogger | None = boards[0] if boards else None
         self._active = trainer.is_global_zero
         if self._active and self._board is not None and first_step > 0:
             self._purge_validation(self._board)

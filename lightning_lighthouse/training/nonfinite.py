@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import SpikeDetection
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+
+from lightning_lighthouse.checks import is_named
 
 # Below this loss scale no finite gradient of a sane model overflows float16: the scale is not what is wrong
 SMALLEST_LOSS_SCALE = 1.0
@@ -178,11 +178,12 @@ def _repeat(trainer: Trainer, module: LightningModule, seen: _Seen, *, backward:
     has_more = any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
     arguments = [seen.batch, seen.batch_idx][: 2 if has_more else taken]
     trace = _Trace()
-    strategy = trainer.strategy
+    # Any: its class is known by name alone
+    strategy: Any = trainer.strategy
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.set_grad_enabled(backward))
-        if isinstance(strategy, ParallelStrategy):
+        if is_named(strategy, "ParallelStrategy"):
             stack.enter_context(strategy.block_backward_sync())
         stack.enter_context(trace.watch(module, backward=backward))
         stack.callback(_reshard, module)
@@ -290,7 +291,7 @@ def restart_spike_detection(callbacks: Sequence[Any]) -> bool:
     Returns:
         Whether there is one.
     """
-    detectors = [callback for callback in callbacks if isinstance(callback, SpikeDetection)]
+    detectors = [callback for callback in callbacks if is_named(callback, "SpikeDetection")]
     for detector in detectors:
         detector.running_mean.reset()
     return bool(detectors)

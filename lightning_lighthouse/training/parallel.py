@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import SettingError, is_named
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,11 +23,13 @@ def check_tensor_parallel(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         SettingError: The group has several ranks, and every parameter is whole on each of them.
     """
-    if not isinstance(trainer.strategy, ModelParallelStrategy):
+    # Any: its class is known by name alone
+    strategy: Any = trainer.strategy
+    if not is_named(strategy, "ModelParallelStrategy"):
         return
     from torch.distributed.tensor import DTensor
 
-    sizes = {name: trainer.strategy.device_mesh[name].size() for name in ("data_parallel", "tensor_parallel")}
+    sizes = {name: strategy.device_mesh[name].size() for name in ("data_parallel", "tensor_parallel")}
     meshes = [parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)]
     is_used = any("tensor_parallel" in (mesh.mesh_dim_names or ()) for mesh in meshes)
     if sizes["tensor_parallel"] > 1 and not is_used:
@@ -42,6 +42,6 @@ def check_tensor_parallel(trainer: Trainer, module: LightningModule) -> None:
 
 def free_gradients(trainer: Trainer) -> None:
     """Free the gradients under FSDP1, which cannot recompile while they are kept; the step before has used them."""
-    if isinstance(trainer.strategy, FSDPStrategy):
+    if is_named(trainer.strategy, "FSDPStrategy"):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)

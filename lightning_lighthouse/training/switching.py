@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_lighthouse.checks import LighthouseWarning, SettingError
+from lightning_lighthouse.checks import LighthouseWarning, SettingError, is_named
 from lightning_lighthouse.phases.ledger import Ledger
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import PhasePlan, resolve_phases, resume_phases
@@ -141,7 +140,7 @@ def describe_start(
 def _check_count(trainer: Trainer, module: LightningModule, switch_at: int | float, name: str) -> None:
     """Refuse, or warn of, what Lightning's count of steps does not mean."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    schedulers = [c for c in callbacks if is_named(c, "GradientAccumulationScheduler")]
     is_fraction = isinstance(switch_at, float)
     if is_fraction and any(scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers):
         raise SettingError(
