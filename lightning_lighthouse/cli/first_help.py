@@ -31,7 +31,7 @@ class Option(NamedTuple):
 
 FIT = ("fit",)
 OPTIONS = (
-    Option("lighthouse.switch_at", "when to switch to dense: a share of the steps, or a step", 0.9, commands=FIT),
+    Option("lighthouse.switch_at", "when to switch to dense: a share of the steps, or a step", None, "0.9", FIT),
     Option("lighthouse.attention.selection", "how: causal, published, strided or random", "causal", commands=FIT),
     Option("lighthouse.attention.top_k", "winners at each level", None, "tokens / 64, at least 32", FIT),
     Option("lighthouse.dense_layers", "layers that are always dense: [0, -1], or published", None, "none", FIT),

@@ -152,8 +152,12 @@ FAILURES = {
     "no place for checkpoints": (["--checkpoint.dirpath", "/proc/gone"], "nothing can be written to /proc/gone: "),
     "validation beyond an epoch": (["--trainer.val_check_interval", "9"], "`val_check_interval` (9)"),
     "no such text": (["--data", "lightning_lighthouse.LighthouseRecipe", "--data.source", "gone"], "'gone'"),
-    "no attention to patch": (["--lighthouse.enabled", "true"], "attention"),
 }
+
+
+def test_a_model_without_attention_is_a_mistake_in_the_recipe(capsys):
+    assert cli.main(["fit", "-c", "recipe.yaml", "--lighthouse.enabled", "true"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lighthouse: no module calls SDPA in Model: ")
 
 
 @pytest.mark.parametrize(("flags", "words"), FAILURES.values(), ids=FAILURES)
