@@ -10,6 +10,7 @@ Names are imported on first use, so that the attention alone needs neither Light
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from lightning_lighthouse.routing.calls import causal_attention
     from lightning_lighthouse.routing.patch import patch_attention
     from lightning_lighthouse.training.callback import LighthouseCallback
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "FutureLeakProbe": "evaluation.leak_probe",
@@ -65,11 +64,21 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """Of the installed package; a source tree beside it has none of its own."""
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

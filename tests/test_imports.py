@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
-from places import DOCS, PACKAGE
+from places import DOCS, PACKAGE, ROOT
 
 # Lower floors never import higher ones.
 FLOORS = [
@@ -165,3 +169,23 @@ def test_the_public_names_are_all_there():
     import lightning_lighthouse
 
     assert all(getattr(lightning_lighthouse, name).__name__ == name for name in lightning_lighthouse.__all__)
+
+
+# where a package is imported under another name than it is installed by
+INSTALLED_AS = {"yaml": "pyyaml"}
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("-", "_") for line in wanted}
+    found = {name.split(".")[0] for path in FILES for name in imports(path)} - set(sys.stdlib_module_names)
+    foreign = {INSTALLED_AS.get(name, name) for name in found} - {"lightning_lighthouse"}
+    # comes with torch for CUDA, and is asked for by name where it is missing
+    assert foreign - {"triton"} <= declared
+
+
+def test_the_version_is_that_of_the_installed_package():
+    import lightning_lighthouse
+
+    assert lightning_lighthouse.__version__ == version("lightning_lighthouse")
