@@ -29,6 +29,7 @@ from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
 from lightning_lighthouse.runs.run_folder import run_folder
 from lightning_lighthouse.runs.saving import save_text
+from lightning_lighthouse.runs.step_boundary import saves_on_exceptions
 from lightning_lighthouse.training.callback import LighthouseCallback
 
 MODEL = "lightning_lighthouse.model.Decoder"
@@ -225,7 +226,16 @@ class LighthouseCLI(LightningCLI):
                 value = built.trainer[name]
                 if value is not None and not is_right(value):
                     raise ValueError(f"{name} must be {allowed}, got {value}")
+            self._check_callbacks(built.trainer.callbacks)
             self.trainer = self.instantiate_trainer()
+
+    def _check_callbacks(self, given: Any) -> None:
+        for callback in given if isinstance(given, list) else [given]:
+            if saves_on_exceptions(callback):
+                raise ValueError(
+                    f"callbacks must save nothing on exceptions, got {type(callback).__name__}: a step is incomplete "
+                    "then; set checkpoint.every_n_train_steps"
+                )
 
     def _check_layers(self, callback: LighthouseCallback) -> None:
         """Refuse before any folder is made what the callback would refuse at fit start."""

@@ -19,6 +19,7 @@ from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
+from lightning_lighthouse.runs.step_boundary import StepBoundary
 from lightning_lighthouse.training.phased_fit import PhasedFit
 
 
@@ -124,6 +125,8 @@ class LighthouseCallback(Callback):
         self._is_fitting = True
         self._trainer: ReferenceType[Trainer] | None = None
         self._fit: PhasedFit | None = None
+        # also behind an exception, which closes the fit before checkpoints are written
+        self._boundary: StepBoundary | None = None
 
     @property
     def all_phases(self) -> Sequence[Phase]:
@@ -171,6 +174,7 @@ class LighthouseCallback(Callback):
         """Patch the model, off, and prefer the configured SDPA backend in every phase."""
         self._close()
         self._fit = PhasedFit(self, trainer, pl_module)
+        self._boundary = StepBoundary(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the state of the run, or begin it."""
@@ -181,6 +185,7 @@ class LighthouseCallback(Callback):
             self._run = RunState()
         self._loaded, self._trainer = None, ref(trainer)
         self._running.start(self._run)
+        self._step_boundary.mark()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the phase."""
@@ -193,12 +198,14 @@ class LighthouseCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check losses and gradients."""
         self._running.before_optimizer_step(optimizer)
+        self._step_boundary.update()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Leave the phase until the next batch."""
         self._running.end_batch(batch, outputs)
+        self._step_boundary.mark()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate densely."""
@@ -209,16 +216,20 @@ class LighthouseCallback(Callback):
         """Note the dense validation loss."""
         if self._fit is not None and self._is_fitting and not trainer.sanity_checking:
             self._fit.end_validation()
+            self._step_boundary.mark()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The time of a checkpoint is not training time."""
+        """The time of a checkpoint is not training time; one inside a step goes on behind the step before."""
         if self._fit is not None:
             self._fit.pause()
+        if self._boundary is not None:
+            self._boundary.rewind(checkpoint)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the phase also where an epoch was cut short."""
         self._running.leave_phase()
         self._running.pause()
+        self._step_boundary.mark()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum up."""
@@ -237,6 +248,8 @@ class LighthouseCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the model."""
+        if self._boundary is not None:
+            self._boundary.break_off(exception)
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -247,6 +260,11 @@ class LighthouseCallback(Callback):
     def _running(self) -> PhasedFit:
         assert self._fit is not None, "Lightning calls the hooks of a training inside a fit"
         return self._fit
+
+    @property
+    def _step_boundary(self) -> StepBoundary:
+        assert self._boundary is not None, "Lightning calls the hooks of a training inside a fit"
+        return self._boundary
 
     def _close(self) -> None:
         fit, self._fit = self._fit, None

@@ -155,6 +155,11 @@ BAD_RECIPES = {
         "trainer.callbacks[0].init_args.save_on_exception must be false, got True: after an exception a step is "
         "incomplete, and a run resumed from it would skip a batch; set checkpoint.every_n_train_steps",
     ),
+    "another callback that does": (
+        "trainer:\n  callbacks:\n  - class_path: OnExceptionCheckpoint\n    init_args: {dirpath: saved}\n",
+        "trainer.callbacks must save nothing on exceptions, got OnExceptionCheckpoint: a step is incomplete then; set "
+        "checkpoint.every_n_train_steps",
+    ),
     "not a mapping": ("- trainer\n", "bad.yaml: a recipe must be a mapping of keys to values, got list"),
     "empty": ("", "bad.yaml: a recipe must be a mapping of keys to values, got nothing"),
     "duplicate key": (

@@ -1,0 +1,197 @@
+"""A checkpoint that is written inside a step resumes as one behind the step before, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fitting import CONFIG, trainer
+from foreign import ForeignModule, ResumableLoader, loader
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from lightning_lighthouse import LighthouseCallback
+from lightning_lighthouse.runs.saving import SavingError
+
+
+class Module(ForeignModule):
+    """Notes every batch that it trains, with the step."""
+
+    def __init__(self):
+        super().__init__(layers=1)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append((self.global_step, batch.sum().item(), loss.item()))
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Loader(ResumableLoader):
+    """Five batches an epoch: a position at the end means the next beginning."""
+
+    def __iter__(self):
+        self.done %= len(self.batches)
+        yield from super().__iter__()
+
+
+class PlannedError(Exception):
+    """The fault of the test."""
+
+
+class Fail(Callback):
+    """Raises at the first call of a hook when so many batches have begun."""
+
+    def __init__(self, hook, batch):
+        setattr(self, hook, self.strike)
+        self.batch = batch
+
+    def strike(self, trainer, *_):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and not trainer.sanity_checking:
+            raise PlannedError
+
+
+def run(tmp_path, *callbacks, ckpt_path=None, **settings):
+    torch.manual_seed(0)
+    model = Module()
+    settings = {"max_steps": 8, "val_check_interval": 4, "enable_checkpointing": True} | settings
+    one = trainer(tmp_path, [*callbacks, LighthouseCallback(5, CONFIG, dense_layers=[])], **settings)
+    error = None
+    try:
+        one.fit(model, Loader(10), loader(2), ckpt_path=ckpt_path, weights_only=True)
+    except PlannedError as planned:
+        error = planned
+    return model.seen, error
+
+
+WRITERS = {
+    "OnExceptionCheckpoint": lambda folder: OnExceptionCheckpoint(folder, "saved"),
+    "save_on_exception": lambda folder: ModelCheckpoint(folder, save_on_exception=True, every_n_epochs=100),
+}
+
+
+def saved(folder):
+    return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def compare(tmp_path, fail, writer, **settings):
+    """Break a run, resume it from what the exception wrote, and compare every batch that trained."""
+    whole, _ = run(tmp_path / "whole", **settings)
+    first, error = run(tmp_path / "a", fail, WRITERS[writer](tmp_path / "saved"), **settings)
+    assert error is not None
+    second, error = run(tmp_path / "a", ckpt_path=saved(tmp_path / "saved"), **settings)
+    assert error is None
+    return whole, first, second
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    ("hook", "batch"),
+    [
+        ("on_train_batch_start", 3),
+        ("on_before_backward", 2),
+        # the first of an epoch, and behind a validation
+        ("on_before_backward", 5),
+        ("on_after_backward", 7),
+        ("on_train_batch_end", 3),
+        ("on_train_batch_end", 4),
+        ("on_validation_batch_start", 3),
+        ("on_validation_end", 3),
+        ("on_train_epoch_start", 4),
+    ],
+)
+def test_the_batch_of_an_exception_is_trained_when_the_run_goes_on(writer, hook, batch, tmp_path):
+    whole, first, second = compare(tmp_path, Fail(hook, batch), writer)
+    # what the broken step has begun is begun anew
+    assert second == whole[len(whole) - len(second) :]
+    assert first[: len(whole) - len(second)] + second == whole
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 6])
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_train_batch_end"])
+def test_so_are_all_batches_of_an_accumulated_step(hook, batch, tmp_path):
+    settings = {"accumulate_grad_batches": 2, "max_steps": 6}
+    whole, _, second = compare(tmp_path, Fail(hook, batch), "OnExceptionCheckpoint", **settings)
+    assert second == whole[len(whole) - len(second) :]
+    steps = [step for step, *_ in second]
+    # it begins with the first batch of a step
+    assert steps.count(steps[0]) == [step for step, *_ in whole].count(steps[0])
+
+
+def test_the_best_of_a_validation_inside_a_step_can_be_resumed(tmp_path):
+    settings = {"accumulate_grad_batches": 3, "max_steps": 4, "val_check_interval": 2}
+    best = ModelCheckpoint(
+        tmp_path / "saved", monitor="val/loss", save_top_k=-1, filename="{step}", save_on_train_epoch_end=False
+    )
+    whole, _ = run(tmp_path / "a", best, **settings)
+    files = list((tmp_path / "saved").glob("*.ckpt"))
+    # an epoch is a step of three batches and one of two, and is validated behind its second and fourth batch
+    assert {file.name for file in files} == {f"step={step}.ckpt" for step in (1, 2, 3, 4)}
+    for file in files:
+        again, _ = run(tmp_path / "b", ckpt_path=file, **settings)
+        assert again == whole[len(whole) - len(again) :], file
+
+
+def test_a_fetched_batch_that_never_reaches_the_device_is_not_lost(tmp_path):
+    class Transfer(Callback):
+        def setup(self, trainer, pl_module, stage):
+            move = trainer.strategy.batch_to_device
+
+            def fail(batch, *args, **kwargs):
+                if trainer.training and trainer.global_step == 3:
+                    raise PlannedError
+                return move(batch, *args, **kwargs)
+
+            trainer.strategy.batch_to_device = fail
+
+    whole, first, second = compare(tmp_path, Transfer(), "OnExceptionCheckpoint")
+    assert first + second == whole
+
+
+def test_nor_is_the_first_batch_of_a_run(tmp_path):
+    # save_on_exception writes nothing before the first step
+    whole, _, second = compare(tmp_path, Fail("on_before_backward", 0), "OnExceptionCheckpoint")
+    assert second == whole
+
+
+class Broken(Module):
+    """Whose optimizer dies in its third update, when some weights are changed and others are not."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        if self.global_step == 3:
+            optimizer.register_step_post_hook(self.fail)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def fail(self, *_):
+        raise PlannedError
+
+
+def test_weights_in_the_middle_of_an_update_are_not_saved(tmp_path):
+    callbacks = [OnExceptionCheckpoint(tmp_path), LighthouseCallback(5, CONFIG, dense_layers=[])]
+    one = trainer(tmp_path, callbacks, enable_checkpointing=True)
+    with pytest.raises(SavingError, match="the weights are in the middle of an update"):
+        one.fit(Broken(), Loader(10))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+class Saves(Callback):
+    """Saves by hand where it should not."""
+
+    def __init__(self, path, **options):
+        self.path, self.options = path, options
+
+    def on_before_backward(self, trainer, *_):
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.path, **self.options)
+
+
+def test_a_save_by_hand_inside_a_step_is_refused_with_a_way_out(tmp_path):
+    with pytest.raises(SavingError, match="save in on_train_batch_end or later, or give save_checkpoint weights_only"):
+        run(tmp_path, Saves(tmp_path / "a.ckpt"))
+    assert not (tmp_path / "a.ckpt").exists()
+    run(tmp_path, Saves(tmp_path / "b.ckpt", weights_only=True))
+    assert (tmp_path / "b.ckpt").exists()
