@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import signal
+import sys
+import threading
 import time
 
 from lightning.pytorch import Callback
@@ -33,14 +35,34 @@ class Fault(Callback):
     `kind` is the name of a signal, "Ctrl-C twice", "exception", "nan", or one of the ways to fail inside a save. A
     signal goes to this process alone, or with `"group": true` to every process of the run, as from a terminal or a
     scheduler. With `"busy": true` the other ranks are then busy with something else than waiting for these, with
-    `"frozen": true` for ever, and no thread of theirs runs.
+    `"frozen": true` for ever, and no thread of theirs runs. "kill while writing" strikes `delay` seconds after the
+    `count`-th time that a file is opened, or renamed to, whose path contains `file`.
     """
 
     def __init__(self) -> None:
         self.fault = json.loads(os.environ.get("FAULT", "{}"))
+        if self.fault.get("kind") == "kill while writing":
+            sys.addaudithook(self.watch_files)
+
+    def watch_files(self, event, arguments):
+        """Kill this process, and what it started, shortly after it begins to write a file or to give it its name."""
+        if event == "open":
+            name, begins = arguments[0], isinstance(arguments[1], str) and "r" not in arguments[1]
+        elif event == "os.rename":
+            name, begins = arguments[1], True
+        else:
+            return
+        if not begins or self.fault["file"] not in str(name):
+            return
+        self.fault["count"] -= 1
+        if self.fault["count"] == 0:
+            # another thread may, while this one writes
+            threading.Timer(self.fault["delay"], os.kill, (0, signal.SIGKILL)).start()
+            if not self.fault["delay"]:
+                os.kill(0, signal.SIGKILL)
 
     def strike(self, trainer, hook, pl_module=None):
-        if not self.fault or self.fault["hook"] != hook or trainer.sanity_checking:
+        if self.fault.get("hook") != hook or trainer.sanity_checking:
             return
         batch = trainer.fit_loop.epoch_loop.total_batch_idx
         if batch != self.fault["batch"]:
