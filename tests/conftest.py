@@ -12,6 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def _imports_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--trusted_classes_only holds for the rest of a process: here for the rest of a test."""
+    from jsonargparse import _common
+
+    monkeypatch.setattr(_common, "parsing_settings", dict(_common.parsing_settings))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small BPE tokenizer with an end-of-document token."""

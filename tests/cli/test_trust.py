@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from cli_parts import RECIPE, config, refusal
-from jsonargparse import _common
 from places import RECIPES
 
 from lightning_lighthouse.cli import commands as cli
@@ -38,8 +37,6 @@ def run(*_):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    # the switch holds for the rest of a process
-    monkeypatch.setattr(_common, "parsing_settings", dict(_common.parsing_settings))
     Path("foreign_guest.py").write_text(FOREIGN)
     yield tmp_path
     sys.modules.pop("foreign_guest", None)
