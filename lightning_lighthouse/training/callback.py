@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
@@ -21,6 +22,7 @@ from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 from lightning_lighthouse.runs.step_boundary import StepBoundary
 from lightning_lighthouse.training.phased_fit import PhasedFit
+from lightning_lighthouse.training.rate_search import routed_searches
 
 
 class LighthouseCallback(Callback):
@@ -125,6 +127,7 @@ class LighthouseCallback(Callback):
         self._is_fitting = True
         self._trainer: ReferenceType[Trainer] | None = None
         self._fit: PhasedFit | None = None
+        self._searches = ExitStack()
         # also behind an exception, which closes the fit before checkpoints are written
         self._boundary: StepBoundary | None = None
 
@@ -165,9 +168,14 @@ class LighthouseCallback(Callback):
             yield patch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Know what a checkpoint is loaded for."""
+        """Know what a checkpoint is loaded for; let a search for the learning rate attend as the training will."""
         self._is_fitting = stage == "fit"
         self._loaded = None
+        self._searches.close()
+        if self._is_fitting:
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            trial = partial(self._trial, trainer, pl_module)
+            self._searches.enter_context(routed_searches(callbacks, trial))
 
     # Fit start comes after wrapping and sharding, and before anything is traced.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,7 +262,19 @@ class LighthouseCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the model."""
+        self._searches.close()
         self._close()
+
+    @contextmanager
+    def _trial(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
+        """Attend as in the first phase inside, also before this callback's own fit start."""
+        fit = self._fit or PhasedFit(self, trainer, module)
+        try:
+            with fit.trial():
+                yield
+        finally:
+            if fit is not self._fit:
+                fit.close()
 
     @property
     def _running(self) -> PhasedFit:

@@ -176,6 +176,21 @@ class PhasedFit:
         with patch.unaudited(), self._stopwatch.stopped(), patch.paused():
             yield patch
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Attend as in the first phase inside, for training steps that are none of the run."""
+        if self._patch is None:
+            yield
+            return
+        self._patch.set_step(0)
+        self._patch.on()
+        try:
+            yield
+            if self._patch.has_run:
+                self._finish_audit(self._patch)
+        finally:
+            self.leave_phase()
+
     def start(self, run: RunState) -> None:
         """Resolve the switch step, against that of `run` when resumed; open the curves.
 
