@@ -40,6 +40,17 @@ def check_count(name: str, value: int) -> int:
     return value
 
 
+def shown(value: Any, length: int = 120) -> str:
+    """A value as a message quotes it: text as it is, all else as Python writes it, cut where it is long.
+
+    Args:
+        value: From a file or a user, of any size.
+        length: Characters that are kept.
+    """
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
+
+
 class ResumeError(ValueError):
     """The settings contradict what the resumed run has done."""
 

@@ -47,7 +47,8 @@ class FileTokenizer:
 
     Args:
         path: The file.
-        end_of_document: The token that ends a document; None: the first of the usual names that the vocabulary has.
+        end_of_document: The token that ends a document; None: the first of the usual names among the file's special
+            tokens.
 
     Raises:
         ModuleNotFoundError: The `tokenizers` package is absent.
@@ -74,8 +75,10 @@ class FileTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_document = vocabulary[_end_of_document(path, vocabulary, end_of_document)]
+        self.end_of_document = vocabulary[_end_of_document(path, vocabulary, special, end_of_document)]
         self._dtype = token_dtype(self.vocab_size)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,15 +123,18 @@ def _read(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _end_of_document(path: str, vocabulary: dict[str, int], asked: str | None) -> str:
+def _end_of_document(path: str, vocabulary: dict[str, int], special: list[str], asked: str | None) -> str:
     if asked is not None:
         if asked not in vocabulary:
             raise ValueError(f"end_of_document must be a token of {path}, got {asked!r}")
         return asked
+    # a tag of the text may have such a name too: what is special says the file
     for name in END_OF_DOCUMENT_NAMES:
-        if name in vocabulary:
+        if name in special:
             return name
+    ordinary = [name for name in END_OF_DOCUMENT_NAMES if name in vocabulary]
+    but = f" ({', '.join(ordinary)} is an ordinary token there)" if ordinary else ""
     raise ValueError(
-        f"tokenizer {path} has none of {', '.join(END_OF_DOCUMENT_NAMES)}: set end_of_document to the token that ends "
-        "a document"
+        f"tokenizer {path} has none of {', '.join(END_OF_DOCUMENT_NAMES)} among its special tokens{but}: set "
+        "end_of_document to the token that ends a document"
     )

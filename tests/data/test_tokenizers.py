@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -65,3 +66,26 @@ def test_text_that_is_not_utf8_is_named_where_it_must_be_decoded(tmp_path: Path,
         prepare(str(tmp_path / "out"), seq_len=7, source=str(tmp_path / "a.txt"), tokenizer=tokenizer_file)
     # bytes are bytes
     prepare(str(tmp_path / "out"), seq_len=7, source=str(tmp_path / "a.txt"), validation_fraction=0)
+
+
+def test_a_tag_of_the_text_is_no_end_of_document(tmp_path, tokenizer_file):
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer.add_tokens([AddedToken("</s>", normalized=False)])
+    path = tmp_path / "tags.json"
+    tokenizer.save(str(path))
+    loaded = load_tokenizer(str(path))
+    assert loaded.end_of_document == tokenizer.token_to_id("<|endoftext|>")
+    # asked for, it is taken
+    assert load_tokenizer(str(path), "</s>").end_of_document == tokenizer.token_to_id("</s>")
+
+
+def test_only_ordinary_tokens_of_such_names_are_asked_about(tmp_path, tokenizer_file):
+    content = json.loads(Path(tokenizer_file).read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path = tmp_path / "none.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"among its special tokens \(<\|endoftext\|> is an ordinary token there\)"):
+        load_tokenizer(str(path))

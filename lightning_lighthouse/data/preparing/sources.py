@@ -6,22 +6,19 @@ bytes; its text is never normalised or trimmed.
 
 from __future__ import annotations
 
+import codecs
 import glob
-import gzip
 import json
+import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from lightning_lighthouse.checks import warn
-from lightning_lighthouse.data.preparing.tables import TABLE_SUFFIXES, find_table_files, read_table
+from lightning_lighthouse.checks import shown, warn
+from lightning_lighthouse.data.preparing.kinds import KNOWN, is_known, kind_of, read_lines, read_text
+from lightning_lighthouse.data.preparing.tables import find_table_files, read_table
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".rs", ".go")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-ALL_SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, *TABLE_SUFFIXES)
 # Tests of the standard library hold generated tables and broken code on purpose, and installed packages are not its own
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -64,8 +61,8 @@ def find_files(source: str | None) -> list[Path]:
     if path.is_dir() and (tables := find_table_files(path)):
         return tables
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file, path)]
-        known = [file for file in files if file.name.endswith(ALL_SUFFIXES)]
+        files = [file for file in _walk(path) if not _hidden(file, path)]
+        known = [file for file in files if is_known(file)]
         left_out = sorted(set(files) - set(known))
         if left_out and known:
             warn(
@@ -74,7 +71,7 @@ def find_files(source: str | None) -> list[Path]:
             )
         if not known:
             raise FileNotFoundError(
-                f"source {source} holds no file of a known kind ({', '.join(ALL_SUFFIXES)}); name other text files by "
+                f"source {source} holds no file of a known kind ({KNOWN}); name other text files by "
                 f"a pattern: '{source}/**/*'"
             )
         return _sorted(known, path)
@@ -103,62 +100,26 @@ def read_documents(files: list[Path], text_field: str) -> Iterator[Document]:
         ValueError: A file is damaged or lacks the field; the message names file and line.
     """
     for path in files:
-        if path.name.endswith(JSONL_SUFFIXES):
-            yield from _read_jsonl(path, text_field)
-        elif path.name.endswith(TABLE_SUFFIXES):
+        kind = kind_of(path)
+        if kind == "lines":
+            yield from _read_lines(path, text_field)
+        elif kind == "table":
             for number, (text, bytes_read) in enumerate(read_table(path, text_field), start=1):
                 yield Document(text, f"{path}, row {number}", bytes_read)
         else:
-            text = path.read_bytes()
-            # no text holds a zero byte, and nearly every archive or image does so early
-            if b"\0" in text[:8192]:
-                raise ValueError(f"{path} is binary, not text; known kinds: {', '.join(ALL_SUFFIXES)}")
-            yield Document(text, str(path), len(text))
+            yield Document(read_text(path), str(path), path.stat().st_size)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+def _read_lines(path: Path, text_field: str) -> Iterator[Document]:
     with path.open("rb") as raw:
         position = 0
-        for number, line in enumerate(_lines(path, raw), start=1):
+        for number, line in enumerate(read_lines(path, raw), start=1):
             origin = f"{path}, line {number}"
+            # a mark at the start is no part of the first record
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             text = _text_of(line, text_field, origin) if line.strip() else b""
             before, position = position, raw.tell()
             yield Document(text, origin, position - before)
-
-
-def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    try:
-        if path.suffix == ".gz":
-            yield from gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
-            yield from _zstandard_lines(raw)
-        else:
-            yield from raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from None
-
-
-def _zstandard_lines(raw: BinaryIO) -> Iterator[bytes]:
-    try:
-        zstandard = import_module("zstandard")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{raw.name} needs the zstandard package: pip install zstandard") from None
-    frame, line = None, b""
-    # frame by frame: the package's own stream takes a file cut short for a complete one
-    while block := raw.read(2**20):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                text = frame.decompress(block)
-            except zstandard.ZstdError as error:
-                raise EOFError(error) from None
-            *complete, line = (line + text).split(b"\n")
-            yield from complete
-            block = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last frame is incomplete")
-    yield line
 
 
 def _text_of(line: bytes, text_field: str, origin: str) -> bytes:
@@ -168,13 +129,25 @@ def _text_of(line: bytes, text_field: str, origin: str) -> bytes:
         raise ValueError(f"{origin} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{origin} is nested too deeply") from None
+    if isinstance(record, dict) and text_field in record and record[text_field] is None:
+        warn(f"{origin}: {text_field} is null: the document is left out")
+        return b""
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        found = shown(", ".join(record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{origin} has no text in field {text_field!r}, found {found}; set text_field")
     try:
         return record[text_field].encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{origin} holds half a surrogate pair, which is not Unicode text: {error}") from None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files beneath a folder; a folder that is reached again by a link is not entered again."""
+    entered: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in entered]
+        yield from (path for path in (Path(root) / name for name in names) if path.is_file())
 
 
 def _sorted(files: list[Path], root: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_lighthouse.checks import shown, warn
+
 TABLE_SUFFIXES = (".parquet", ".arrow")
 # Rows at a time: a long document can hold megabytes
 BATCH_ROWS = 64
@@ -96,8 +98,12 @@ def read_table(path: Path, text_field: str) -> Iterator[tuple[bytes, int]]:
                 return
             for text in batch.column(text_field).to_pylist():
                 row += 1
+                if text is None:
+                    warn(f"{path}, row {row}: {text_field} is null: the document is left out")
+                    text = ""
                 if not isinstance(text, str):
-                    raise ValueError(f"{path}, row {row} has no text in column {text_field!r}, found {text!r}")
+                    found = f"{type(text).__name__} {shown(text)}"
+                    raise ValueError(f"{path}, row {row} has no text in column {text_field!r}, found {found}")
                 # of an Arrow stream the number of rows is not known ahead
                 share = unread // (num_rows - row + 1) if num_rows is not None else batch.nbytes // len(batch)
                 unread -= share

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import json
+import lzma
 import re
 import sys
 from pathlib import Path
@@ -47,9 +50,9 @@ def test_files_of_unknown_kind_are_told_of_or_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no file of a known kind \(\.txt, .*name other text files by"):
         find_files(str(tmp_path))
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"c"))
-    with pytest.raises(ValueError, match=r"c\.txt\.gz is binary, not text"):
-        list(read_documents(find_files(str(tmp_path / "c.txt.gz")), "text"))
+    (tmp_path / "c.tar").write_bytes(b"c\0c")
+    with pytest.raises(ValueError, match=r"c\.tar is binary, not text"):
+        list(read_documents(find_files(str(tmp_path / "c.tar")), "text"))
 
 
 def test_a_path_with_the_characters_of_a_pattern_is_a_path(tmp_path: Path) -> None:
@@ -327,3 +330,75 @@ def test_a_damaged_or_unfit_litdata_folder_is_named(tmp_path: Path) -> None:
     prepare(str(tmp_path / "out"), seq_len=61)
     with pytest.raises(ValueError, match=r"source \S*out/train is part of the prepared folder \S*out; give that one"):
         prepare(str(tmp_path / "other"), seq_len=61, source=str(tmp_path / "out" / "train"))
+
+
+RECORDS = "".join(json.dumps({"id": i, "text": f"document {i}"}) + "\n" for i in range(3)).encode()
+TEXTS = [b"document 0", b"document 1", b"document 2"]
+
+
+def texts(source: Path) -> list[bytes]:
+    return [document.text for document in read_documents(find_files(str(source)), "text") if document.text]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.ndjson", "a.jsonlines", "a.JSONL", "a.json", "a.txt", "a.log", "a.json.gz", "a.jsonl.bz2", "a.JSON.xz"]
+)
+def test_json_lines_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(packed(RECORDS))
+    assert texts(tmp_path / name) == TEXTS
+    (tmp_path / name).write_bytes(packed(codecs.BOM_UTF8 + RECORDS.replace(b"\n", b"\r\n")))
+    assert texts(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.csv", b"id,text\n0,a\n", "a.csv is CSV, which is not read: convert it to JSON lines or Parquet"),
+        ("a.TSV.gz", gzip.compress(b"id\ttext\n"), "a.TSV.gz is tab-separated values, which is not read"),
+        ("a.json", b'[{"text": "a"}]', "a.json is JSON, but not one object a line: convert it to JSON lines"),
+        ("a.json", b'{\n "text": "a"\n}\n', "a.json is JSON, but not one object a line"),
+        ("a.txt", codecs.BOM_UTF16_LE + b"a\0b", "a.txt begins with the mark of utf-16 and is not"),
+        ("a.jsonl.xz", lzma.compress(RECORDS)[:-9], "a.jsonl.xz is damaged or cut short"),
+    ],
+)
+def test_what_is_structured_and_not_understood_is_refused(tmp_path: Path, name: str, content: bytes, line: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_text("caf\u00e9", encoding=encoding)
+    assert texts(tmp_path) == ["caf\u00e9".encode()]
+
+
+def test_programs_are_text_whatever_they_begin_with(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(RECORDS)
+    assert texts(tmp_path) == [RECORDS]
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (corpus / "own").mkdir(parents=True)
+    elsewhere.mkdir()
+    (corpus / "own" / "a.txt").write_text("a")
+    (elsewhere / "b.txt").write_text("b")
+    (corpus / "linked").symlink_to(elsewhere)
+    # and one that leads back
+    (elsewhere / "again").symlink_to(corpus)
+    assert texts(corpus) == [b"b", b"a"]
+
+
+def test_null_is_left_out_and_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n')
+    with pytest.warns(LighthouseWarning, match=r"a.jsonl, line 2: text is null: the document is left out"):
+        assert texts(tmp_path) == [b"a", b"c"]
+
+
+def test_no_message_quotes_a_megabyte(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"x" * 2**20: 1, "text": 5}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1 has no text in field 'text', found x+\.\.\. ") as error:
+        texts(tmp_path)
+    assert len(str(error.value)) < 500
