@@ -8,7 +8,7 @@ is nothing to choose and the settings have no effect.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# More batch elements than this are more blocks along a second axis than CUDA launches
+MAX_BATCH = 65_535
 # Hopper, where torch's own order does not put cuDNN first.
 CUDNN_CAPABILITY = (9, 0)
 
@@ -78,8 +80,14 @@ def _plan_call(q: Tensor, k: Tensor, backend: str, *, is_masked: bool) -> tuple[
     if q.device.type != "cuda":
         return (), False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    sizes = (q.shape[1], k.shape[1], q.shape[3])
-    return _plan(backend, q.device, dtype, *sizes, torch.is_grad_enabled(), is_masked)
+    return _plan(backend, q.device, dtype, *_plain_sizes(q, k), torch.is_grad_enabled(), is_masked)
+
+
+def _plain_sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head dim as plain ints, also where Dynamo traces them as symbols."""
+    # it knows that a range has a plain length; int() of a symbol is one again
+    heads, groups, dim = (len(range(size)) for size in (q.shape[1], k.shape[1], q.shape[3]))
+    return heads, groups, dim
 
 
 def _attend(
@@ -101,10 +109,41 @@ def _attend(
     grouped = False
     if q.shape[1] != k.shape[1]:
         grouped = True
-    if not names:
-        return stock_sdpa(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-    with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True):
-        return stock_sdpa(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    with sdpa_kernel([BACKENDS[name] for name in names], set_priority=True) if names else nullcontext():
+        outs = [
+            stock_sdpa(*part, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+            for part in _launchable(q, k, v)
+        ]
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and outs[0].requires_grad:
+        outs = [_GradientLikeOutput.apply(out) for out in outs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class _GradientLikeOutput(torch.autograd.Function):
+    """Hands its input on, and hands back the gradient in the memory order of that input.
+
+    torch keeps one plan of cuDNN for all calls with equal sizes and strides of q, k and v. That of the backward holds
+    the strides of the gradient too, which nobody compares: after a call with another order results would be wrong.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.strides = out.stride()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        dims = zip(gradient.shape, gradient.stride(), ctx.strides, strict=True)
+        if all(size == 1 or stride == wanted for size, stride, wanted in dims):
+            return gradient
+        return gradient.new_empty_strided(gradient.shape, ctx.strides).copy_(gradient)
+
+
+def _launchable(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The tensors, cut along the batch where CUDA could not launch them at once, as with many short chunks."""
+    if q.shape[0] <= MAX_BATCH:
+        return [(q, k, v)]
+    return list(zip(q.split(MAX_BATCH), k.split(MAX_BATCH), v.split(MAX_BATCH), strict=True))
 
 
 @contextmanager

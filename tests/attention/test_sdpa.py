@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_lighthouse import notices, sdpa
+from lightning_lighthouse import notices
+from lightning_lighthouse.attention import sdpa
 from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa, sdpa_priority
 
 needs_gpu = [
@@ -180,8 +181,81 @@ def test_repeated_keys_give_the_grouped_result_and_gradients():
         torch.testing.assert_close(repeated, grouped)
 
 
+def test_sizes_that_change_are_planned_as_plain_numbers():
+    """Where Dynamo traces heads and head dim as symbols; the plan is made in Python, while it traces."""
+    torch.compiler.reset()
+    planned = []
+
+    @torch.compiler.assume_constant_result
+    def plan(*sizes):
+        planned.append(sizes)
+        return sum(sizes)
+
+    def call(q, k):
+        return q * plan(*sdpa._plain_sizes(q, k))
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for heads, groups, dim in ((4, 2, 8), (6, 2, 8), (6, 3, 16)):
+        q, k, _ = draw((heads, groups), dim=dim)
+        assert torch.equal(compiled(q, k), q * (heads + groups + dim))
+    assert planned == [(4, 2, 8), (6, 2, 8), (6, 3, 16)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_more_batch_elements_than_cuda_launches_are_cut(compiled, monkeypatch):
+    torch.compiler.reset()
+    q, k, v = (torch.cat([x] * 3)[:5].detach().requires_grad_() for x in draw())
+    call = lambda q, k, v: causal_sdpa(q, k, v, scale=None, backend="auto")  # noqa: E731
+    results, batches = [], []
+    stock = sdpa.stock_sdpa
+    for most in (65_535, 2):
+        monkeypatch.setattr(sdpa, "MAX_BATCH", most)
+        if not compiled:
+            monkeypatch.setattr(sdpa, "stock_sdpa", lambda q, *x, **kw: batches.append(len(q)) or stock(q, *x, **kw))
+        torch.compiler.reset()
+        out = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(q, k, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for cut, whole in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole)
+    assert compiled or batches == [5, 2, 2, 1]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_gradient_is_handed_back_in_the_memory_order_of_the_output(order, compiled):
+    torch.compiler.reset()
+    # of the gradient; that of the output is [batch, tokens, heads, dim]
+    gradient = torch.randn([(2, 3, 5, 4)[dim] for dim in order]).permute(*torch.tensor(order).argsort().tolist())
+    out = torch.randn(2, 5, 3, 4).transpose(1, 2).requires_grad_()
+    hand_on = sdpa._GradientLikeOutput.apply
+    if compiled:
+        hand_on = torch.compile(lambda x: sdpa._GradientLikeOutput.apply(x), backend="aot_eager", fullgraph=True)
+    before = out * 1
+    seen = []
+    before.register_hook(seen.append)
+    after = hand_on(before)
+    assert torch.equal(after, out)
+    after.backward(gradient)
+    assert torch.equal(seen[0], gradient)
+    assert seen[0].stride() == before.stride()
+
+
 class TestOnAGPU:
     pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+    def test_a_gradient_in_another_memory_order_gives_the_same(self, is_compiled):
+        """Called once with each, in turn: what torch remembers of the first must not serve the second."""
+        torch.compiler.reset()
+        qkv = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in
+               draw((8, 8), 512, 64, torch.bfloat16, "cuda")]  # fmt: skip
+        call = lambda q, k, v: causal_sdpa(q, k, v, scale=None, backend="cudnn")  # noqa: E731
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        weight = torch.randn_like(qkv[0])
+        first = torch.autograd.grad(call(*qkv), qkv, weight)
+        second = torch.autograd.grad((compiled if is_compiled else call)(*qkv), qkv, weight.contiguous())
+        for one, other in zip(first, second, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
     @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
