@@ -1,7 +1,7 @@
 """Local attention: windows that slide over the sequence, and chunks that do not see each other.
 
-Both take and return what `lighthouse_attention` does, exactly, in memory O(N). A window runs on torch's flash kernel
-where that can (`flash_window.py`: CUDA, 16 bits), elsewhere on stock SDPA over blocks (`blocked_window.py`). A chunk is
+Both take and return what `lighthouse_attention` does, exactly, in memory O(N). A window runs on kernels of this package
+where they can (`fused_window.py`: CUDA, 16 bits), elsewhere on stock SDPA over blocks (`blocked_window.py`). A chunk is
 a reshape and stock causal SDPA.
 """
 
@@ -20,7 +20,7 @@ from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa
 from lightning_lighthouse.checks import check_type
 from lightning_lighthouse.notices import log_once, notice_once
 
-# What the flash kernel takes.
+# What the kernels take.
 MIN_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 
@@ -44,8 +44,9 @@ def window_attention(
         window: Tokens, at least 1. From `N - sink_tokens` on this is dense causal attention.
         sink_tokens: The first tokens of the sequence that all later ones see, also beyond the window; at least 0.
         scale: Factor of the attention logits; None: `D ** -0.5`.
-        sdpa: "auto": the flash kernel on CUDA in 16 bits, torch's choice elsewhere. Or the one CUDA backend to run:
-            "flash", "cudnn", "efficient" or "math"; the last three on blocks under a mask.
+        sdpa: "auto": the kernels of this package on CUDA in 16 bits, torch's choice elsewhere. "flash" is the same, for
+            torch's own takes no sinks. Or the one CUDA backend to run on blocks under a mask: "cudnn", "efficient" or
+            "math".
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
@@ -61,10 +62,10 @@ def window_attention(
     if window + sink_tokens >= q.shape[2]:
         return causal_sdpa(q, k, v, scale=scale, backend=sdpa)
     if _takes_kernel(q, sdpa):
-        # it needs Triton, which is imported only where it is used
-        from lightning_lighthouse.attention.flash_window import flash_window
+        # they need Triton, which is imported only where it is used
+        from lightning_lighthouse.attention.fused_window import fused_window
 
-        return flash_window(q, k, v, window, sink_tokens=sink_tokens, scale=scale)
+        return fused_window(q, k, v, window, sink_tokens=sink_tokens, scale=scale)
     return blocked_window(q, k, v, window, sink_tokens=sink_tokens, scale=scale, backend=sdpa)
 
 
@@ -121,37 +122,31 @@ def _check_counts(sdpa: str, **counts: int) -> None:
 
 
 def _takes_kernel(q: Tensor, sdpa: str) -> bool:
-    """Whether torch's flash kernel runs the windows; where it could be expected to and cannot, a notice says why."""
+    """Whether the kernels run the windows; where they could be expected to and cannot, a notice says why."""
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or sdpa not in ("auto", "flash"):
         return False
     # a plain bool, also where Dynamo traces sizes as symbols
     is_wide = False
     if q.shape[3] > MAX_HEAD_DIM:
         is_wide = True
-    return _has_kernel(q.device, is_wide, sdpa)
+    return _has_kernel(q.device, is_wide)
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device: torch.device, is_wide: bool, sdpa: str) -> bool:
-    obstacle = _obstacle(device, is_wide, sdpa)
+def _has_kernel(device: torch.device, is_wide: bool) -> bool:
+    obstacle = _obstacle(device, is_wide)
     if obstacle is None:
-        log_once("window", "windows run on torch's flash kernel")
+        log_once("window", "windows run on Triton kernels")
     else:
         notice_once(f"window {obstacle}", f"windows run on blocks under a mask, which is slow: {obstacle}")
     return obstacle is None
 
 
-def _obstacle(device: torch.device, is_wide: bool, sdpa: str) -> str | None:
-    """What keeps the flash kernel from running on `device`; None: nothing."""
-    if not torch.backends.cuda.is_flash_attention_available():
-        return "this build of torch has no flash kernel"
-    # what the user turned off stays off, unless it is asked for by name
-    if sdpa == "auto" and not torch.backends.cuda.flash_sdp_enabled():
-        return "the flash kernel is turned off (torch.backends.cuda.enable_flash_sdp)"
+def _obstacle(device: torch.device, is_wide: bool) -> str | None:
+    """What keeps the kernels from running on `device`; None: nothing."""
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
-        return f"the flash kernel needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+        return f"the kernels need compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
     if is_wide:
-        return f"the flash kernel takes head dims up to {MAX_HEAD_DIM}"
-    # sinks are merged by a kernel of ours
+        return f"the kernels take head dims up to {MAX_HEAD_DIM}"
     return None if find_spec("triton") else "the package triton is not installed"

@@ -1,14 +1,12 @@
 """Windows and chunks against their one-line references: equal, causal, in one graph, never N x N.
 
-A window runs on one of two paths. "blocks" is stock SDPA; "flash" is the operator of a GPU, here around a twin of
-torch's kernel, with the sinks merged by the Triton kernels in the interpreter.
+A window runs on one of two paths. "blocks" is stock SDPA; "kernels" are those of a GPU, here in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-import flash_twin
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,38 +19,35 @@ from torch.utils.checkpoint import checkpoint
 from warned import own_warnings
 
 from lightning_lighthouse import notices
-from lightning_lighthouse.attention import flash_window, windows
-from lightning_lighthouse.attention.kernels import sinks
+from lightning_lighthouse.attention import fused_window, windows
 from lightning_lighthouse.attention.reference import window_mask, window_reference
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels do not run on the CPU")
 
-# a prime, and more than the windows below
-TOKENS = 521
-WINDOWS = [1, 2, 63, 512, TOKENS - 1, TOKENS, TOKENS + 7]
+# a prime, more than the windows below, and four blocks of the kernels
+TOKENS = 211
+WINDOWS = [1, 2, 63, 128, TOKENS - 1, TOKENS, TOKENS + 7]
 
 
-@pytest.fixture(params=["blocks", "flash"])
+@pytest.fixture(params=["blocks", "kernels"])
 def path(request, monkeypatch):
     """Run windows on one of the two paths."""
-    if request.param == "flash":
-        use_flash(monkeypatch)
+    if request.param == "kernels":
+        use_kernels(monkeypatch)
     return request.param
 
 
 @pytest.fixture
-def flash(monkeypatch):
-    use_flash(monkeypatch)
+def kernels(monkeypatch):
+    use_kernels(monkeypatch)
 
 
-def use_flash(monkeypatch):
-    monkeypatch.setattr(flash_window, "flash_forward", flash_twin.forward)
-    monkeypatch.setattr(flash_window, "flash_backward", flash_twin.backward)
+def use_kernels(monkeypatch):
     monkeypatch.setattr(windows, "_takes_kernel", lambda *call: True)
 
 
-def draw(batch=2, heads=4, groups=2, tokens=TOKENS, dim=5, dtype=torch.float32, seed=42):
+def draw(batch=2, heads=2, groups=1, tokens=TOKENS, dim=5, dtype=torch.float32, seed=42):
     """q, k and v as a model hands them over, and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     *qkv, dout = (
@@ -130,11 +125,17 @@ def test_any_sizes_in_blocks(sizes):
 @given(sizes=st.fixed_dictionaries(SIZES))
 def test_any_sizes_in_the_operator(sizes):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        use_flash(monkeypatch)
+        use_kernels(monkeypatch)
         assert_sizes(**sizes)
 
 
-@pytest.mark.usefixtures("poison", "flash")
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    assert_window(29, 7, *draw(1, tokens=131), scale)
+
+
+@pytest.mark.usefixtures("poison", "kernels")
 @pytest.mark.parametrize("dim", [16, 96])
 def test_no_slot_is_left_unwritten(dim):
     assert_window(29, 7, *draw(1, 2, 1, tokens=131, dim=dim))
@@ -161,7 +162,7 @@ def test_float64_stays_float64():
 
 @pytest.mark.parametrize("window", [3, 63, 200, TOKENS])
 def test_a_chunk_is_its_reference(window):
-    # 521 is a prime: the last chunk is shorter
+    # 211 is a prime: the last chunk is shorter
     attend, reference = (lambda q, k, v, f=f: f(q, k, v, window) for f in (chunk_attention, chunk_reference))
     assert_exact(attend, reference, *draw())
 
@@ -170,11 +171,11 @@ def test_whole_chunks_are_neither_padded_nor_copied():
     qkv, dout = draw(1, tokens=512, dim=16)
     assert_exact(lambda *x: chunk_attention(*x, 64), lambda *x: chunk_reference(*x, 64), qkv, dout)
     folded = windows._fold(qkv[0], 64)
-    assert folded.shape == (8, 4, 64, 16)
+    assert folded.shape == (8, 2, 64, 16)
     assert folded.data_ptr() == qkv[0].data_ptr()
 
 
-@pytest.mark.parametrize("at", [0, 62, 63, 200, 519])
+@pytest.mark.parametrize("at", [0, 62, 63, 200, 209])
 @pytest.mark.parametrize("attend", [window_attention, chunk_attention])
 def test_no_output_depends_on_a_later_token(attend, at, path):
     original, changed = (draw(seed=seed)[0] for seed in (42, 7))
@@ -208,7 +209,7 @@ def attend_chunk(q, k, v):
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_compiled_in_one_graph_equals_eager(attend, is_checkpointed, autocast, path):
-    if attend is attend_chunk and path == "flash":
+    if attend is attend_chunk and path == "kernels":
         pytest.skip("chunks have one path")
     qkv, dout = draw(1, tokens=211, dim=16)
     call = (lambda *qkv: checkpoint(attend, *qkv, use_reentrant=False)) if is_checkpointed else attend
@@ -259,9 +260,9 @@ def test_nothing_is_n_times_n(attend):
     assert peaks[2] < 2.1 * peaks[1] < 4.3 * peaks[0]
 
 
-@pytest.mark.usefixtures("flash")
+@pytest.mark.usefixtures("kernels")
 def test_the_operators_are_registered_as_torch_demands():
-    (q, k, v), dout = draw(tokens=101, dim=8)
+    (q, k, v), dout = draw(tokens=71, dim=8)
     operators = torch.ops.lightning_lighthouse
     out, lse = operators.attend_window(q, k, v, 13, 4, 0.3)
     library.opcheck(operators.attend_window.default, (q, k, v, 13, 4, 0.3), test_utils=CHECKS)
@@ -289,7 +290,7 @@ def layouts():
     }
 
 
-@pytest.mark.usefixtures("flash")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("layout", layouts())
 def test_any_memory_order_and_the_promised_strides(layout):
     """What is traced without data has the strides of what runs."""
@@ -297,24 +298,12 @@ def test_any_memory_order_and_the_promised_strides(layout):
     assert_window(13, 4, qkv, torch.randn(2, 4, 67, 8))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(x) for x in qkv]
-        traced = results(lambda *x: flash_window.attend_window_fwd(*x, 13, 4, 0.3)[0], fakes, torch.randn(2, 4, 67, 8))
-    ran = results(lambda *x: flash_window.attend_window_fwd(*x, 13, 4, 0.3)[0], qkv, torch.randn(2, 4, 67, 8))
+        traced = results(lambda *x: fused_window.attend_window_fwd(*x, 13, 4, 0.3)[0], fakes, torch.randn(2, 4, 67, 8))
+    ran = results(lambda *x: fused_window.attend_window_fwd(*x, 13, 4, 0.3)[0], qkv, torch.randn(2, 4, 67, 8))
     assert [x.stride() for x in traced[:1]] == [x.stride() for x in ran[:1]]
 
 
-@pytest.mark.parametrize(
-    ("offset", "row", "is_copied"), [(0, 8, False), (8, 24, False), (4, 8, True), (0, 12, True)], ids=str
-)
-def test_rows_that_do_not_begin_at_16_bytes_are_copied(offset, row, is_copied):
-    memory = torch.randn(4096, dtype=torch.bfloat16)
-    x = memory.as_strided((2, 5, 3, 8), (15 * row, 3 * row, row, 1), offset)
-    read = flash_window._in_pieces(x)
-    assert (read is not x) == is_copied
-    assert torch.equal(read, x)
-    assert read.data_ptr() % 16 == 0
-
-
-@pytest.mark.usefixtures("flash")
+@pytest.mark.usefixtures("kernels")
 def test_a_second_derivative_is_an_error_and_not_nothing():
     (q, k, v), _ = draw(tokens=131)
     (dq,) = torch.autograd.grad(attend_window(q, k, v).square().sum(), q, create_graph=True)
@@ -322,7 +311,7 @@ def test_a_second_derivative_is_an_error_and_not_nothing():
         (dq + q).sum().backward()
 
 
-@pytest.mark.usefixtures("flash")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_a_gradient_of_one_input_alone(wanted):
     qkv, dout = draw(tokens=131)
@@ -331,17 +320,6 @@ def test_a_gradient_of_one_input_alone(wanted):
         attend_window(*(x if i == wanted else x.detach() for i, x in enumerate(qkv))), qkv[wanted], dout
     )
     assert torch.equal(alone, expected)
-
-
-def test_merged_sinks_are_attention_over_both():
-    """The kernels alone: each token's sinks and its window, merged, are one softmax over the two."""
-    q, k, v = (x.detach() for x in draw(dim=16)[0])
-    out, lse = (x.contiguous() for x in flash_twin.forward(*(x.transpose(1, 2) for x in (q, k, v)), 29, 0.3))
-    out = out.transpose(1, 2)
-    sinks.merge_sinks(q, k, v, out, lse, 29, 7, 0.3)
-    torch.testing.assert_close(out, window_reference(q, k, v, 29, sink_tokens=7, scale=0.3))
-    logits = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~window_mask(TOKENS, 29, 7), -torch.inf)
-    torch.testing.assert_close(lse, logits.logsumexp(-1))
 
 
 @pytest.mark.parametrize(
@@ -396,13 +374,11 @@ def test_the_kernel_runs_where_it_can_and_no_notice_is_given(device, dtype, dim,
 @pytest.mark.parametrize(
     ("dim", "changes", "reason"),
     [
-        (320, {}, "the flash kernel takes head dims up to 256"),
-        (128, {"capability": (7, 5)}, "the flash kernel needs compute capability 8.0, cuda:0 has 7.5"),
-        (128, {"is_built": False}, "this build of torch has no flash kernel"),
-        (128, {"is_on": False}, "the flash kernel is turned off (torch.backends.cuda.enable_flash_sdp)"),
+        (320, {}, "the kernels take head dims up to 256"),
+        (128, {"capability": (7, 5)}, "the kernels need compute capability 8.0, cuda:0 has 7.5"),
         (128, {"triton": None}, "the package triton is not installed"),
     ],
-    ids=["head dim", "capability", "build", "off", "triton"],
+    ids=["head dim", "capability", "triton"],
 )
 def test_a_kernel_that_cannot_run_is_told_once(dim, changes, reason, monkeypatch):
     on_a_gpu(monkeypatch, **changes)
@@ -412,9 +388,7 @@ def test_a_kernel_that_cannot_run_is_told_once(dim, changes, reason, monkeypatch
     assert lines == [f"windows run on blocks under a mask, which is slow: {reason}"]
 
 
-def on_a_gpu(monkeypatch, capability=(9, 0), is_built=True, is_on=True, triton="a module"):
+def on_a_gpu(monkeypatch, capability=(9, 0), triton="a module"):
     monkeypatch.setattr(notices, "_given", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: is_built)
-    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: is_on)
     monkeypatch.setattr(windows, "find_spec", lambda name: triton)

@@ -41,8 +41,12 @@ def chunk_reference(q, k, v, window):
 
 
 def assert_as_exact_as_naive(attend, reference, qkv, dout):
-    """The distance to float64 is at most twice that of the reference in the same dtype, and one rounding."""
+    """The distance to float64 is at most twice that of the reference in the same dtype, and one rounding.
+
+    In fp32 four roundings: the memory-efficient kernel of torch is that far off where the logits of a row are few.
+    """
     dtype = qkv[0].dtype
+    roundings = 4 if dtype == torch.float32 else 1
     exact = results(reference, [x.detach().double().requires_grad_() for x in qkv], dout)
     dout_norm = dout.double().norm()
     for actual, naive, truth in zip(results(attend, qkv, dout), results(reference, qkv, dout), exact, strict=True):
@@ -50,7 +54,7 @@ def assert_as_exact_as_naive(attend, reference, qkv, dout):
         error, allowed = ((x.detach().double() - truth).norm() for x in (actual, naive))
         # where the truth is nothing, as dq of a window of one token, products of dout and v cancel out
         size = truth.norm() if truth.norm() > 1e-9 * dout_norm else dout_norm
-        assert error <= 2 * allowed + torch.finfo(dtype).eps * size
+        assert error <= 2 * allowed + roundings * torch.finfo(dtype).eps * size
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 4, 37])
@@ -75,7 +79,7 @@ def test_head_dims_beyond_the_kernel_run_on_blocks_and_say_so(monkeypatch):
     qkv, dout = draw(1, 2, 1, 1031, 320)
     with own_warnings() as lines:
         assert_as_exact_as_naive(windowed(window_attention, 63, 4), windowed(window_reference, 63, 4), qkv, dout)
-    assert lines == ["windows run on blocks under a mask, which is slow: the flash kernel takes head dims up to 256"]
+    assert lines == ["windows run on blocks under a mask, which is slow: the kernels take head dims up to 256"]
 
 
 @pytest.mark.parametrize("sdpa", ["flash", "cudnn", "efficient", "math"])
@@ -126,6 +130,37 @@ def test_it_repeats_bit_for_bit_where_torch_is_asked_to(attend, dtype):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("window", [512, 2048])
+def test_the_kernels_of_windows_repeat_bit_for_bit_unasked(window):
+    attend = windowed(window_attention, window, 4)
+    runs = [results(attend, *draw(2, 8, 2, 8_209, 128)) for _ in range(4)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("tokens", "window"), [(524_288, 4), (262_147, 1)])
+def test_more_chunks_than_cuda_launches_at_once(tokens, window, dtype):
+    qkv, dout = draw(1, 2, 1, tokens, 64, dtype)
+    whole = results(lambda *x: chunk_attention(*x, window), qkv, dout)
+    # chunks do not see each other
+    for at in (slice(4096), slice(tokens - tokens % 4 - 4096, None)):
+        alone = [x[:, :, at].detach().requires_grad_() for x in qkv]
+        expected = results(lambda *x: chunk_attention(*x, window), alone, dout[:, :, at])
+        for actual, truth in zip(whole, expected, strict=True):
+            torch.testing.assert_close(actual[:, :, at], truth, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("attend", [attend_window, attend_chunk])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_compiled_for_sizes_that_change(attend, dtype):
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
+    for heads, groups, tokens, dim in ((8, 2, 1031, 64), (6, 2, 2053, 64), (6, 3, 1031, 96)):
+        qkv, dout = draw(1, heads, groups, tokens, dim, dtype)
+        for actual, expected in zip(results(compiled, qkv, dout), results(attend, qkv, dout), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("attend", [attend_window, attend_chunk])
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_compiled_in_one_graph(attend, is_checkpointed):
@@ -135,15 +170,16 @@ def test_compiled_in_one_graph(attend, is_checkpointed):
     compiled, eager = (results(run, qkv, dout) for run in (torch.compile(call, fullgraph=True), attend))
     assert torch.equal(compiled[0], eager[0])
     for actual, expected in zip(compiled[1:], eager[1:], strict=True):
-        # the flash kernel sums dq in any order
-        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+        # torch's kernels sum dq in any order
+        near = 0 if attend is attend_window else 2e-2
+        torch.testing.assert_close(actual, expected, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize(
     ("attend", "dtype", "rows"),
     # rows of D, of q, k or v, that a forward + backward needs at its peak, beyond q, k, v and the gradient it is given
     [
-        (attend_window, torch.bfloat16, 9),
+        (attend_window, torch.bfloat16, 5),
         (attend_chunk, torch.bfloat16, 9),
         (attend_window, torch.float32, 25),
         (attend_chunk, torch.float32, 9),
