@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,13 @@ from lightning_lighthouse.bench.timing import Layer, make_inputs
 # The longest the padded small case may be, in its tokens: deep pyramids over few tokens are all padding.
 MAX_PADDING = 4
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def small_length(device: torch.device) -> int:
+    """Tokens of the small case: a prime, and more on a GPU, whose kernels take larger blocks."""
+    return 4099 if device.type == "cuda" else 1031
+
 
 def small_case(device: torch.device, config: LighthouseConfig) -> tuple[int, LighthouseConfig]:
     """A short length, and a budget for `config` that makes two tiles where the length allows it.
@@ -21,7 +29,7 @@ def small_case(device: torch.device, config: LighthouseConfig) -> tuple[int, Lig
     Raises:
         ValueError: The pyramid is too large for one.
     """
-    num_tokens = 4099 if device.type == "cuda" else 1031
+    num_tokens = small_length(device)
     for top_k in (256, 64, 16, 4, 1):
         case = replace(config, top_k=top_k)
         shape = case.pyramid(num_tokens)
@@ -40,28 +48,44 @@ def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
     errors are those against float64.
     """
     num_tokens, chosen = small_case(layer.device, config)
+    reference = replace(chosen, backend="reference")
+    problem = difference(
+        layer,
+        num_tokens,
+        lambda q, k, v: lighthouse_attention(q, k, v, chosen),
+        lambda q, k, v: lighthouse_attention(q, k, v, reference),
+        # fused attention knows no float64
+        lambda q, k, v: lighthouse_attention(q, k, v, replace(reference, sdpa="math")),
+    )
+    return None if problem is None else f"backend {config.backend!r} is wrong on {layer.device.type}: {problem}"
+
+
+def difference(layer: Layer, num_tokens: int, attend: Attend, twin: Attend, exact: Attend) -> str | None:
+    """How output or gradients of `attend` are off by more than allowed; None where they are not.
+
+    Args:
+        layer: The layer; of its heads a few are compared.
+        num_tokens: N.
+        attend: What is to be timed.
+        twin: The reference, in the layer's dtype; twice its error and one rounding are allowed.
+        exact: The reference for float64.
+    """
     kv_heads = min(2, layer.kv_heads)
     small = replace(layer, heads=layer.heads // layer.kv_heads * kv_heads, kv_heads=kv_heads)
-
     inputs = make_inputs(small, num_tokens, seed=42)
-    reference = replace(chosen, backend="reference")
-    # fused attention knows no float64
-    exact = _results([x.double() for x in inputs], replace(reference, sdpa="math"))
-    twin, actual = _results(inputs, reference), _results(inputs, chosen)
-    for name, truth, from_twin, value in zip(("output", "dq", "dk", "dv"), exact, twin, actual, strict=True):
+    truths = _results([x.double() for x in inputs], exact)
+    twins, values = _results(inputs, twin), _results(inputs, attend)
+    for name, truth, from_twin, value in zip(("output", "dq", "dk", "dv"), truths, twins, values, strict=True):
         largest = truth.abs().max()
         allowed = 2 * (from_twin - truth).abs().max() / largest + torch.finfo(layer.dtype).eps
         error = (value - truth).abs().max() / largest
         # written so that a NaN fails
         if not error <= allowed:
-            return (
-                f"backend {config.backend!r} is wrong on {layer.device.type}: {name} is off by {error:.2g} of its "
-                f"largest value, {allowed:.2g} is allowed"
-            )
+            return f"{name} is off by {error:.2g} of its largest value, {allowed:.2g} is allowed"
     return None
 
 
-def _results(inputs: list[Tensor], config: LighthouseConfig) -> list[Tensor]:
-    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    out = lighthouse_attention(q, k, v, config)
+def _results(inputs: list[Tensor], attend: Attend) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = attend(*leaves)
     return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, inputs[3]))]

@@ -88,7 +88,7 @@ def measure_dense(layer: Layer, num_tokens: int, sdpa: str, repeats: int) -> Tim
         return causal_sdpa(q, k, v, scale=None, backend=sdpa)
 
     try:
-        forward, both = _passes(dense, _input_sets(layer, num_tokens))
+        forward, both = passes(dense, input_sets(layer, num_tokens))
         forward_ms, both_ms = issued_ms([forward, both], layer.device, repeats)
         alone_ms = latency_ms(both, layer.device, min(repeats, FEW))
         return Timing(forward_ms, both_ms, alone_ms, peak_mib(both, layer.device))
@@ -144,11 +144,11 @@ def measure_lighthouse(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_sdpa(q, k, v, scale=None, backend=config.sdpa)
 
-    sets = _input_sets(layer, num_tokens)
-    forward, both = _passes(lighthouse, sets)
+    sets = input_sets(layer, num_tokens)
+    forward, both = passes(lighthouse, sets)
     peak = peak_mib(both, layer.device)
     alone_ms = latency_ms(both, layer.device, min(repeats, FEW))
-    forward_alone, both_alone = _passes(attend, [_own_rows(inputs, config) for inputs in sets])
+    forward_alone, both_alone = passes(attend, [_own_rows(inputs, config) for inputs in sets])
     both_ms, gathered_ms = issued_ms([both, both_alone], layer.device, repeats)
     forward_ms, gathered_forward_ms = issued_ms([forward, forward_alone], layer.device, repeats)
     stages = stage_times(sets[0], config, layer, min(repeats, FEW))
@@ -194,7 +194,8 @@ def stage_times(inputs: list[Tensor], config: LighthouseConfig, layer: Layer, re
     return {name: device_ms(runs[name], layer.device, repeats) * 1e3 for name in STAGES}
 
 
-def _input_sets(layer: Layer, num_tokens: int) -> list[list[Tensor]]:
+def input_sets(layer: Layer, num_tokens: int) -> list[list[Tensor]]:
+    """Several sets of q, k, v, whose gradients are wanted, and a gradient of the output."""
     sets = [make_inputs(layer, num_tokens, seed) for seed in range(INPUT_SETS)]
     for *inputs, _ in sets:
         for x in inputs:
@@ -216,7 +217,7 @@ def _own_rows(inputs: list[Tensor], config: LighthouseConfig) -> list[Tensor]:
     return [*(x.requires_grad_() for x in rows), do]
 
 
-def _passes(attend: Callable[..., Tensor], sets: Sequence[list[Tensor]]) -> tuple[Run, Run]:
+def passes(attend: Callable[..., Tensor], sets: Sequence[list[Tensor]]) -> tuple[Run, Run]:
     """A forward, and a forward + backward, over the sets of q, k, v and gradient in turn."""
 
     def forward(turn: int) -> None:

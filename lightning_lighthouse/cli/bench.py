@@ -1,14 +1,15 @@
 """`lighthouse bench`: dense SDPA, Lighthouse Attention and its floor, measured in one run on the user's own device.
 
-One layer over lengths and settings, or with `--model` a whole training step under Lightning's Trainer. Nothing is timed
-until the chosen backends have agreed with the reference on a small case. What cannot be measured is left blank.
+One layer over lengths and settings, or with `--model` a whole training step under Lightning's Trainer; with `--type`
+local attention instead of Lighthouse. Nothing is timed until the chosen backends have agreed with the reference on a
+small case. What cannot be measured is left blank.
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning_lighthouse.bench.rows import append_csv, check_csv, describe
 from lightning_lighthouse.bench.steps import StepRow, bench_steps
 from lightning_lighthouse.bench.table import bench_layer
 from lightning_lighthouse.bench.timing import Layer
+from lightning_lighthouse.bench.windows import WindowRow, WindowSetting, bench_windows, window_disagreement
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.routing.targets import choose_routed
 
@@ -44,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         layer, settings = complete(asked)
         described = describe(layer, asked.commit)
         if asked.csv is not None:
-            row_class = StepRow if asked.model else LayerRow
-            columns = [field.name for part in (LighthouseConfig, row_class) for field in fields(part)]
+            row_class = StepRow if asked.model else LayerRow if asked.type == "lighthouse" else WindowRow
+            columns = [field.name for part in (type(settings[0][1]), row_class) for field in fields(part)]
             check_csv(asked.csv, [*described, *columns])
     except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
@@ -54,26 +56,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join([described["device"], *versions, described["dtype"]]))
     if layer.device.type == "cpu":
         print("on a CPU: these times say nothing about a GPU, and memory is not measured")
-    # the small case has a budget of its own
-    for config in dict.fromkeys(replace(config, top_k=None) for _, config in settings):
-        problem = disagreement(layer, config)
-        if problem is not None:
-            print(f"lighthouse bench: {problem}; nothing was timed", file=sys.stderr)
-            return 1
-    rows = (
-        bench_steps(asked.model, layer, settings, asked.dense_layers, asked.compile, asked.repeats)
-        if asked.model
-        else bench_layer(layer, settings, asked.dense_up_to, asked.repeats)
-    )
+    problem = _problem(layer, [setting for _, setting in settings])
+    if problem is not None:
+        print(f"lighthouse bench: {problem}; nothing was timed", file=sys.stderr)
+        return 1
+    rows: Iterator[tuple[Any, Any]]
+    if asked.model:
+        rows = bench_steps(asked.model, layer, settings, asked.dense_layers, asked.compile, asked.repeats)
+    elif asked.type == "lighthouse":
+        rows = bench_layer(layer, settings, asked.dense_up_to, asked.repeats)
+    else:
+        rows = bench_windows(layer, settings, asked.dense_up_to, asked.repeats)
     for config, row in rows:
         if asked.csv is not None:
             append_csv(asked.csv, {**described, **asdict(config), **asdict(row)})
     return 0
 
 
+def _problem(layer: Layer, settings: Sequence[Any]) -> str | None:
+    """What is wrong with the first of the settings that is; None: nothing."""
+    # the small case has a budget of its own
+    cases = [replace(each, top_k=None) if isinstance(each, LighthouseConfig) else each for each in settings]
+    for case in dict.fromkeys(cases):
+        compare: Any = disagreement if isinstance(case, LighthouseConfig) else window_disagreement
+        problem = compare(layer, case)
+        if problem is not None:
+            return str(problem)
+    return None
+
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LENGTHS = {"cuda": [8192, 16384, 32768, 65536, 98304, 131072], "cpu": [512, 1024, 2048, 4096]}
 MODEL_LENGTH = {"cuda": 98304, "cpu": 1024}
+WINDOWS = {"cuda": [512, 1024, 4096], "cpu": [64]}
 # Fields of LighthouseConfig that take several values, all of which are measured.
 SEVERAL = ("num_levels", "pooling_factor", "top_k", "scorer", "selection")
 # tokens, levels, pooling factor, top_k: the rows of docs/numbers/benchmarks.md
@@ -111,6 +126,7 @@ def make_parser() -> Parser:
         description="Measure dense and Lighthouse Attention here: one layer, or with --model a whole training step.",
     )
     add = parser.add_argument
+    add("what", nargs="?", choices=["layer"], metavar="layer", help="one layer; the same without this word")
     add("--lengths", type=int, nargs="+", metavar="N", help="tokens (default: up to 131072, on a CPU up to 4096)")
     add("--preset", choices=list(PRESETS), help="lengths, levels, factors and budgets of docs/numbers/benchmarks.md")
     add("--heads", type=int, metavar="H", help="query heads of the layer (default: 8)")
@@ -125,6 +141,14 @@ def make_parser() -> Parser:
     add("--model", choices=["toy", "small", "base", "paper"], help="measure a training step of this preset, at one N")
     add("--dense_layers", type=_layer, nargs="*", metavar="L", help="its dense layers, or published (default: none)")
     add("--compile", action=YesNo, help="compile the model (default: on a GPU)")
+    local = parser.add_argument_group(
+        "local attention", "with --type window or chunk, beside what others offer; all combinations are measured"
+    )
+    local.add_argument("--type", choices=["lighthouse", "window", "chunk"], default="lighthouse", help="of the layer")
+    local.add_argument(
+        "--window", type=int, nargs="+", metavar="W", help="tokens (default: 512 1024 4096, on a CPU 64)"
+    )
+    local.add_argument("--sink_tokens", type=int, nargs="+", metavar="S", help="first tokens that all see (default: 0)")
     group = parser.add_argument_group(
         "Lighthouse Attention", "the fields of LighthouseConfig; where several values may be given, all are measured"
     )
@@ -150,14 +174,14 @@ def _layer(text: str) -> int | str:
         raise ArgumentTypeError(f"must be integers or published, got {text!r}") from None
 
 
-def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]]]:
+def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, Any]]]:
     """Fill in the defaults that depend on the device and the model.
 
     Args:
         asked: Of `make_parser`; completed in place.
 
     Returns:
-        The layer, and the lengths with what Lighthouse is told at each.
+        The layer, and the lengths with what is measured at each: a LighthouseConfig, or a WindowSetting.
 
     Raises:
         TypeError: A field of LighthouseConfig has the wrong type.
@@ -167,8 +191,12 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu")
     asked.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.type == "lighthouse":
+        _refuse(asked, "--type lighthouse", "with", "window", "sink_tokens")
+    else:
+        _refuse_lighthouse(asked)
     if asked.model:
-        _refuse(asked, "--model", "with", "heads", "kv_heads", "head_dim", "dense_up_to", "preset")
+        _refuse(asked, "--model", "with", "what", "heads", "kv_heads", "head_dim", "dense_up_to", "preset")
         _complete_model(asked)
     else:
         _refuse(asked, "--model", "without", "dense_layers", "compile")
@@ -193,6 +221,8 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]
     if asked.heads % asked.kv_heads:
         raise ValueError(f"--heads must be a multiple of --kv_heads, got {asked.heads} and {asked.kv_heads}")
     layer = Layer(asked.heads, asked.kv_heads, asked.head_dim, DTYPES[asked.dtype], torch.device(asked.device))
+    if asked.type != "lighthouse":
+        return layer, _local_settings(asked)
     settings = _settings(asked)
     for _, config in settings:
         check_backend(config, layer.device)
@@ -203,7 +233,19 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, LighthouseConfig]
 def _refuse(asked: Namespace, option: str, how: str, *names: str) -> None:
     for name in names:
         if getattr(asked, name) is not None:
-            raise ValueError(f"--{name} does not go {how} {option}; leave it out")
+            given = asked.what if name == "what" else f"--{name}"
+            raise ValueError(f"{given} does not go {how} {option}; leave it out")
+
+
+def _refuse_lighthouse(asked: Namespace) -> None:
+    """Local attention has none of the settings of Lighthouse but the backend of stock attention."""
+    option = f"--type {asked.type}"
+    _refuse(asked, option, "with", "model", "preset", *SEVERAL)
+    if asked.type == "chunk":
+        _refuse(asked, option, "with", "sink_tokens")
+    for field in fields(LighthouseConfig):
+        if field.name not in (*SEVERAL, "sdpa") and getattr(asked, field.name) != field.default:
+            raise ValueError(f"--{field.name} does not go with {option}; leave it out")
 
 
 def _complete_model(asked: Namespace) -> None:
@@ -241,3 +283,14 @@ def _settings(asked: Namespace) -> list[tuple[int, LighthouseConfig]]:
             config.pyramid(num_tokens)
             settings.append((num_tokens, config))
     return settings
+
+
+def _local_settings(asked: Namespace) -> list[tuple[int, WindowSetting]]:
+    """Every combination of lengths, windows and sinks, by ascending length."""
+    windows, sinks = asked.window or WINDOWS[asked.device], asked.sink_tokens or [0]
+    if min(windows) < 1:
+        raise ValueError(f"--window must be at least 1, got {min(windows)}")
+    if min(sinks) < 0:
+        raise ValueError(f"--sink_tokens must be at least 0, got {min(sinks)}")
+    sizes = product(sorted(set(asked.lengths)), windows, sinks)
+    return [(num_tokens, WindowSetting(asked.type, window, sink, asked.sdpa)) for num_tokens, window, sink in sizes]

@@ -27,7 +27,7 @@ from lightning_lighthouse.bench.steps import measure_steps
 from lightning_lighthouse.bench.timing import Layer
 from lightning_lighthouse.cli import bench
 from lightning_lighthouse.cli.bench import PRESETS, complete, make_parser
-from lightning_lighthouse.routing import layers as routing
+from lightning_lighthouse.routing import calls as routing
 
 CPU = torch.device("cpu")
 LAYER = Layer(heads=3, kv_heads=1, head_dim=16, dtype=torch.float32, device=CPU)

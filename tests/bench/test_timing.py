@@ -27,7 +27,7 @@ LAYER = Layer(heads=3, kv_heads=1, head_dim=16, dtype=torch.float32, device=CPU)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used on machines without a GPU only")
 def test_the_stages_of_the_kernels_are_timed() -> None:
     layer = replace(LAYER, heads=1, head_dim=8)
-    (inputs, _) = bench_layer._input_sets(layer, 37)
+    (inputs, _) = bench_layer.input_sets(layer, 37)
     times = stage_times(inputs, LighthouseConfig(2, 4, 2, backend="triton", selection="published"), layer, repeats=1)
     assert list(times) == list(STAGES)
     assert all(us > 0 for us in times.values())
@@ -88,7 +88,7 @@ def test_inputs_take_turns_and_backward_is_part_of_the_second_time() -> None:
         out.register_hook(gradients.append)
         return out
 
-    forward, both = bench_layer._passes(attend, bench_layer._input_sets(LAYER, 7))
+    forward, both = bench_layer.passes(attend, bench_layer.input_sets(LAYER, 7))
     issued_ms([forward, both], CPU, repeats=5)
     assert len(set(seen)) == 2
     # the warm-up, one call for an estimate, five rounds of one call
