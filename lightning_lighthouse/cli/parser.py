@@ -1,11 +1,11 @@
-"""Arguments of the commands that have a parser of their own: prepare, verify, bench."""
+"""Arguments of the commands that have a parser of their own: prepare, verify, bench, compare."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 
@@ -17,15 +17,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse; an option that does not exist is named before one that is missing."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        for argument in sys.argv[1:] if args is None else args:
-            option = argument.partition("=")[0]
-            if option.startswith("--") and option not in known:
-                near = difflib.get_close_matches(option, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
-                self.error(f"{option} is not an option{hint}")
-        return super().parse_args(args, namespace)
+        arguments = sys.argv[1:] if args is None else args
+        if problem := unknown_option(arguments, self._option_string_actions):
+            self.error(problem)
+        return super().parse_args(arguments, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print `message` alone, without the usage."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def unknown_option(arguments: Sequence[str], options: Iterable[str]) -> str:
+    """What is wrong with the first argument that names no option, with the nearest one; nothing if all are known."""
+    known = [option for option in options if option.startswith("--")]
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known)}"
+            return f"{option} is not an option{hint}"
+    return ""

@@ -152,12 +152,12 @@ class Checker:
         if isinstance(value, str) and bases and not no_class:
             # the import path alone, without class_path
             return {key: self._spec(Section.of("class_path", value), bases, full)}
-        refusal = _refusal(value, hint)
-        if refusal and self._text is not None and not _refusal(self._text, hint):
+        problem = refusal(value, hint)
+        if problem and self._text is not None and not refusal(self._text, hint):
             # a name may begin with a bracket
             return {key: str(self._text)}
-        if refusal:
-            self._note(where, f"{full} {self._unreadable or no_class or refusal}")
+        if problem:
+            self._note(where, f"{full} {self._unreadable or no_class or problem}")
             return {}
         return {key: plain(value)}
 
@@ -237,7 +237,7 @@ def _class_parser(cls: type) -> ArgumentParser:
     return parser
 
 
-def _refusal(value: Any, hint: Any) -> str:
+def refusal(value: Any, hint: Any) -> str:
     """What a value must be and what it is, or nothing if it fits the type."""
     if hint is None:
         return ""

@@ -9,10 +9,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from types import GenericAlias
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lightning_lighthouse.data.settings import Settings, weighted_sources
+from lightning_lighthouse.data.settings import DataOptions, record_of
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
@@ -86,7 +86,7 @@ class Manifest:
     """The record of a prepared folder.
 
     Args:
-        settings: What was asked.
+        settings: What was asked, from `settings_of`.
         vocab_size: Every token id is below it.
         end_of_document: The id behind each document.
         train: Counts of the training split.
@@ -96,7 +96,7 @@ class Manifest:
         sources: Of several sources, what each gave to the training split.
     """
 
-    settings: Settings
+    settings: DataOptions
     vocab_size: int
     end_of_document: int
     train: Counts
@@ -155,7 +155,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it into `folder`."""
-        content = {"format": FORMAT, **asdict(self), "sha256": self.sha256}
+        content = {"format": FORMAT, **asdict(self), "settings": record_of(self.settings), "sha256": self.sha256}
         (folder / MANIFEST).write_text(json.dumps({**content, CONTENT: _digest(content)}, indent=1) + "\n")
 
     @classmethod
@@ -179,7 +179,7 @@ class Manifest:
                 raise ValueError(f"its {CONTENT} does not fit the rest of it")
             settings = content["settings"]
             manifest = cls(
-                settings=Settings(**{**settings, "sources": weighted_sources(settings.get("sources") or None)}),
+                settings=DataOptions(**{**settings, "sources": settings.get("sources") or None}),
                 vocab_size=content["vocab_size"],
                 end_of_document=content["end_of_document"],
                 train=Counts(**content["train"]),
@@ -211,14 +211,24 @@ def _check_types(record: Any) -> None:
     """Raise TypeError where a value is not of its field's type: the first folders have no digest that would tell."""
     for name, kind in get_type_hints(type(record)).items():
         value = getattr(record, name)
-        if isinstance(kind, GenericAlias):
-            for part in value.values() if isinstance(value, dict) else value:
-                _check_types(part)
-        elif is_dataclass(kind):
-            _check_types(value)
-        # JSON and users write whole numbers without a point
-        elif not isinstance(value, kind | int if kind is float else kind):
+        if not _fits(value, kind):
             raise TypeError(f"{name} is {value!r}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, options[1]) for item in value.values())
+    if origin is not None:
+        return isinstance(value, origin) and all(_fits(item, options[0]) for item in value)
+    if is_dataclass(value) and isinstance(value, kind):
+        _check_types(value)
+    # JSON and users write whole numbers without a point
+    return isinstance(value, kind | int if kind is float else kind)
 
 
 def _inside(name: str) -> str:

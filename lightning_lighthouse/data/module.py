@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,98 +18,39 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_lighthouse.checks import warn
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import Manifest, is_prepared
-from lightning_lighthouse.data.preparing.prepare import check_prepared, check_workers, prepare
+from lightning_lighthouse.data.preparing.prepare import check_prepared, prepare
 from lightning_lighthouse.data.preparing.splits import TEST, TRAIN, VALIDATION
-from lightning_lighthouse.data.settings import BYTES, Settings, WeightedSource, weighted_sources
+from lightning_lighthouse.data.settings import RECORDED, DataOptions, settings_of
 from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
 from lightning_lighthouse.data.workers import worker_context
 
 logger = logging.getLogger("lightning_lighthouse")
+# the options' meaning, with the blank line before it
+OPTIONS = (DataOptions.__doc__ or "").partition("\n")[2]
 
 
-class LighthouseRecipe(LightningDataModule):
+class LighthouseRecipe(DataOptions, LightningDataModule):
     """Batches of long packed sequences: `{"tokens": [batch, seq_len + 1]}`, int64.
 
     Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`. A sequence holds documents one behind the other, each ended by
     one end-of-document token, and long documents go on in the next sequence.
-
-    Args:
-        seq_len: Tokens of a sequence that the model sees; a property of the prepared data.
-        batch_size: Sequences of a batch, on each rank.
-        source: Text file, JSONL, Parquet, Arrow, a folder of these, a glob pattern, a data set saved by Hugging Face's
-            `datasets`, a litdata folder of tokens, or a folder that was prepared before. None: the source files of
-            Python's standard library.
-        output_dir: Where the prepared data goes, and is found again. Not used if `source` is prepared already.
-        text_field: Field of JSONL, Parquet and Arrow that holds the text.
-        tokenizer: "bytes" (256 bytes and id 256 for the end of a document), or the path of a `tokenizer.json`.
-        end_of_document: Token of `tokenizer.json` that ends a document; None finds the usual one.
-        validation_source: Where validation documents come from, like `source`; None: from `source`.
-        validation_fraction: Share of the documents of `source` that become validation data, in [0, 1); 0 for none. Not
-            used with a `validation_source`.
-        seed: Of the choice of validation documents and of the order of training sequences.
-        num_workers: Processes that read batches on each rank, and that tokenize during preparation; 0 for none.
-        document_ids: Add "document_ids" and "positions", each `[batch, seq_len + 1]`: the document of a token, counted
-            from 0 in each sequence, and the position within that document.
-        sources: Several sources instead of `source`, each a path and a weight: their shares of the training sequences.
-            Nothing comes twice: the data ends where the first of them runs out.
-        test_source: Where test documents come from, like `source`; None: there is no test data.
-        documents: "pack" cuts the stream of all documents at each `seq_len + 1`; "whole" lets each document of more
-            than half a sequence begin one, and fills up with shorter documents.
-        long_fraction: Share of the training sequences that begin with such a long document, in (0, 1], with "whole";
-            None takes them as they come.
-
-    Raises:
-        ValueError: A value is out of range.
     """
 
-    def __init__(
-        self,
-        seq_len: int = 8192,
-        batch_size: int = 1,
-        source: str | None = None,
-        output_dir: str = "data/prepared",
-        text_field: str = "text",
-        tokenizer: str = BYTES,
-        end_of_document: str | None = None,
-        validation_source: str | None = None,
-        validation_fraction: float = 0.05,
-        seed: int = 42,
-        num_workers: int = 2,
-        document_ids: bool = False,
-        sources: list[WeightedSource] | None = None,
-        test_source: str | None = None,
-        documents: Literal["pack", "whole"] = "pack",
-        long_fraction: float | None = None,
-    ) -> None:
-        super().__init__()
+    __doc__ = f"{__doc__}\n{OPTIONS}"
+    # a data module is itself, whatever others are asked for
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __post_init__(self) -> None:
         if "pytorch_lightning" in sys.modules:
             warn(
                 'pytorch_lightning is imported beside lightning: its Trainer takes no LighthouseRecipe ("Expected a '
                 'parent"); import Trainer and LightningModule from lightning.pytorch',
-                stacklevel=2,
+                stacklevel=3,
             )
-        check_workers(num_workers)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.source = source
-        self.output_dir = output_dir
-        self.text_field = text_field
-        self.tokenizer = tokenizer
-        self.end_of_document = end_of_document
-        self.validation_source = validation_source
-        self.validation_fraction = validation_fraction
-        self.seed = seed
-        self.num_workers = num_workers
-        self.document_ids = document_ids
-        self.sources = weighted_sources(sources)
-        self.test_source = test_source
-        self.documents = documents
-        self.long_fraction = long_fraction
-        self._manifest: Manifest | None = None
         # refuses what cannot be; the tokenizer's file is looked at where it is needed
-        self._settings(tokenizer)
+        super().__post_init__()
+        LightningDataModule.__init__(self)
+        self._manifest: Manifest | None = None
 
     @property
     def source_is_prepared(self) -> bool:
@@ -138,10 +79,9 @@ class LighthouseRecipe(LightningDataModule):
         if self.source_is_prepared or is_prepared(self.folder):
             logger.info(f"{self.folder}: {check(self.folder).summary()}")
             return
-        settings = self._settings(self.tokenizer)
-        asked = {field.name: getattr(settings, field.name) for field in fields(settings)}
-        manifest = prepare(self.output_dir, num_workers=self.num_workers, **{**asked, "sources": self.sources or None})
-        logger.info(f"{self.folder}\n{manifest.report()}")
+        asked = {name: getattr(self, name) for name in ("output_dir", "num_workers", *RECORDED)}
+        manifest = prepare(**asked)
+        print(f"{self.folder}\n{manifest.report()}")
 
     def setup(self, stage: str) -> None:
         """Check that the data is whole, is what was asked for, and suffices for one batch on each rank."""
@@ -222,25 +162,9 @@ class LighthouseRecipe(LightningDataModule):
             self._manifest = Manifest.load(self.folder)
         return self._manifest
 
-    def _settings(self, tokenizer: str) -> Settings:
-        return Settings(
-            source=self.source,
-            text_field=self.text_field,
-            tokenizer=tokenizer,
-            end_of_document=self.end_of_document,
-            seq_len=self.seq_len,
-            validation_source=self.validation_source,
-            validation_fraction=self.validation_fraction,
-            seed=self.seed,
-            sources=self.sources,
-            test_source=self.test_source,
-            documents=self.documents,
-            long_fraction=self.long_fraction,
-        )
-
     def _check_settings(self) -> Manifest:
         """The manifest; ValueError if the folder was prepared with other settings than the recipe's."""
-        settings = self._settings(identify_tokenizer(self.tokenizer))
+        settings = settings_of(self, identify_tokenizer(self.tokenizer))
         if self.source_is_prepared:
             # only what the batches must agree with: where the text came from is no longer the recipe's business
             recorded = Manifest.load(self.folder).settings

@@ -155,7 +155,10 @@ def test_a_read_only_output_folder_is_refused_before_any_step() -> None:
         # another user's process: root may write everywhere
         script = (
             "import os, sys; sys.path[:] = " + repr(sys.path) + "\n"
-            "from lightning_lighthouse.cli.prepare import main\n"
+            "from jsonargparse import ArgumentParser\n"
+            "from lightning_lighthouse.cli.prepare import Preparation, main\n"
+            # it imports more when it is used, which the other user may not read
+            "ArgumentParser().add_class_arguments(Preparation)\n"
             "os.setuid(65534)\n"
             f"sys.exit(main(['--output_dir', '{name}/out', '--seq_len', '61', '--source', '{name}/text.txt']))"
         )

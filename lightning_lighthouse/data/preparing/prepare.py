@@ -11,23 +11,15 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import INDEX, MANIFEST, Manifest, is_prepared
 from lightning_lighthouse.data.preparing.splits import SPLITS, write_splits
-from lightning_lighthouse.data.settings import (
-    BYTES,
-    PACK,
-    Settings,
-    WeightedSource,
-    prepare_command,
-    weighted_sources,
-)
+from lightning_lighthouse.data.settings import DataOptions, Preparation, prepare_command, record_of, settings_of
 from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
 
 # What a write fails with where there is no room
@@ -36,78 +28,34 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITTEN = re.compile(re.escape(INDEX) + r"|chunk-\d+-\d+\.bin(\.\w+)*")
 
 
-def prepare(
-    output_dir: str,
-    *,
-    seq_len: int,
-    source: str | None = None,
-    text_field: str = "text",
-    tokenizer: str = BYTES,
-    end_of_document: str | None = None,
-    validation_source: str | None = None,
-    validation_fraction: float = 0.05,
-    seed: int = 42,
-    num_workers: int = 0,
-    overwrite: bool = False,
-    sources: Sequence[WeightedSource | Mapping[str, Any]] | None = None,
-    test_source: str | None = None,
-    documents: str = PACK,
-    long_fraction: float | None = None,
-) -> Manifest:
+def prepare(output_dir: str, **options: Any) -> Manifest:
     """Pack documents into sequences of `seq_len + 1` tokens, unless `output_dir` already holds just these.
 
     Args:
         output_dir: Folder to write, complete or not at all.
-        seq_len: Tokens of a sequence that a model sees; one more is stored, the last target.
-        source: File, folder or glob pattern; None: the source files of Python's standard library.
-        text_field: Field of JSONL, Parquet and Arrow that holds the text.
-        tokenizer: "bytes", or the path of a `tokenizer.json`.
-        end_of_document: Token that ends a document; None finds the usual one.
-        validation_source: Where validation documents come from, like `source`; None: from `source`.
-        validation_fraction: Share of the documents of `source` that become validation data; 0 for none. Not used with a
-            `validation_source`.
-        seed: Of the choice of those documents.
-        num_workers: Processes that tokenize; 0 tokenizes in this one. The result is the same.
-        overwrite: Replace a folder that was prepared with other settings, or that lost its manifest.
-        sources: Several sources with weights, instead of `source`.
-        test_source: Where test documents come from, like `source`; None: no test data.
-        documents: "pack" cuts the stream of all documents; "whole" lets each document of more than half a sequence
-            begin one, and fills up with shorter ones.
-        long_fraction: Share of the training sequences that begin with such a long document, in (0, 1], with "whole";
-            None takes them as they come.
+        options: The others of `Preparation`; `seq_len` must be given.
 
     Returns:
         The manifest of the folder.
 
     Raises:
-        ValueError: A setting is out of range, `output_dir` holds something else, or the text is too short.
+        ValueError: An option is out of range, `output_dir` holds something else, or the text is too short.
         OSError: The source cannot be read or the folder not written.
     """
-    check_workers(num_workers)
-    output = Path(output_dir)
-    settings = Settings(
-        source=source,
-        text_field=text_field,
-        tokenizer=identify_tokenizer(tokenizer),
-        end_of_document=end_of_document,
-        seq_len=seq_len,
-        validation_source=validation_source,
-        validation_fraction=validation_fraction,
-        seed=seed,
-        sources=weighted_sources(sources),
-        test_source=test_source,
-        documents=documents,
-        long_fraction=long_fraction,
-    )
+    asked = Preparation(output_dir=output_dir, **options)
+    output, tokenizer, overwrite = Path(output_dir), asked.tokenizer, asked.overwrite
+    settings = settings_of(asked, identify_tokenizer(tokenizer))
     if is_prepared(output) and not overwrite:
         return check_prepared(output, settings, tokenizer)
     # a link stays, and what it leads to is replaced
     output = Path(os.path.realpath(output))
-    _check_output(output, prepare_command(settings, output, tokenizer, overwrite=True), overwrite)
+    _check_output(output, prepare_command(settings, output, tokenizer), overwrite)
 
     partial = _make_partial(output)
     try:
-        manifest = write_splits(partial, settings, load_tokenizer(tokenizer, end_of_document), num_workers)
+        manifest = write_splits(
+            partial, settings, load_tokenizer(tokenizer, settings.end_of_document), asked.num_workers
+        )
         _publish(partial, output, manifest, overwrite)
     except OSError as error:
         if error.errno not in FULL:
@@ -119,19 +67,24 @@ def prepare(
     return manifest
 
 
-def check_workers(num_workers: int) -> None:
-    """Raise ValueError where there can be no such number of processes."""
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+def _signature() -> Signature:
+    """That of `prepare`, with the options by name."""
+    options = signature(Preparation).parameters.values()
+    given = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options if option.name != "output_dir"]
+    own = signature(prepare)
+    return own.replace(parameters=[own.parameters["output_dir"], *given])
 
 
-def check_prepared(output: Path, settings: Settings, tokenizer: str) -> Manifest:
+prepare.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def check_prepared(output: Path, settings: DataOptions, tokenizer: str) -> Manifest:
     """The manifest of a complete folder; ValueError if it was prepared with other settings than these."""
     manifest = check(output)
-    found, asked = asdict(manifest.settings), asdict(settings)
+    found, asked = record_of(manifest.settings), record_of(settings)
     for name in asked:
         if asked[name] != found[name]:
-            command = prepare_command(settings, output, tokenizer, overwrite=True)
+            command = prepare_command(settings, output, tokenizer)
             raise ValueError(
                 f"{output} was prepared with {name}={found[name]!r}, asked for {asked[name]!r}; keep the former, "
                 f"choose another output_dir, or replace it: {command}"

@@ -17,7 +17,7 @@ from lightning_lighthouse.data.manifest import Counts, Manifest, SourceCounts
 from lightning_lighthouse.data.preparing.mixing import MixedSource, mix, shares_of
 from lightning_lighthouse.data.preparing.packing import ChunkWriter, Packed, make_packer
 from lightning_lighthouse.data.preparing.pipeline import Processes, Tokenized, start_processes, tokenize
-from lightning_lighthouse.data.settings import Settings
+from lightning_lighthouse.data.settings import DataOptions
 from lightning_lighthouse.data.tokenizers import Tokenizer, token_dtype
 
 TRAIN, VALIDATION, TEST = SPLITS = "train", "validation", "test"
@@ -31,7 +31,7 @@ class Part:
         dtype: Of a stored token.
     """
 
-    def __init__(self, settings: Settings, dtype: type[np.unsignedinteger]) -> None:
+    def __init__(self, settings: DataOptions, dtype: type[np.unsignedinteger]) -> None:
         self.packer = make_packer(settings.documents, settings.seq_len + 1, dtype)
         self.documents = self.text_bytes = self.tokens = self.longest = 0
 
@@ -97,7 +97,7 @@ class SourceReader:
             self._writer.add(sequences)
 
 
-def write_splits(folder: Path, settings: Settings, tokenizer: Tokenizer, num_workers: int) -> Manifest:
+def write_splits(folder: Path, settings: DataOptions, tokenizer: Tokenizer, num_workers: int) -> Manifest:
     """Write all splits and the manifest into `folder`.
 
     Returns:
@@ -143,7 +143,7 @@ def write_splits(folder: Path, settings: Settings, tokenizer: Tokenizer, num_wor
 
 def _write_train(
     folder: Path,
-    settings: Settings,
+    settings: DataOptions,
     tokenizer: Tokenizer,
     processes: Processes,
     parts: dict[str, list[Part]],
@@ -151,8 +151,8 @@ def _write_train(
 ) -> tuple[SourceCounts, ...]:
     """Write the training split and what `validation_fraction` takes from it; say what each source gave."""
     dtype = token_dtype(tokenizer.vocab_size)
-    paths: list[str | None] = [source.path for source in settings.sources] or [settings.source]
-    weights = [source.weight for source in settings.sources] or [1.0]
+    paths: list[str | None] = [source.path for source in settings.sources or ()] or [settings.source]
+    weights = [source.weight for source in settings.sources or ()] or [1.0]
     fraction = settings.validation_fraction if settings.validation_source is None else 0.0
     readers = []
     for number, path in enumerate(paths):
@@ -189,7 +189,7 @@ def _write_train(
     return tuple(counts)
 
 
-def _why_no_mix(path: str | None, is_long: bool, settings: Settings) -> str:
+def _why_no_mix(path: str | None, is_long: bool, settings: DataOptions) -> str:
     name = "source" if path is None else f"source {path}"
     needed = settings.seq_len + 1
     if settings.long_fraction is None:
@@ -218,7 +218,7 @@ def draw(seed: int, number: int) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _check_enough(counts: dict[str, Counts], settings: Settings) -> None:
+def _check_enough(counts: dict[str, Counts], settings: DataOptions) -> None:
     needed = settings.seq_len + 1
     train = counts[TRAIN]
     if not train.sequences:

@@ -280,7 +280,7 @@ def test_the_command_mixes(sources: tuple[str, str], tmp_path: Path, capsys: Any
     command = f"--output_dir {tmp_path}/out --seq_len 61 --sources {small}=0.25 {large}=0.75 --documents whole"
     assert main(command.split()) == 0
     found = Manifest.load(tmp_path / "out").settings
-    assert found.sources == (WeightedSource(small, 0.25), WeightedSource(large, 0.75))
+    assert found.sources == [WeightedSource(small, 0.25), WeightedSource(large, 0.75)]
     assert found.documents == "whole"
     shares = Counter(letters(tmp_path / "out"))
     assert abs(shares["a"] / shares.total() - 0.25) < 0.02

@@ -117,7 +117,7 @@ def test_an_existing_output_is_kept_or_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"out was prepared with seq_len=61, asked for 67; keep the former, .*"
-        r"lighthouse prepare --output_dir .*/out --source .* --seq_len 67 .*--overwrite$",
+        r"lighthouse prepare --output_dir .*/out --seq_len 67 --source .*/text.jsonl --overwrite$",
     ):
         prepare(out, **{**asked, "seq_len": 67})
     assert {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")} == stamps
@@ -262,12 +262,20 @@ def test_too_little_validation_text_is_an_error(tmp_path: Path) -> None:
 
 BAD_ARGUMENTS = [
     (["--seq_len", "0"], 2, "seq_len must be in [1, 536870912], got 0"),
-    (["--seq_len", "many"], 2, "argument --seq_len: invalid int value: 'many'"),
+    (["--seq_len", "many"], 2, "seq_len must be int, got 'many'"),
     (["--seq_len", "61", "--validation_fraction", "1"], 2, "validation_fraction must be in [0, 1), got 1.0"),
     (["--seq_len", "61", "--num_workers", "-1"], 2, "num_workers must be at least 0, got -1"),
     (["--seq_len", "61", "--end_of_document", "x"], 2, "end_of_document must be None for byte tokens, got 'x'"),
     (["--seq_len", "61", "--sourc", "x"], 2, "--sourc is not an option; did you mean --source?"),
     (["--source", "x"], 2, "the following arguments are required: --seq_len"),
+    (
+        ["--seq_len", "61", "--documents", "hole"],
+        2,
+        "documents must be 'pack' or 'whole', got 'hole'; did you mean whole?",
+    ),
+    (["--seq_len", "61", "--overwrite=maybe"], 2, "overwrite must be bool, got 'maybe'"),
+    (["--seq_len"], 2, "argument --seq_len: expected one argument"),
+    (["--seq_len", "61", "stray"], 2, "unrecognized arguments: stray"),
     (
         ["--seq_len", "61", "--source", "x"],
         1,
