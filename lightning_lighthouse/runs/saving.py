@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from torch import Tensor
 
 from lightning_lighthouse.runs.whole_file import PARTIAL, whole_file
 
@@ -116,20 +115,21 @@ def _explain(error: OSError, content: Any, path: Path) -> str:
 
 
 def count_bytes(content: Any) -> int:
-    """Bytes of the tensors in nested containers, each storage once."""
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in _storages(content)}
-    return sum(sizes.values())
+    """Bytes of the file that torch.save would write."""
+    counter = _Counter()
+    torch.save(content, counter)
+    return counter.size
 
 
-def _storages(content: Any) -> Any:
-    if isinstance(content, Tensor):
-        yield content.untyped_storage()
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _storages(value)
-    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
-        for value in content:
-            yield from _storages(value)
+class _Counter(io.BytesIO):
+    """A file that counts what is written, and keeps nothing."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        written = memoryview(data).nbytes
+        self.size += written
+        return written
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.profilers import Profiler
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_lighthouse.phases.ledger import PhaseTotals
@@ -79,20 +80,30 @@ class Stopwatch:
                 self._mark += time.perf_counter() - start
 
 
+# what batches call their token ids
+TOKEN_NAMES = ("tokens", "input_ids")
+
+
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: the elements of its largest integer tensor, 0 if it has none."""
-    return max((tensor.numel() for tensor in _tensors(batch) if not tensor.is_floating_point()), default=0)
+    """Tokens of a batch: the elements of its token ids, 0 if it has none.
 
+    These go by name, as keys or attributes; without such a name they are the largest integer tensor of at most two
+    dimensions, beside which masks, positions for each axis and images stand; or of any, if there is no such tensor.
+    """
+    for name in TOKEN_NAMES:
+        named = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        if isinstance(named, Tensor):
+            return named.numel()
+    found: list[Tensor] = []
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for value in batch:
-            yield from _tensors(value)
+    def note(tensor: Tensor) -> Tensor:
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+            found.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, Tensor, note, allow_frozen=True)
+    flat = [tensor for tensor in found if tensor.ndim <= 2]
+    return max((tensor.numel() for tensor in flat or found), default=0)
 
 
 # what Lightning's training loop calls it when it asks for a batch

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
+import torch
 from foreign import ForeignModule, Sequences, loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse.training.stopwatch import count_tokens
 
 NAP = 0.1
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
@@ -84,3 +89,41 @@ def test_the_profiler_of_the_user_goes_on_and_is_left_as_it_was(tmp_path):
     assert trainer.profiler is profiler
     assert set(vars(profiler)) - before <= {"_lightning_module"}
     assert len(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]) >= 10
+
+
+IDS = torch.zeros(2, 1021, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    mask: torch.Tensor
+    input_ids: torch.Tensor
+
+
+BATCHES = {
+    "a tensor": IDS,
+    "a tuple": (IDS,),
+    "ids and labels": {"input_ids": IDS, "labels": IDS},
+    "positions for each axis": {"input_ids": IDS, "position_ids": torch.zeros(3, 2, 1021, dtype=torch.long)},
+    "positions beside nothing that is named": [IDS, torch.zeros(3, 2, 1021, dtype=torch.long)],
+    "several targets a token": {"x": IDS, "y": torch.zeros(2, 1021, 4, dtype=torch.long)},
+    "a mask of pairs": {"x": IDS, "mask": torch.ones(2, 1, 1021, 1021, dtype=torch.bool)},
+    "a mask of tokens": {"x": IDS, "mask": torch.ones(2, 5000, dtype=torch.bool)},
+    "images": {"x": IDS, "pixels": torch.zeros(2, 3, 37, 37, dtype=torch.uint8)},
+    "bytes": IDS.to(torch.uint8),
+    "in a mapping": {"text": {"tokens": IDS}, "weight": torch.ones(2, 9999)},
+    "a named tuple": namedtuple("Batch", "ids weight")(IDS, torch.ones(2, 9999)),
+    "attributes": SimpleNamespace(input_ids=IDS),
+    "a frozen record": Frozen(torch.ones(2, 5000, dtype=torch.long), IDS),
+    "several tokens a place, and nothing else": torch.zeros(2, 1021, 1, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_tokens_are_counted_and_not_what_stands_beside_them(batch):
+    assert count_tokens(batch) == 2 * 1021
+
+
+def test_a_batch_without_tokens_counts_none():
+    assert count_tokens({"x": torch.ones(2, 3), "name": "text"}) == 0
+    assert count_tokens(None) == 0
