@@ -6,7 +6,7 @@ knows where it stopped. What a sequence holds is checked here. Imported only whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 from litdata.streaming.sampler import ChunkedIndex
+from litdata.utilities.env import _DistributedEnv
+from torch.utils.data import SequentialSampler
 
 from lightning_lighthouse.data.manifest import Manifest
+from lightning_lighthouse.data.position import Topology, is_shared_anew, move_position
 from lightning_lighthouse.data.workers import shield_from_group, shield_workers
 
 
@@ -36,9 +39,13 @@ class SequenceDataset(StreamingDataset):
         manifest: Of the prepared folder.
         shuffle: Whether the order changes from epoch to epoch.
         seed: Of that order.
+        share: As Trainer's `distributed_sampler_kwargs`: which of how many shares of the sequences this process reads;
+            None: that of its rank among all processes.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, shuffle: bool, seed: int, share: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(
             str(folder.resolve()),
             item_loader=TokensLoader(block_size=manifest.settings.seq_len + 1),
@@ -50,6 +57,11 @@ class SequenceDataset(StreamingDataset):
         profile = getattr(self, "posix_fast", None)
         if profile is not None:
             self.posix_fast = replace(profile, kind="posix")
+        if share is not None:
+            found = _DistributedEnv.detect()
+            # an order of nodes there is only where every process reads a share of its own
+            num_nodes = found.num_nodes if share["num_replicas"] == found.world_size else 1
+            self.distributed_env = _DistributedEnv(share["num_replicas"], share["rank"], num_nodes)
         self._folder = folder
         self._vocab_size = manifest.vocab_size
 
@@ -99,6 +111,7 @@ class SequenceLoader(StreamingDataLoader):
         dataset: What to load.
         end_of_document: The id behind each document, where `document_ids` and `positions` are wanted; else None.
         limit: Batches of an epoch (int) or share of them (float), as Trainer's `limit_train_batches`.
+        epochs_done: Epochs that other loaders of this data have shown.
         options: Those of litdata's loader.
     """
 
@@ -108,11 +121,17 @@ class SequenceLoader(StreamingDataLoader):
         *,
         end_of_document: int | None,
         limit: int | float = 1.0,
+        epochs_done: int = 0,
         **options: Any,
     ) -> None:
         # the first shields workers that are forked from their beginning on, the other those that are not
         shield_workers(self)
         super().__init__(dataset, worker_init_fn=shield_from_group, **options)
+        self.current_epoch = epochs_done
+        if not dataset.shuffle:
+            # by its type Lightning knows a loader that does not shuffle, which it would make anew for overfit_batches;
+            # torch asks the sampler of batches, and forbids to set this one
+            self.__dict__["sampler"] = SequentialSampler(dataset)
         self._end_of_document = end_of_document
         self._limit = limit
 
@@ -120,29 +139,28 @@ class SequenceLoader(StreamingDataLoader):
         """litdata's position, and whether it is the end of the epoch."""
         state = super().state_dict()
         # of all ranks, and also of what came before a resume
-        batches = state["dataset"]["sample_in_epoch"] // (self.dataset.distributed_env.world_size * self.batch_size)
+        batches = state["dataset"]["sample_in_epoch"] // self._topology.stride
         last = int(len(self) * self._limit) if isinstance(self._limit, float) else min(len(self), self._limit)
         return {**state, "epoch_is_over": batches >= last}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Continue behind the last batch of `obj`; the recipe has compared the fingerprints, the path may differ."""
-        dataset = {**obj["dataset"], "input_dir_path": self.dataset.input_dir.path}
-        # under other ranks litdata rounds the position down to a global batch, which would repeat sequences
-        stride = self.dataset.distributed_env.world_size * self.batch_size
-        dataset["sample_in_epoch"] = -(-dataset["sample_in_epoch"] // stride) * stride
-        topology = {"world_size": self.dataset.distributed_env.world_size, "num_workers": max(1, self.num_workers)}
-        changed = any(dataset[name] != value for name, value in {**topology, "batch_size": self.batch_size}.items())
-        if changed or dataset.get("resume_mode") == "elastic":
-            # litdata's workers note that for themselves alone: a run resumed once more would repeat what came before
-            dataset["resume_mode"] = "elastic"
-            # sample_in_epoch tells all: the count of one rank may be more than a rank has now, which litdata refuses
-            dataset["num_samples_yielded"] = 0
+        position = move_position(obj["dataset"], self._topology, self.dataset.input_dir.path)
         # litdata would keep 1 there, and a run resumed twice within a later epoch get the order of the first
-        dataset["current_epoch"] = self.dataset.current_epoch = obj["current_epoch"]
-        super().load_state_dict({**obj, "dataset": dataset})
+        position["current_epoch"] = self.dataset.current_epoch = obj["current_epoch"]
+        # litdata compares with all processes, of which several may read the same
+        as_all_processes = {**position, "world_size": _DistributedEnv.detect().world_size}
+        super().load_state_dict({**obj, "dataset": as_all_processes})
+        self.dataset.load_state_dict(position)
+        if is_shared_anew(position):
+            self.dataset._elastic_drop_first = position["sample_in_epoch"]
         # litdata tells the end of an epoch by the number of its sequences, which a limit or other ranks can change
         if obj["epoch_is_over"]:
             self.restore = False
+
+    @property
+    def _topology(self) -> Topology:
+        return Topology(self.dataset.distributed_env.world_size, max(1, self.num_workers), self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches of the rest of a resumed epoch, or of a whole one."""

@@ -18,13 +18,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_lighthouse.checks import warn
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import Manifest, is_prepared
+from lightning_lighthouse.data.position import Topology, check_same_data, describe_data, warn_of_topology
 from lightning_lighthouse.data.preparing.prepare import check_prepared, prepare
 from lightning_lighthouse.data.preparing.splits import TEST, TRAIN, VALIDATION
 from lightning_lighthouse.data.settings import RECORDED, DataOptions, settings_of
 from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
 from lightning_lighthouse.data.workers import worker_context
+from lightning_lighthouse.notices import notice_once
 
 logger = logging.getLogger("lightning_lighthouse")
+# How the checkpoints begin that Lightning's finders of batch sizes and rates write for themselves
+FINDERS = (".scale_batch_size_", ".lr_find_")
 # the options' meaning, with the blank line before it
 OPTIONS = (DataOptions.__doc__ or "").partition("\n")[2]
 
@@ -51,6 +55,8 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
         super().__post_init__()
         LightningDataModule.__init__(self)
         self._manifest: Manifest | None = None
+        # those that were found to fill a batch
+        self._filled: tuple[str, ...] = ()
 
     @property
     def source_is_prepared(self) -> bool:
@@ -86,76 +92,89 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check that the data is whole, is what was asked for, and suffices for one batch on each rank."""
         self._manifest = self._check_settings()
-        splits = {"fit": (TRAIN, VALIDATION), "validate": (VALIDATION,), "test": (TEST,)}
-        for name in splits.get(stage, ()):
-            sequences = getattr(self._manifest, name).sequences
-            # without validation data fit trains without validation, as asked for by validation_fraction=0
-            if name == VALIDATION and stage == "fit" and sequences == 0:
-                continue
-            if name == TEST and sequences == 0:
-                raise ValueError(
-                    f"{self.folder} has no test data; prepare it with a test_source, or run lighthouse validate"
-                )
-            needed = self._ranks * self.batch_size
-            if sequences < needed:
-                raise ValueError(
-                    f"{self.folder} has {sequences} {name} sequences of {self.seq_len} tokens, one batch needs "
-                    f"{needed} ({self._ranks} ranks x batch_size {self.batch_size}); prepare more text, or lower "
-                    "seq_len or batch_size"
-                )
+        # without validation data fit trains without validation, as asked for by validation_fraction=0
+        fit = (TRAIN, VALIDATION) if self._sequences(VALIDATION) else (TRAIN,)
+        self._filled = {"fit": fit, "validate": (VALIDATION,), "test": (TEST,)}.get(stage, ())
+        for split in self._filled:
+            self._check_enough(split)
 
     def train_dataloader(self) -> Any:
         """Shuffled anew each epoch; the sequences that fill no batch on all ranks are left out of that epoch."""
-        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
-        return self._loader(TRAIN, shuffle=True, limit=limit)
+        if self.trainer is None:
+            return self._loader(TRAIN, shuffle=True)
+        # made anew within a run, it goes on with the epoch that is due
+        return self._loader(
+            TRAIN,
+            shuffle=not self.trainer.overfit_batches,  # type: ignore[attr-defined]
+            limit=self.trainer.limit_train_batches,
+            epochs_done=self.trainer.current_epoch,
+        )
 
     def val_dataloader(self) -> Any:
         """In document order; empty without validation data."""
-        return self._loader(VALIDATION, shuffle=False) if self._load_manifest().validation.sequences else []
+        return self._loader(VALIDATION) if self._sequences(VALIDATION) else []
 
     def test_dataloader(self) -> Any:
         """In document order."""
-        return self._loader(TEST, shuffle=False)
+        return self._loader(TEST)
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the batches."""
-        manifest = self._load_manifest()
-        return {
-            "fingerprint": manifest.fingerprint,
-            "seq_len": self.seq_len,
-            "tokenizer": manifest.settings.tokenizer,
-            "seed": self.seed,
-            "topology": self._topology(),
-        }
+        return describe_data(self._load_manifest(), self.seed, self._topology())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to continue on other data than the checkpoint's; warn where its order cannot be kept."""
         # evaluation may use any data
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        manifest = self._load_manifest()
-        if state_dict["fingerprint"] != manifest.fingerprint:
-            raise ValueError(
-                f"{self.folder} is not the data of the checkpoint: fingerprint {manifest.fingerprint} (seq_len "
-                f"{self.seq_len}, tokenizer {manifest.settings.tokenizer}), the checkpoint has "
-                f"{state_dict['fingerprint']} (seq_len {state_dict['seq_len']}, tokenizer {state_dict['tokenizer']}); "
-                "point the recipe to the data that the run began with, or start a new run"
-            )
-        if state_dict["seed"] != self.seed:
-            raise ValueError(
-                f"seed is {self.seed}, the checkpoint was written with {state_dict['seed']}: the order of the data "
-                f"would change; set seed to {state_dict['seed']}, or start a new run"
-            )
-        if self.trainer is None or self.trainer.is_global_zero:
-            _warn_of_topology(state_dict["topology"], self._topology())
+        check_same_data(state_dict, self.state_dict(), self.folder)
+        # to go back before the first batch is no resume
+        from_finder = self.trainer is not None and Path(self.trainer.ckpt_path or "").name.startswith(FINDERS)
+        if self.trainer is None or (self.trainer.is_global_zero and not from_finder):
+            warn_of_topology(state_dict["topology"], self._topology())
 
-    @property
-    def _ranks(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
+    def _share(self) -> dict[str, int] | None:
+        """Of how many groups of processes that read different sequences this process is in which; None: not known.
 
-    def _topology(self) -> dict[str, int]:
+        Processes that share a model must read the same; which do is the strategy's matter.
+        """
+        if self.trainer is None:
+            return None
+        return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+    def _topology(self) -> Topology:
+        ranks = (self._share() or {"num_replicas": 1})["num_replicas"]
         # to litdata no worker is one: the main process
-        return {"ranks": self._ranks, "num_workers": max(1, self.num_workers), "batch_size": self.batch_size}
+        return Topology(ranks, max(1, self.num_workers), self.batch_size)
+
+    def _sequences(self, split: str) -> int:
+        sequences: int = getattr(self._load_manifest(), split).sequences
+        return sequences
+
+    def _check_enough(self, split: str) -> None:
+        """Raise ValueError where a split does not fill one batch on each rank."""
+        sequences, topology = self._sequences(split), self._topology()
+        if split == TEST and sequences == 0:
+            raise ValueError(
+                f"{self.folder} has no test data; prepare it with a test_source, or run lighthouse validate"
+            )
+        if sequences < topology.stride:
+            raise ValueError(
+                f"{self.folder} has {sequences} {split} sequences of {self.seq_len} tokens, one batch needs "
+                f"{topology.stride} ({topology.ranks} ranks x batch_size {topology.batch_size}); prepare more text, or "
+                "lower seq_len or batch_size"
+            )
+
+    def _limit_batch_size(self) -> None:
+        """Lower a batch size that was raised within a run, as finders of it do, to what every split fills."""
+        most = min(self._sequences(split) for split in self._filled) // self._topology().ranks
+        if self.batch_size > most:
+            notice_once(
+                f"batch_size {most}",
+                f"batch_size {self.batch_size} is more than the data can fill: {most} is used, as many sequences as "
+                f"there are for each of {self._topology().ranks} ranks",
+            )
+            self.batch_size = most
 
     def _load_manifest(self) -> Manifest:
         if self._manifest is None:
@@ -173,35 +192,21 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
             settings = replace(recorded, seq_len=settings.seq_len, tokenizer=settings.tokenizer, end_of_document=end)
         return check_prepared(self.folder, settings, self.tokenizer)
 
-    def _loader(self, split: str, *, shuffle: bool, limit: int | float = 1.0) -> Any:
+    def _loader(self, split: str, *, shuffle: bool = False, limit: int | float = 1.0, epochs_done: int = 0) -> Any:
         from lightning_lighthouse.data.loading import SequenceDataset, SequenceLoader
 
+        if split in self._filled:
+            self._limit_batch_size()
+        self._check_enough(split)
         manifest = self._load_manifest()
         # pinned memory is the loader's own business: what the workers hand over is not what the model gets
         return SequenceLoader(
-            SequenceDataset(self.folder / split, manifest, shuffle=shuffle, seed=self.seed),
+            SequenceDataset(self.folder / split, manifest, shuffle=shuffle, seed=self.seed, share=self._share()),
             end_of_document=manifest.end_of_document if self.document_ids else None,
             limit=limit,
+            epochs_done=epochs_done,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             multiprocessing_context=worker_context() if self.num_workers else None,
             drop_last=True,
         )
-
-
-def _warn_of_topology(old: dict[str, int], new: dict[str, int]) -> None:
-    changed = [f"{name} {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
-    if not changed:
-        return
-    batches = [topology["ranks"] * topology["batch_size"] for topology in (old, new)]
-    if batches[0] == batches[1]:
-        skipped = f"at most {new['num_workers'] - 1} global batches are left out at its end"
-    else:
-        skipped = (
-            f"but the global batch is {batches[1]} sequences, no longer {batches[0]}, and Trainer may end this epoch "
-            "early: keep ranks x batch_size to avoid that"
-        )
-    warn(
-        f"resumed with {', '.join(changed)}: the batches are not those of an unbroken run; no sequence of this epoch "
-        f"comes twice, {skipped}"
-    )
