@@ -1,4 +1,4 @@
-"""Loaders that Lightning makes anew within a run, and whom it makes them for: options of Trainer, finders, strategies."""
+"""Loaders that Lightning makes anew within a run: for options of Trainer, for finders, for strategies."""
 
 from __future__ import annotations
 
