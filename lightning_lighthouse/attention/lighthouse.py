@@ -18,6 +18,7 @@ from lightning_lighthouse.attention.dilated_scorer import dilated_scores
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.attention.sdpa import causal_sdpa
+from lightning_lighthouse.checks import check_count
 from lightning_lighthouse.notices import notice_once
 
 DEFAULT = LighthouseConfig()
@@ -31,6 +32,7 @@ def lighthouse_attention(
     *,
     scale: float | None = None,
     step: Tensor | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """Causal self-attention over a pyramid of pooled q, k and v.
 
@@ -43,16 +45,20 @@ def lighthouse_attention(
         config: Settings; None for the defaults.
         scale: Factor of the attention logits; None: `D ** -0.5`.
         step: The training step that selection="random" draws for, a 0-dim int64 tensor on the CPU; None: step 0.
+        first_head: Number of the first of these key/value heads among those of the layer, where they are split over
+            calls or ranks: selection="random" draws for each head by its number.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, or the backend cannot run on the device.
+        TypeError: `first_head` is no int.
     """
     config = config or DEFAULT
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
+    check_count("first_head", first_head)
     shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
@@ -67,7 +73,7 @@ def lighthouse_attention(
     # the selection is a choice, not a function: no gradient reaches the scores
     with torch.no_grad():
         scores = score_entries(stages, q, k, v, shape, config, scale=scale)
-        selection = stages.select(scores, shape, config, step)
+        selection = stages.select(scores, shape, config, step, first_head)
     qs, ks, vs = stages.gather(q, k, v, selection, shape)
     o = causal_sdpa(qs, ks, vs, scale=scale, backend=config.sdpa)
     return stages.scatter(o, selection, shape, config)
@@ -97,6 +103,7 @@ def select_entries(
     *,
     scale: float | None = None,
     step: Tensor | None = None,
+    first_head: int = 0,
 ) -> Tensor:
     """The entries that are gathered, in the order of the gathered sequence, also of one too short to gain.
 
@@ -107,6 +114,7 @@ def select_entries(
         config: Settings; None for the defaults.
         scale: Factor of the attention logits; None: `D ** -0.5`. Read by some scorers only.
         step: As in `lighthouse_attention`.
+        first_head: As there.
 
     Returns:
         `[B, Hkv, S]` int32, positions in the concatenation of all levels, finest first:
@@ -115,7 +123,9 @@ def select_entries(
     config = config or DEFAULT
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
+    check_count("first_head", first_head)
     shape = config.pyramid(q.shape[2])
     stages = choose_stages(config, q.device, q.dtype)
     with torch.no_grad():
-        return stages.select(score_entries(stages, q, k, v, shape, config, scale=scale), shape, config, step).index
+        scores = score_entries(stages, q, k, v, shape, config, scale=scale)
+        return stages.select(scores, shape, config, step, first_head).index

@@ -78,12 +78,18 @@ def pool_scores(s_q_BGN: Tensor, s_k_BGN: Tensor, shape: PyramidShape, config: L
     return levels
 
 
-def select(scores: Scores, shape: PyramidShape, config: LighthouseConfig, step: Tensor | None = None) -> Selection:
+def select(
+    scores: Scores,
+    shape: PyramidShape,
+    config: LighthouseConfig,
+    step: Tensor | None = None,
+    first_head: int = 0,
+) -> Selection:
     """Choose the gathered entries, coarse to fine, in contiguous tiles (algorithm of section 3.2).
 
     All candidates are gathered. At each level above the tokens some win (`winners.py` has the rules), and the children
-    of the winners are the candidates one level below. `step`, 0-dim int64, is what selection="random" draws for; None
-    is step 0.
+    of the winners are the candidates one level below. `step`, 0-dim int64, is what selection="random" draws for, None
+    is step 0; `first_head` is the number that it gives to the first key/value head.
     """
     batch, groups = scores[0][0].shape[:2]
     device = scores[0][0].device
@@ -97,7 +103,7 @@ def select(scores: Scores, shape: PyramidShape, config: LighthouseConfig, step: 
         gathered_levels.append(torch.full_like(gathered_entries[-1], level))
         if level == 0:
             break
-        won = candidates.gather(-1, _win(scores, candidates, level, shape.winners[level], config, step))
+        won = candidates.gather(-1, _win(scores, candidates, level, shape.winners[level], config, step, first_head))
         children = won.unsqueeze(-1) * p + torch.arange(p, device=device)
         candidates = children.flatten(-2)
 
@@ -106,13 +112,19 @@ def select(scores: Scores, shape: PyramidShape, config: LighthouseConfig, step: 
 
 
 def _win(
-    scores: Scores, candidates_BGTC: Tensor, level: int, count: int, config: LighthouseConfig, step: Tensor | None
+    scores: Scores,
+    candidates_BGTC: Tensor,
+    level: int,
+    count: int,
+    config: LighthouseConfig,
+    step: Tensor | None,
+    first_head: int,
 ) -> Tensor:
     """Positions of the winners among the candidates, ascending: `[B, G, T, C] -> [B, G, T, count]`."""
     if config.selection == "strided":
         return winners.strided(candidates_BGTC, count)
     if config.selection == "random":
-        return winners.random(candidates_BGTC, count, level, config, step)
+        return winners.random(candidates_BGTC, count, level, config, step, first_head)
     s_q, s_k = (s.gather(2, candidates_BGTC.flatten(2)).view_as(candidates_BGTC) for s in scores[level])
     if config.selection == "causal":
         return winners.causal(s_q, s_k, count)

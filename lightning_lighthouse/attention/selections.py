@@ -81,10 +81,18 @@ def strided(candidates: Tensor, count: int) -> Tensor:
 
 
 def random(
-    candidates_BGTC: Tensor, count: int, level: int, config: LighthouseConfig, step: Tensor | None = None
+    candidates_BGTC: Tensor,
+    count: int,
+    level: int,
+    config: LighthouseConfig,
+    step: Tensor | None = None,
+    first_head: int = 0,
 ) -> Tensor:
-    """Candidates with the highest keys; a key is a hash of the seed, the step, the level, the head and the entry."""
-    head = torch.arange(candidates_BGTC.shape[1], device=candidates_BGTC.device).view(-1, 1, 1)
+    """Candidates with the highest keys; a key is a hash of the seed, the step, the level, the head and the entry.
+
+    The key/value heads are `first_head` and those that follow it.
+    """
+    head = first_head + torch.arange(candidates_BGTC.shape[1], device=candidates_BGTC.device).view(-1, 1, 1)
     state = mix(mix(0, config.seed), 0 if step is None else step)
     keys = mix(mix(mix(state, level), head), candidates_BGTC) >> KEY_SHIFT
     if config.cover_prefix:

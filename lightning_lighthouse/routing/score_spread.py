@@ -93,7 +93,9 @@ def _ranks_norms(config: LighthouseConfig) -> bool:
 def _level_one(x_BHND: Tensor, groups: int, config: LighthouseConfig) -> Tensor:
     """Scores `[B, G, E]` of the whole windows of level 1."""
     whole = x_BHND.shape[2] // config.pooling_factor * config.pooling_factor
-    norms = torch.linalg.vector_norm(x_BHND[:, :, :whole], dim=-1, dtype=torch.float32)
+    # sums in float32, or wider where the model is
+    dtype = torch.promote_types(x_BHND.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(x_BHND[:, :, :whole], dim=-1, dtype=dtype)
     windows = norms.unflatten(1, (groups, -1)).amax(2).unflatten(2, (-1, config.pooling_factor))
     return windows[..., 0] if config.selection == "causal" else windows.amax(-1)
 

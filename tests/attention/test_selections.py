@@ -241,6 +241,34 @@ def test_random_depends_on_step_seed_and_head_alone():
     assert not torch.equal(index(step=1), index(seed=1))
 
 
+def heads_in_two_calls(function, q, k, v, config, first=0):
+    """What a function returns for all heads, and for the first key/value head and the others apart."""
+    ratio = q.shape[1] // k.shape[1]
+    whole = function(q, k, v, config, first_head=first)
+    one = function(q[:, :ratio], k[:, :1], v[:, :1], config, first_head=first)
+    others = function(q[:, ratio:], k[:, 1:], v[:, 1:], config, first_head=first + 1)
+    return whole, torch.cat((one, others), 1)
+
+
+@pytest.mark.parametrize("selection", ["random", "causal", "published"])
+def test_heads_split_over_two_calls_are_those_of_one(selection):
+    settings = LighthouseConfig(3, 2, 8, selection=selection)
+    q, k, v = draw(2, 6, 3, 131)
+    for function in (select_entries, lighthouse_attention):
+        assert torch.equal(*heads_in_two_calls(function, q, k, v, settings))
+    if selection == "random":
+        index = [select_entries(q, k, v, settings, first_head=first) for first in (0, 2)]
+        assert not torch.equal(index[0], index[1])
+        assert torch.equal(index[0][:, 2], index[1][:, 0])
+
+
+def test_the_number_of_a_head_is_a_count():
+    q, k, v = draw(1, 1, 1, 64)
+    for value, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="first_head must be"):
+            lighthouse_attention(q, k, v, first_head=value)
+
+
 def test_random_draws_every_candidate_alike():
     settings = LighthouseConfig(2, 2, 8, selection="random", cover_prefix=False)
     shape = settings.pyramid(64)

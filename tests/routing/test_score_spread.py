@@ -53,6 +53,13 @@ def test_a_model_with_norms_of_q_and_k_is_warned_once(selection):
     assert warned(make("Qwen3"), config) == [f"the norms of q and k hardly differ in 100% of 4 heads {WARNING}"]
 
 
+@pytest.mark.parametrize("selection", ["published", "causal"])
+def test_a_model_in_double_precision_is_warned_alike(selection):
+    config = LighthouseConfig(3, 2, 8, selection=selection)
+    assert warned(make("Qwen3").double(), config) == warned(make("Qwen3"), config)
+    assert warned(make("Llama").double(), config) == []
+
+
 def test_a_training_is_warned_once(tmp_path):
     class Module(pl.LightningModule):
         def __init__(self):

@@ -71,11 +71,12 @@ def _random_keys(state, i_head, b_entry, LEVEL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_coarsest", "num_slots", "num_scores", "stride_scores", "tile_entries", "winners",
-                               "num_tiles", "tile_gathered", "groups", "state", "C"])  # fmt: skip
+                               "num_tiles", "tile_gathered", "groups", "first_head", "state", "C"])  # fmt: skip
 def _select_kernel(
     p_scores, p_index, p_slots, p_scratch,
-    num_coarsest, num_slots, num_scores, stride_scores, num_tiles, tile_entries, winners, tile_gathered, groups, state,
-    C, RULE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, COVER: tl.constexpr, CHUNK: tl.constexpr,
+    num_coarsest, num_slots, num_scores, stride_scores, num_tiles, tile_entries, winners, tile_gathered, groups,
+    first_head, state, C, RULE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, COVER: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0) % num_tiles
     i_head = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -109,7 +110,7 @@ def _select_kernel(
                 mask = i_candidate < num_candidates
                 b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL, L, W, C)
                 if RULE == "random":
-                    b_qkey = _random_keys(state, i_head % groups, b_entry, LEVEL)
+                    b_qkey = _random_keys(state, first_head + i_head % groups, b_entry, LEVEL)
                     if COVER:
                         b_qkey = tl.where(b_entry == 0, COVERED, b_qkey)
                     b_kkey = b_qkey
@@ -158,7 +159,7 @@ def _select_kernel(
 
 
 def _select(
-    scores: Tensor, sizes: list[int], rule: str, cover_prefix: bool, seed: int, step: Tensor | None
+    scores: Tensor, sizes: list[int], rule: str, cover_prefix: bool, seed: int, step: Tensor | None, first_head: int
 ) -> tuple[Tensor, Tensor]:
     shape = unpack(sizes)
     index, slots = empty_selection(scores, shape)
@@ -173,7 +174,7 @@ def _select(
         _select_kernel[(programs,)](
             scores, index, slots, scratch,
             num_coarsest(shape), num_slots(shape), scores.shape[-1], scores.stride(0),
-            shape.num_tiles, shape.tile_entries, shape.winners[1], shape.tile_gathered, groups,
+            shape.num_tiles, shape.tile_entries, shape.winners[1], shape.tile_gathered, groups, first_head,
             # the same bits with a sign, so that the type does not depend on the value
             state - 2**32 if state >= 2**31 else state,
             candidates, rule, shape.num_levels, shape.pooling_factor, cover_prefix, chunk,
@@ -183,7 +184,7 @@ def _select(
 
 
 def _empty(
-    scores: Tensor, sizes: list[int], rule: str, cover_prefix: bool, seed: int, step: Tensor | None
+    scores: Tensor, sizes: list[int], rule: str, cover_prefix: bool, seed: int, step: Tensor | None, first_head: int
 ) -> tuple[Tensor, Tensor]:
     return empty_selection(scores, unpack(sizes))
 
@@ -191,12 +192,19 @@ def _empty(
 select_fwd = Operator(_select, _empty)
 
 
-def select(scores: Tensor, shape: PyramidShape, config: LighthouseConfig, step: Tensor | None = None) -> Selection:
+def select(
+    scores: Tensor,
+    shape: PyramidShape,
+    config: LighthouseConfig,
+    step: Tensor | None = None,
+    first_head: int = 0,
+) -> Selection:
     """Choose the gathered entries, coarse to fine, in contiguous tiles (`winners.py` has the rules).
 
-    `step`, a 0-dim int64 tensor on the CPU, is what selection="random" draws for; None is step 0.
+    `step`, a 0-dim int64 tensor on the CPU, is what selection="random" draws for, None is step 0; `first_head` is the
+    number that it gives to the first key/value head.
     """
     sizes = pack(shape)
     if config.selection == "causal":
         return Selection(*select_causal_fwd(scores, sizes))
-    return Selection(*select_fwd(scores, sizes, config.selection, config.cover_prefix, config.seed, step))
+    return Selection(*select_fwd(scores, sizes, config.selection, config.cover_prefix, config.seed, step, first_head))

@@ -149,8 +149,8 @@ def test_operators_are_registered_as_torch_demands():
     registered = torch.ops.lightning_lighthouse
     calls = [
         (registered.score, (qkv[0].detach(), qkv[1].detach(), sizes, False)),
-        (registered.select, (scores, sizes, "published", True, 0, None)),
-        (registered.select, (scores, sizes, "random", True, 3, torch.tensor(5))),
+        (registered.select, (scores, sizes, "published", True, 0, None, 0)),
+        (registered.select, (scores, sizes, "random", True, 3, torch.tensor(5), 2)),
         (registered.select_causal, (scores, sizes)),
         (registered.gather, (qkv[0], slots, sizes)),
         (registered.gather_backward, (ks, slots, sizes, False)),

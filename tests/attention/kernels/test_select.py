@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selecting import BLIND, CASES, moved, small_tiles
-from twins import DEVICE, LAYOUTS, assert_same_selection, assert_twins, draw, flat_scores, random_scores
+from twins import DEVICE, LAYOUTS, assert_same_selection, assert_twins, draw, flat_scores, level_scores, random_scores
 
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention, select_entries
 from lightning_lighthouse.attention import kernels, reference
 
+# a layer's heads 4, and 5 and 6
+PARTS = (slice(0, 1), 4), (slice(1, 3), 5)
 TILES_MODULE = import_module("lightning_lighthouse.attention.kernels.tiles")
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -50,6 +52,19 @@ def assert_selected_alike(
         shape = config.pyramid(tokens)
     step = None if step is None else torch.tensor(step)
     assert_same_selection(random_scores(*heads, shape, tied, seed), shape, config, step)
+
+
+@pytest.mark.parametrize("selection", ["random", "causal"])
+def test_heads_split_over_two_calls_are_those_of_one(selection):
+    config = LighthouseConfig(3, 2, 8, selection=selection)
+    shape = config.pyramid(131)
+    scores = random_scores(2, 3, shape, tied=False, seed=1)
+    whole = kernels.select(scores, shape, config, None, 4)
+    one, others = (kernels.select(scores[:, :, part], shape, config, None, first) for part, first in PARTS)
+    assert torch.equal(torch.cat((one.index, others.index), 1), whole.index)
+    assert torch.equal(torch.cat((one.slots, others.slots), 1), whole.slots)
+    expected = reference.select(level_scores(scores, shape), shape, config, None, 4)
+    assert torch.equal(whole.index, expected.index)
 
 
 @pytest.mark.parametrize("selection", BLIND)
