@@ -17,7 +17,17 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from lightning_lighthouse.routing.reasons import CHECKPOINT_INSIDE, ENTERED, EXITED, NO_CALL, NOT_RUN, ROUTED, remedy
+from lightning_lighthouse.routing.reasons import (
+    CHECKPOINT_INSIDE,
+    ENTERED,
+    ENTERED_WITHOUT_GRADIENTS,
+    EXITED,
+    NO_CALL,
+    NOT_RUN,
+    ROUTED,
+    TEACHER,
+    remedy,
+)
 from lightning_lighthouse.routing.score_spread import ScoreSpread
 
 _seen_routed: WeakSet[nn.Module] = WeakSet()
@@ -78,8 +88,15 @@ class Audit:
     def unrouted(self) -> dict[str, str]:
         """The layers that were not routed, with the reason and what to do. Layers that were are remembered."""
         missing = {}
+        some_train = any(ENTERED in self._by_layer.get(layer, ()) for layer in self._targets.values())
         for name, layer in self._targets.items():
             notes = self._by_layer.get(layer) or self._traced
+            if ENTERED_WITHOUT_GRADIENTS in notes:
+                # a layer that never has them does not train; where none has, somebody only looks at the outputs
+                if some_train and ENTERED not in notes and ROUTED in notes:
+                    missing[name] = _explained(TEACHER, layer)
+                    continue
+                notes = notes - {ENTERED_WITHOUT_GRADIENTS} | {ENTERED}
             if notes == {ENTERED}:
                 notes = notes | self._traced_in[type(layer)]
             reasons = notes - {ENTERED}
@@ -120,12 +137,18 @@ def _explained(reason: str, layer: nn.Module) -> str:
 
 
 def explain(missing: dict[str, str], num_targets: int) -> str:
-    """One line that names every layer that stayed dense and why, grouped by reason."""
-    by_reason = defaultdict(list)
-    for name, reason in missing.items():
-        by_reason[reason].append(name or "the module itself")
-    parts = [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
-    return (
-        f"{len(missing)} of {num_targets} attention layers that should be routed to Lighthouse stayed dense: "
-        + " | ".join(parts)
-    )
+    """One line that names every layer that stayed dense, or is a teacher's, and why, grouped by reason."""
+    teachers = {name: reason for name, reason in missing.items() if reason.startswith(TEACHER)}
+    heads = {
+        "attention layers that should be routed to Lighthouse stayed dense": missing.keys() - teachers.keys(),
+        "attention layers were routed to Lighthouse and train nothing": teachers.keys(),
+    }
+    lines = []
+    for head, names in heads.items():
+        by_reason = defaultdict(list)
+        for name, reason in missing.items():
+            if name in names:
+                by_reason[reason].append(name or "the module itself")
+        parts = [f"{', '.join(found)}: {reason}" for reason, found in by_reason.items()]
+        lines += [f"{len(names)} of {num_targets} {head}: {' | '.join(parts)}"] if names else []
+    return "; ".join(lines)

@@ -17,7 +17,7 @@ from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.routing.adapters import multihead
 from lightning_lighthouse.routing.calls import causal_attention
-from lightning_lighthouse.routing.reasons import ENTERED, EXITED, INFERENCE
+from lightning_lighthouse.routing.reasons import ENTERED, ENTERED_WITHOUT_GRADIENTS, EXITED, INFERENCE
 from lightning_lighthouse.routing.scope import Scope, Shared, autograd_mark, is_without_gradients, note
 
 
@@ -79,13 +79,15 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     layer_type = self._lighthouse_route.layer_type if scope.is_on else DENSE
     is_routed = layer_type != DENSE
     scope.layer_type = layer_type if is_routed else ""
-    is_inference = False
+    entry, is_inference = ENTERED, False
     if not torch.compiler.is_compiling():
         outer = scope.layer, scope.autograd_mark
         scope.layer, scope.autograd_mark = self, autograd_mark()
-        is_inference = not scope.with_inference and not self.training and is_without_gradients()
+        if not scope.with_inference and is_without_gradients():
+            is_inference = not self.training
+            entry = INFERENCE if is_inference else ENTERED_WITHOUT_GRADIENTS
     if is_routed:
-        note(INFERENCE if is_inference else ENTERED)
+        note(entry)
     if is_inference:
         scope.layer_type = ""
     try:

@@ -21,7 +21,7 @@ from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatem
 from lightning_lighthouse.routing.audit import Audit, explain
 from lightning_lighthouse.routing.calls import swap, unswap
 from lightning_lighthouse.routing.layers import bind, scope_of, unbind
-from lightning_lighthouse.routing.reasons import ENTERED, EXITED
+from lightning_lighthouse.routing.reasons import NO_REASONS
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
 
@@ -157,7 +157,7 @@ class Patch(Shared):
         """
         calls = self.scope.calls
         self.scope.calls = Counter()
-        return Counter({reason: count for reason, count in calls.items() if reason not in (ENTERED, EXITED)})
+        return Counter({reason: count for reason, count in calls.items() if reason not in NO_REASONS})
 
     def _require_patched(self) -> None:
         if not self.is_patched:
@@ -178,7 +178,7 @@ class Patch(Shared):
         return self._missing or {}
 
     def check(self, on_unroutable: Literal["raise", "warn"] = "raise") -> None:
-        """Make sure that every layer was routed; to be called after the first step with the patch on.
+        """Make sure that every layer was routed, and no teacher's; to be called after the first step with the patch on.
 
         The first call decides, and later ones do nothing.
 
@@ -186,7 +186,8 @@ class Patch(Shared):
             on_unroutable: "warn" goes on with the layers dense that were not.
 
         Raises:
-            RuntimeError: Layers stayed dense; the message names each with the reason.
+            RuntimeError: Layers stayed dense, or were routed without gradients beside layers that train; the message
+                names each with the reason.
         """
         missing = self.unrouted() if self.scope.audit is not None else {}
         if not missing:

@@ -13,6 +13,9 @@ from torch import nn
 ROUTED = "routed"
 ENTERED = "entered"
 EXITED = "exited"
+# as ENTERED, in train mode under no_grad: routed all the same
+ENTERED_WITHOUT_GRADIENTS = "entered without gradients"
+NO_REASONS = frozenset({ENTERED, EXITED, ENTERED_WITHOUT_GRADIENTS})
 
 MASK = "attn_mask was given"
 NOT_CAUSAL = "is_causal is False"
@@ -23,6 +26,7 @@ SIZES = "batch sizes or head dims of q, k and v differ"
 HEADS = "query heads are not a multiple of key/value heads"
 CHECKPOINT_INSIDE = "checkpoint() inside the attention module"
 INFERENCE = "it ran without gradients in eval mode"
+TEACHER = "it ran without gradients in train mode, while others ran with them"
 NO_CALL = "no call of scaled_dot_product_attention was seen"
 NOT_RUN = "its forward did not run"
 NEED_WEIGHTS = "need_weights is True"
@@ -44,6 +48,8 @@ REMEDIES = {
     HEADS: f"{LEAVE_DENSE}",
     CHECKPOINT_INSIDE: "call checkpoint() around the block, not inside its attention",
     INFERENCE: f"a frozen part of the model: {LEAVE_DENSE}; to route it all the same: on(inference=True)",
+    TEACHER: f"a frozen teacher's outputs are then not its own: {LEAVE_DENSE}, or choose the layers to train with "
+    "select",
     NO_CALL: "attention is written out, or runs another kernel: call torch.nn.functional.scaled_dot_product_attention "
     "or lightning_lighthouse.causal_attention in its forward",
     NOT_RUN: f"the model did not call this module, or called another of its methods: {LEAVE_DENSE}, or choose the "

@@ -1,0 +1,111 @@
+"""A frozen teacher inside a training: named where it is routed, and dense where it is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign import SelfAttention
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lighthouse import LighthouseConfig, patch_attention
+from lightning_lighthouse.checks import LighthouseWarning
+
+CONFIG = LighthouseConfig(2, 2, 8)
+INPUTS = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Distilled(nn.Module):
+    """A student that learns a teacher's outputs, the teacher in train mode as it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher = SelfAttention(16, 2), SelfAttention(16, 2).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.target = self.teacher(x)
+        return F.mse_loss(self.student(x), self.target)
+
+
+MESSAGE = (
+    r"^1 of 2 attention layers were routed to Lighthouse and train nothing: teacher: it ran without gradients in train "
+    r"mode, while others ran with them \(a frozen teacher's outputs are then not its own: leave it dense with "
+    r"dense_layers, or choose the layers to train with select\)$"
+)
+
+
+def test_a_routed_teacher_is_named():
+    model = Distilled()
+    with pytest.raises(RuntimeError, match=MESSAGE), patch_attention(model, CONFIG):
+        model(INPUTS).backward()
+
+
+def test_or_warned_of():
+    model = Distilled()
+    with patch_attention(model, CONFIG) as patch:
+        model(INPUTS).backward()
+        with pytest.warns(LighthouseWarning, match=MESSAGE):
+            patch.check("warn")
+
+
+@pytest.mark.parametrize("settings", [{"select": "student"}, {"dense_layers": [1]}])
+def test_a_teacher_that_is_left_out_is_its_own(settings):
+    model = Distilled()
+    expected = model.teacher(INPUTS)
+    with patch_attention(model, CONFIG, **settings) as patch:
+        model(INPUTS).backward()
+        patch.check()
+        assert torch.equal(model.target, expected)
+
+
+def test_a_teacher_in_eval_mode_stays_dense_and_is_named():
+    model = Distilled()
+    model.teacher.eval()
+    expected = model.teacher(INPUTS)
+    words = "stayed dense: teacher: it ran without gradients in eval mode"
+    with pytest.raises(RuntimeError, match=words), patch_attention(model, CONFIG):
+        model(INPUTS).backward()
+    assert torch.equal(model.target, expected)
+
+
+def test_both_faults_are_named():
+    class Three(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.unused = SelfAttention(16, 2)
+
+    model = Three()
+    words = r"^1 of 3 .* stayed dense: unused: its forward did not run .*; 1 of 3 .* train nothing: teacher: "
+    with pytest.raises(RuntimeError, match=words), patch_attention(model, CONFIG):
+        model(INPUTS).backward()
+
+
+def test_a_layer_that_also_trains_is_no_teacher():
+    model = Distilled()
+    model.teacher = nn.Identity()
+    with patch_attention(model, CONFIG) as patch:
+        # as a policy is asked for its old probabilities
+        with torch.no_grad():
+            model.student(INPUTS)
+        model(INPUTS).backward()
+        patch.check()
+
+
+def test_who_only_looks_at_the_outputs_is_told_nothing():
+    model = Distilled()
+    with patch_attention(model, CONFIG) as patch, torch.no_grad():
+        model(INPUTS)
+        patch.check()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_first_forward_of_a_checkpoint_is_no_teachers(reentrant):
+    model = Distilled()
+    model.teacher = nn.Identity()
+    x = INPUTS.clone().requires_grad_()
+    with patch_attention(model, CONFIG) as patch:
+        checkpoint(model, x, use_reentrant=reentrant).backward()
+        patch.check()
