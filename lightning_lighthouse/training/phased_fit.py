@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol
@@ -25,11 +24,11 @@ from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, RETURN_GROUPS
 from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_recompile
-from lightning_lighthouse.routing.reasons import REMEDIES, ROUTED
 from lightning_lighthouse.routing.targets import DenseLayers
 from lightning_lighthouse.runs.curves import PhaseCurves
 from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary
 from lightning_lighthouse.runs.resume import mend_resume
+from lightning_lighthouse.training.call_counts import CallCounts
 from lightning_lighthouse.training.last_validation import validate_now
 from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
@@ -91,9 +90,7 @@ class PhasedFit:
         # whether the last batch left an optimizer step unfinished
         self._mid_step = False
         self._phase = DENSE
-        # why calls stayed dense, as far as the user knows
-        self._known_reasons: set[str] = set()
-        self._calls: Counter[str] = Counter()
+        self._counts = CallCounts()
         # step of the newest validation in this fit
         self._validated = -1
         self._has_ended = False
@@ -295,7 +292,8 @@ class PhasedFit:
         assert self._curves is not None
         trainer, totals = self._trainer, self._totals
         if self._patch is not None and (self._patch.has_run or loss is not None):
-            self._count_calls(self._patch, totals)
+            if self._phase != DENSE:
+                self._counts.add(self._patch, totals, self._step)
             if self._patch.is_audited:
                 self._finish_audit(self._patch)
         if isinstance(loss, Tensor):
@@ -385,25 +383,6 @@ class PhasedFit:
         assert self._curves is not None
         if restart_spike_detection(self._trainer.callbacks):  # type: ignore[attr-defined]
             self._curves.text(self._step, "the window of SpikeDetection starts anew")
-
-    def _count_calls(self, patch: Patch, totals: PhaseTotals) -> None:
-        """Count what became of this batch's calls, and tell of a reason to stay dense that comes up behind the audit.
-
-        A compiled frame that runs again leaves no note: then the batch counts as the last one that left any.
-        """
-        if self._phase == DENSE:
-            return
-        self._calls = patch.count_calls() or self._calls
-        totals.routed_calls += self._calls[ROUTED]
-        totals.dense_calls += self._calls.total() - self._calls[ROUTED]
-        reasons = set(self._calls) - {ROUTED} - self._known_reasons
-        self._known_reasons |= reasons
-        for reason in [] if patch.is_audited else sorted(reasons):
-            rank_zero_warn(
-                f"Lighthouse: attention calls stay dense in step {self._step}, the first to do so: {reason} "
-                f"({REMEDIES.get(reason, 'see docs/use/models.md')})",
-                category=LighthouseWarning,
-            )
 
     def _finish_audit(self, patch: Patch) -> None:
         try:
