@@ -173,7 +173,7 @@ def weighted_sources(sources: Iterable[WeightedSource | Mapping[str, Any]]) -> l
     return checked
 
 
-def prepare_command(settings: DataOptions, output_dir: Path, tokenizer: str) -> str:
+def prepare_command(settings: DataOptions, output_dir: Path, tokenizer: str, *, overwrite: bool = True) -> str:
     """The command line that prepares `output_dir` anew with these settings, as the user would type it."""
     words = ["lighthouse", "prepare", "--output_dir", str(output_dir)]
     for option in fields(DataOptions):
@@ -183,4 +183,4 @@ def prepare_command(settings: DataOptions, output_dir: Path, tokenizer: str) -> 
         # a preparation has no default length
         elif option.name == "seq_len" or (option.name in RECORDED and value != option.default):
             words += [f"--{option.name}", str(value)]
-    return shlex.join([*words, "--overwrite"])
+    return shlex.join([*words, "--overwrite"] if overwrite else words)

@@ -51,9 +51,19 @@ def shield_from_group(_: Any = None) -> None:
     if _shielded == os.getpid() or parent is None or not process.daemon or not hasattr(signal, "sigtimedwait"):
         return
     _shielded = os.getpid()
+    leave_signals_to(parent.pid)
+
+
+def leave_signals_to(parent: int | None) -> None:
+    """In a worker: hear of SIGINT and SIGTERM no more, but end where `parent`, a process id, sends SIGTERM or ends.
+
+    Where the system cannot say who sent a signal, as on macOS, nothing changes.
+    """
+    if not hasattr(signal, "sigtimedwait"):
+        return
     # torch sets a handler after this: it never hears of a signal that is blocked
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(parent.pid,), name="end-with-parent", daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
 
 
 def _end_with(parent: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
@@ -15,7 +17,7 @@ from lightning_lighthouse.data.integrity import byte_bar
 from lightning_lighthouse.data.preparing.sources import Document, find_files, read_documents
 from lightning_lighthouse.data.preparing.token_folder import is_token_folder, read_token_documents, token_files
 from lightning_lighthouse.data.tokenizers import ByteTokenizer, Tokenizer
-from lightning_lighthouse.data.workers import worker_context
+from lightning_lighthouse.data.workers import leave_signals_to, worker_context
 
 # Text that one task hands to a tokenizing process: enough to hide what the hand-over costs
 TASK_BYTES = 2**20
@@ -44,10 +46,16 @@ def start_processes(tokenizer: Tokenizer, num_workers: int) -> Iterator[Processe
         yield Processes(None, 0)
         return
     executor = ProcessPoolExecutor(
-        num_workers, mp_context=worker_context(), initializer=_start_process, initargs=(tokenizer,)
+        num_workers, mp_context=worker_context(), initializer=_start_process, initargs=(tokenizer, os.getpid())
     )
+    others = set(multiprocessing.active_children())
     try:
         yield Processes(executor, num_workers)
+    except BaseException:
+        # what they are at is of no use any more
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -103,8 +111,9 @@ def _encode(tokenizer: Tokenizer, document: Document) -> Tokenized:
 _process_tokenizer: Tokenizer
 
 
-def _start_process(tokenizer: Tokenizer) -> None:
+def _start_process(tokenizer: Tokenizer, parent: int) -> None:
     global _process_tokenizer
+    leave_signals_to(parent)
     _process_tokenizer = tokenizer
 
 

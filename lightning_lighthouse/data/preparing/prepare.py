@@ -19,6 +19,7 @@ from typing import Any
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import INDEX, MANIFEST, Manifest, is_prepared
 from lightning_lighthouse.data.preparing.splits import SPLITS, write_splits
+from lightning_lighthouse.data.preparing.stopping import stop_on_signals
 from lightning_lighthouse.data.settings import DataOptions, Preparation, prepare_command, record_of, settings_of
 from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
 
@@ -41,29 +42,43 @@ def prepare(output_dir: str, **options: Any) -> Manifest:
     Raises:
         ValueError: An option is out of range, `output_dir` holds something else, or the text is too short.
         OSError: The source cannot be read or the folder not written.
+        SystemExit: SIGTERM or Ctrl-C came, with 143 or 130; nothing half is left.
     """
     asked = Preparation(output_dir=output_dir, **options)
     output, tokenizer, overwrite = Path(output_dir), asked.tokenizer, asked.overwrite
     settings = settings_of(asked, identify_tokenizer(tokenizer))
     if is_prepared(output) and not overwrite:
+        # of one that was killed when it had put its folder there
+        with suppress(OSError):
+            _remove_left_over(Path(os.path.realpath(output)))
         return check_prepared(output, settings, tokenizer)
     # a link stays, and what it leads to is replaced
     output = Path(os.path.realpath(output))
     _check_output(output, prepare_command(settings, output, tokenizer), overwrite)
 
-    partial = _make_partial(output)
-    try:
-        manifest = write_splits(
-            partial, settings, load_tokenizer(tokenizer, settings.end_of_document), asked.num_workers
-        )
-        _publish(partial, output, manifest, overwrite)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        # the system names no file
-        raise OSError(f"output_dir {output} cannot be written: {error}; make room, or choose another one") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = _sibling(output, "partial")
+    again = prepare_command(settings, output, tokenizer, overwrite=overwrite)
+
+    def stopped() -> str:
+        if is_published:
+            return f"behind the preparation: {output} is complete"
+        return f"while preparing {output}, of which nothing is left; to prepare it: {again}"
+
+    is_published = False
+    with stop_on_signals(stopped) as wish:
+        try:
+            with wish.at_once():
+                _make_partial(partial, output)
+                manifest = write_splits(partial, settings, load_tokenizer(tokenizer, settings.end_of_document), asked.num_workers)
+            _publish(partial, output, manifest, overwrite)
+            is_published = True
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            # the system names no file
+            raise OSError(f"output_dir {output} cannot be written: {error}; make room, or choose another one") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -125,21 +140,28 @@ def _holds_other_files(output: Path) -> bool:
     return not all(inner.is_file() and WRITTEN.fullmatch(inner.name) for inner in inside)
 
 
-def _make_partial(output: Path) -> Path:
-    """A hidden sibling to write into; what dead processes left of theirs is removed."""
-    host = socket.gethostname()
-    pattern = re.compile(re.escape(f".{output.name}.partial-{host}-") + r"(\d+)")
-    partial = output.parent / f".{output.name}.partial-{host}-{os.getpid()}"
+def _sibling(output: Path, kind: str) -> Path:
+    """A hidden folder beside it, of this process alone: "partial" to write into, "replaced" to move the old one to."""
+    return output.parent / f".{output.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _make_partial(partial: Path, output: Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.iterdir():
-            owner = pattern.fullmatch(left.name)
-            if owner and (left == partial or not _alive(int(owner[1]))):
-                shutil.rmtree(left, ignore_errors=True)
+        _remove_left_over(output)
         partial.mkdir()
     except OSError as error:
         raise OSError(f"output_dir {output} cannot be written: {error}; choose a folder that can") from None
-    return partial
+
+
+def _remove_left_over(output: Path) -> None:
+    """Remove the hidden siblings that dead processes of this machine have left."""
+    host = re.escape(socket.gethostname())
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.(partial|replaced)-{host}-(\d+)")
+    for left in output.parent.iterdir():
+        owner = pattern.fullmatch(left.name)
+        if owner and (int(owner[2]) == os.getpid() or not _alive(int(owner[2]))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
@@ -153,7 +175,7 @@ def _alive(pid: int) -> bool:
 
 def _publish(partial: Path, output: Path, manifest: Manifest, overwrite: bool) -> None:
     if overwrite and not _is_empty(output) and not _holds_other_files(output):
-        replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+        replaced = _sibling(output, "replaced")
         output.rename(replaced)
         partial.rename(output)
         shutil.rmtree(replaced)

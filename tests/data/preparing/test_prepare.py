@@ -70,7 +70,7 @@ def test_number_of_processes_changes_nothing(tmp_path: Path, tokenizer_file: str
 
 
 def test_a_tokenizing_process_that_dies_is_told_of(tmp_path: Path, tokenizer_file: str, monkeypatch: Any) -> None:
-    def die(_: Any) -> None:
+    def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(pipeline, "_start_process", die)
