@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
 from lightning_lighthouse.cli.recipe import HELP_ALL, SWITCHES, UsageError, asks_help
 from lightning_lighthouse.cli.recipes import require_recipe
-from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.plan import resolve_phases
 from lightning_lighthouse.phases.schedule import check_return
@@ -54,19 +52,12 @@ class RecipeCheck(LighthouseCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at what `fit` would refuse once it has begun, and say what was noted."""
-        callback, model = self.built.lighthouse, self.model
+        callback = self.built.lighthouse
         if isinstance(callback, LighthouseCallback) and callback.enabled:
             try:
                 self._check_switch(callback)
             except SettingError as error:
                 self.refuse(str(error))
-        if isinstance(model, Decoder):
-            num_tokens = None
-            # a tokenizer's file is looked at by `fit`
-            with suppress(OSError, ImportError, ValueError):
-                num_tokens = getattr(self.datamodule, "vocab_size", None)
-            with self._refusals("model"):
-                model.check_vocabulary(num_tokens)
         if self.problems:
             raise UsageError(*self.problems)
 

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
 from lightning_lighthouse.cli.weights import LoadWeights
 from lightning_lighthouse.data.workers import shield_workers
+from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
@@ -221,6 +222,8 @@ class LighthouseCLI(LightningCLI):
         self.model, self.datamodule = built.model, built.data
         with self._refusals("lighthouse"):
             self._check_layers(built.lighthouse)
+        with self._refusals("model"):
+            self._check_vocabulary()
         with self._refusals("trainer"):
             for name, (is_right, allowed) in TRAINER_RANGES.items():
                 value = built.trainer[name]
@@ -255,6 +258,16 @@ class LighthouseCLI(LightningCLI):
         if callback.select is not None:
             targets = find_targets(self.model, callback.select)
         choose_routed(targets, callback.dense_layers)
+
+    def _check_vocabulary(self) -> None:
+        """Refuse before any text is read what the model would refuse once the data is prepared."""
+        if not isinstance(self.model, Decoder):
+            return
+        num_tokens = None
+        # what is wrong with a tokenizer or a manifest is said where the data is looked at
+        with suppress(OSError, ImportError, ValueError):
+            num_tokens = getattr(self.datamodule, "vocab_size", None)
+        self.model.check_vocabulary(num_tokens)
 
     def _run_subcommand(self, subcommand: str) -> None:
         # also where neither the data nor the callbacks are ours

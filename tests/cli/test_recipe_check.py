@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -379,3 +380,17 @@ def test_a_refused_resume_leaves_the_run_as_it_is(capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("lighthouse: switch_at was changed from 3 to 9")
     assert Path("runs/attentive/version_0/config.yaml").read_text() == written
     assert sorted(Path("runs").rglob("*")) == files
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [((), 257), (("--data.tokenizer", "tokenizer.json"), 304)],
+    ids=["bytes", "tokenizer.json"],
+)
+def test_a_vocabulary_too_small_is_found_before_any_text_is_read(capsys, tokenizer_file, flags, needed):
+    Path("empty.yaml").write_text("{}\n")
+    shutil.copy(tokenizer_file, "tokenizer.json")
+    # a source that does not exist would be the first thing that reading finds
+    given = ["--data.source", "absent.txt", "--model.vocab_size", "100", "--lighthouse.enabled", "false", *flags]
+    line = f"model.init_args.vocab_size must be at least the {needed} of the data's tokenizer, got 100"
+    assert refusal(capsys, "fit", "-c", "empty.yaml", *given) == line
