@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from lightning_lighthouse.cli.options import OptionsParser
 from lightning_lighthouse.data.preparing.prepare import prepare
@@ -11,6 +12,9 @@ from lightning_lighthouse.data.settings import Preparation, WeightedSource
 
 def _weighted_source(text: str) -> WeightedSource:
     path, equals, weight = text.rpartition("=")
+    # "lang=en/*.txt" too is a path: no weight holds a slash
+    if Path(text).exists() or "/" in weight:
+        return WeightedSource(text)
     try:
         return WeightedSource(path, float(weight)) if equals else WeightedSource(text)
     except ValueError as error:
