@@ -69,7 +69,9 @@ def prepare(output_dir: str, **options: Any) -> Manifest:
         try:
             with wish.at_once():
                 _make_partial(partial, output)
-                manifest = write_splits(partial, settings, load_tokenizer(tokenizer, settings.end_of_document), asked.num_workers)
+                manifest = write_splits(
+                    partial, settings, load_tokenizer(tokenizer, settings.end_of_document), asked.num_workers
+                )
             _publish(partial, output, manifest, overwrite)
             is_published = True
         except OSError as error:

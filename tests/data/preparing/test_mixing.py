@@ -307,10 +307,10 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: Any) -> Non
         write_jsonl(tmp_path / name / "text.jsonl", texts_of(31))
     sources = ["lang=en", "lang=de=2", "lang=fr/*.jsonl", "version=2", "version=2/text.jsonl=0.5"]
     assert main(["--output_dir", "out", "--seq_len", "61", "--sources", *sources]) == 0
-    assert Manifest.load(tmp_path / "out").settings.sources == (
+    assert Manifest.load(tmp_path / "out").settings.sources == [
         WeightedSource("lang=en"),
         WeightedSource("lang=de", 2.0),
         WeightedSource("lang=fr/*.jsonl"),
         WeightedSource("version=2"),
         WeightedSource("version=2/text.jsonl", 0.5),
-    )
+    ]

@@ -67,8 +67,8 @@ def start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def when_begun(folder: Path, run: subprocess.Popen[bytes]) -> float:
-    """Wait until the hidden folder is there; the moment."""
-    while not list(folder.glob(".out.partial-*")):
+    """Wait until its hidden folder is there; the moment."""
+    while not list(folder.glob(f".out.partial-*-{run.pid}")):
         assert run.poll() is None, (folder / "err").read_text()
         time.sleep(0.005)
     return time.monotonic()
