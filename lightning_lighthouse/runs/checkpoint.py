@@ -32,6 +32,8 @@ class Checkpoint(ModelCheckpoint):
     resumed from it would skip a batch. `best.ckpt` is that of the best validation.
     """
 
+    # none before setup: the data may fail earlier
+    _signals: StopSignals | None = None
     # what the ranks agreed to stop for
     _stopped_by = 0
     # whether all ranks validate as many batches, so that they can agree after each
@@ -50,9 +52,9 @@ class Checkpoint(ModelCheckpoint):
         """
         super().setup(trainer, pl_module, stage)
         self._stopped_by = 0
-        self._signals = StopSignals()
+        self._signals = signals = StopSignals()
         if stage == "fit":
-            self._signals.replace_lightnings(trainer)
+            signals.replace_lightnings(trainer)
         if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
             check_writable(self.dirpath)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -61,7 +63,8 @@ class Checkpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on a Ctrl-C is noted too when it comes."""
         super().on_train_start(trainer, pl_module)
-        self._signals.listen_to_interrupts(trainer)
+        if self._signals is not None:
+            self._signals.listen_to_interrupts(trainer)
         self._kept_step, self._kept_time = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
@@ -119,13 +122,18 @@ class Checkpoint(ModelCheckpoint):
             exception.code = self._exit_status(trainer)
             way = f"go on with --ckpt_path {self.last_model_path}" if self.last_model_path else "nothing was saved"
             rank_zero_info(f"Lighthouse: stopped at step {trainer.global_step}; {way}")
-        self._signals.close(trainer)
+        self._close_signals(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
-        self._signals.close(trainer)
+        self._close_signals(trainer)
+
+    def _close_signals(self, trainer: Trainer) -> None:
+        if self._signals is not None:
+            self._signals.close(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
+        assert self._signals is not None, "Lightning calls setup first"
         self._stopped_by = self._signals.agree(trainer)
         if self._stopped_by:
             # the loop looks at it once this batch is counted as done
