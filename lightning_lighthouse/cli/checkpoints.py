@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lighthouse.cli.recipe import UsageError
 from lightning_lighthouse.cli.weights import VERSION, look_into
-from lightning_lighthouse.runs.saving import is_remote
+from lightning_lighthouse.runs.saving import is_remote, local_path
 
 # torch.load listens to these
 FORCE_DATA, FORCE_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -131,11 +131,11 @@ class _Place(NamedTuple):
 
 def _find_runs(config: Namespace) -> _Place:
     if config.checkpoint.dirpath is not None:
-        folder = Path(config.checkpoint.dirpath)
+        folder = _searched(config, config.checkpoint.dirpath)
         return _Place([folder], folder)
     logger = config.trainer.logger
     if not logger:
-        folder = Path(config.trainer.default_root_dir or ".") / "checkpoints"
+        folder = _searched(config, config.trainer.default_root_dir or ".") / "checkpoints"
         return _Place([folder], folder)
     class_path = str(getattr(logger, "class_path", "")).rpartition(".")[-1]
     if class_path not in ("TensorBoardLogger", "CSVLogger"):
@@ -144,13 +144,22 @@ def _find_runs(config: Namespace) -> _Place:
             "is another: give a file, or set checkpoint.dirpath"
         )
     settings = logger.init_args
-    root = Path(settings.save_dir) / (settings.name or "")
+    root = _searched(config, settings.save_dir) / (settings.name or "")
     if settings.version is None:
         runs = root.iterdir() if root.is_dir() else ()
         return _Place([run / "checkpoints" for run in runs], root / "*" / "checkpoints", is_any_version=True)
     version = settings.version if isinstance(settings.version, str) else f"version_{settings.version}"
     folder = root / version / "checkpoints"
     return _Place([folder], folder)
+
+
+def _searched(config: Namespace, folder: str | Path) -> Path:
+    """A folder to look for checkpoints in."""
+    if is_remote(folder):
+        raise UsageError(
+            f"ckpt_path {config.ckpt_path} searches local folders, got {folder}: give a checkpoint's address"
+        )
+    return local_path(folder)
 
 
 def _no_training(path: Path, words: str) -> str:

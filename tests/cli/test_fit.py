@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_parts import RECIPE, run, steps
+from cli_parts import RECIPE, refusal, run, steps
 
 from lightning_lighthouse.cli import commands as cli
 
@@ -144,6 +144,13 @@ def test_the_recipe_wins_over_the_hyperparameters_of_a_checkpoint():
     assert cli.main(["fit", "-c", "recipe.yaml", *flags]) == 0
     resumed = yaml.safe_load(Path("runs/recipe/version_1/config.yaml").read_text())
     assert resumed["model"]["init_args"]["num_heads"] == 2
+
+
+@pytest.mark.parametrize("key", ["checkpoint.dirpath", "trainer.default_root_dir", "trainer.logger.save_dir"])
+def test_a_search_at_an_address_is_refused_and_does_not_start_afresh(capsys, key):
+    logger = ["--trainer.logger", "false"] if key == "trainer.default_root_dir" else []
+    line = refusal(capsys, "fit", "-c", "recipe.yaml", *logger, f"--{key}", "s3://bucket/runs", "--ckpt_path", "auto")
+    assert line == "ckpt_path auto searches local folders, got s3://bucket/runs: give a checkpoint's address"
 
 
 FAILURES = {
