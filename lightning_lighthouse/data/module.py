@@ -87,7 +87,7 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
             return
         asked = {name: getattr(self, name) for name in ("output_dir", "num_workers", *RECORDED)}
         manifest = prepare(**asked)
-        print(f"{self.folder}\n{manifest.report()}")
+        logger.info(f"{self.folder}\n{manifest.report()}")
 
     def setup(self, stage: str) -> None:
         """Check that the data is whole, is what was asked for, and suffices for one batch on each rank."""
