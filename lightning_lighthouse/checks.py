@@ -14,13 +14,13 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint)
     if options and all(isinstance(option, str) for option in options):
         if value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {shown(repr(value))}")
         return
     allowed = options or (hint,)
     # bool is an int to Python, never to a reader of a recipe
     if type(value) not in allowed:
         names = " or ".join("None" if option is type(None) else option.__name__ for option in allowed)
-        raise TypeError(f"{name} must be {names}, got {value!r}")
+        raise TypeError(f"{name} must be {names}, got {shown(repr(value))}")
 
 
 class SettingError(ValueError):

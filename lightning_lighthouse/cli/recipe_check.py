@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
+from lightning_lighthouse.checks import shown
 from lightning_lighthouse.cli.recipe import Raw, Section, UsageError, load, located, nearest, plain
 from lightning_lighthouse.cli.trust import RULE, is_trusted, names_code, strings_in, untrusted_classes
 
@@ -257,7 +258,7 @@ def refusal(value: Any, hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else repr(plain(value))
+    return "null" if value is None else shown(repr(plain(value)))
 
 
 def _options(hint: Any) -> Iterator[Any]:

@@ -7,13 +7,17 @@ nowhere else, so the boundaries of documents can be read back from the packed to
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from lightning_lighthouse.checks import shown
 from lightning_lighthouse.data.settings import BYTES
 
+# What transformers calls its files in a folder
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # What the common tokenizers call the end of a document, tried in this order; the report says which id was taken
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 
@@ -97,17 +101,25 @@ class FileTokenizer:
 
 
 def load_tokenizer(tokenizer: str, end_of_document: str | None = None) -> Tokenizer:
-    """The tokenizer of that name: "bytes", or the path of a `tokenizer.json`."""
+    """The tokenizer of that name: "bytes", the path of a `tokenizer.json`, or of a folder that transformers saved."""
     if tokenizer == BYTES:
         if end_of_document is not None:
             raise ValueError(f"end_of_document must be None for byte tokens, got {end_of_document!r}")
         return ByteTokenizer()
-    return FileTokenizer(tokenizer, end_of_document)
+    return FileTokenizer(_file(tokenizer), end_of_document or _end_of_sequence(tokenizer))
 
 
 def identify_tokenizer(tokenizer: str) -> str:
-    """A name that changes with the tokenizer's content and not with its path: "bytes", or the hash of the file."""
-    return BYTES if tokenizer == BYTES else f"sha256:{hashlib.sha256(_read(tokenizer)).hexdigest()}"
+    """A name that changes with the tokenizer's content and not with its path: "bytes", or the hash of the file.
+
+    A folder's differs from that of the file in it where the folder names the end of a document.
+    """
+    if tokenizer == BYTES:
+        return BYTES
+    content = _read(_file(tokenizer))
+    if end := _end_of_sequence(tokenizer):
+        content += b"\0" + end.encode()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -115,10 +127,32 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+def _file(tokenizer: str) -> str:
+    return str(Path(tokenizer) / FILE) if Path(tokenizer).is_dir() else tokenizer
+
+
+def _end_of_sequence(tokenizer: str) -> str | None:
+    """What the folder of a transformers tokenizer says ends a text; None for a file, or where it does not say.
+
+    Raises:
+        ValueError: Its record is damaged.
+    """
+    record = Path(tokenizer) / SETTINGS
+    if not record.is_file():
+        return None
+    try:
+        token = json.loads(record.read_bytes()).get("eos_token")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{record} is cut short or altered: {shown(str(error))}") from None
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
+
+
 def _read(path: str) -> bytes:
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"tokenizer must be {BYTES!r} or the path of a tokenizer.json, got {path!r}: no such file"
+            f"tokenizer must be {BYTES!r} or the path of a tokenizer.json, got {path!r}: no such file, nor a folder that "
+            "holds one"
         )
     return Path(path).read_bytes()
 

@@ -306,7 +306,7 @@ class PhasedFit:
         if steps_done:
             self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
         totals.steps += steps_done
-        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * trainer.world_size)
+        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * _num_shares(trainer))
         self._events.publish(BatchEnd(trainer.global_step, self._phase, next_phase))
 
     def begin_validation(self) -> None:
@@ -391,3 +391,9 @@ class PhasedFit:
             if self._settings.on_unroutable == "raise":
                 raise
             rank_zero_warn(f"Lighthouse: {error}", category=LighthouseWarning)
+
+
+def _num_shares(trainer: Trainer) -> int:
+    """Into how many shares the data is split; ranks that split a model read the same one."""
+    shares = trainer.distributed_sampler_kwargs
+    return int(shares["num_replicas"]) if shares else 1

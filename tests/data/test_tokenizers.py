@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_lighthouse.data.preparing.prepare import prepare
-from lightning_lighthouse.data.tokenizers import load_tokenizer
+from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
 
 
 def test_tokenizer_file_round_trip(tokenizer_file: str) -> None:
@@ -89,3 +89,26 @@ def test_only_ordinary_tokens_of_such_names_are_asked_about(tmp_path, tokenizer_
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"among its special tokens \(<\|endoftext\|> is an ordinary token there\)"):
         load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("eos", ["<pad>", {"content": "<pad>", "special": True}], ids=["a name", "a token"])
+def test_a_folder_of_transformers_is_a_tokenizer(tmp_path, tokenizer_file, eos):
+    (tmp_path / "tokenizer.json").write_bytes(Path(tokenizer_file).read_bytes())
+    # without a word on its end it is the file in it
+    assert identify_tokenizer(str(tmp_path)) == identify_tokenizer(tokenizer_file)
+    assert load_tokenizer(str(tmp_path)).end_of_document == load_tokenizer(tokenizer_file).end_of_document
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(str(tmp_path)).end_of_document == load_tokenizer(tokenizer_file, "<pad>").end_of_document
+    assert identify_tokenizer(str(tmp_path)) != identify_tokenizer(tokenizer_file)
+    # what is asked for goes first
+    asked = load_tokenizer(str(tmp_path), "<|endoftext|>")
+    assert asked.end_of_document == load_tokenizer(tokenizer_file).end_of_document
+
+
+def test_a_folder_that_holds_no_tokenizer_is_named(tmp_path, tokenizer_file):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json': no such file, nor a folder that holds one"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_bytes(Path(tokenizer_file).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ')
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is cut short or altered"):
+        load_tokenizer(str(tmp_path))
