@@ -151,8 +151,8 @@ def _end_of_sequence(tokenizer: str) -> str | None:
 def _read(path: str) -> bytes:
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"tokenizer must be {BYTES!r} or the path of a tokenizer.json, got {path!r}: no such file, nor a folder that "
-            "holds one"
+            f"tokenizer must be {BYTES!r} or the path of a tokenizer.json, got {path!r}: no such file, nor a folder "
+            "that holds one"
         )
     return Path(path).read_bytes()
 
