@@ -223,6 +223,7 @@ def test_compiled_in_one_graph_equals_eager(attend, is_checkpointed, autocast, p
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_for_several_lengths_equals_eager(path):
     torch.compiler.reset()
     compiled = torch.compile(attend_window, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -290,6 +291,7 @@ def layouts():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("layout", layouts())
 def test_any_memory_order_and_the_promised_strides(layout):

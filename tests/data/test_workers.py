@@ -136,7 +136,12 @@ def test_without_the_owner_workers_are_as_ever() -> None:
     owner = Owner()
     shield_workers(owner)
     del owner
-    process = sleeping()
+    # whatever ran before in this process: a worker inherits its handler
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        process = sleeping()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     subprocess.run(["/bin/sh", "-c", f"kill -TERM {process.pid}"], check=True)
     process.join(10)
     assert process.exitcode == -signal.SIGTERM

@@ -145,7 +145,8 @@ def test_a_second_ctrl_c_is_immediate_and_leaves_no_process(whole: tuple[Path, f
     os.killpg(run.pid, signal.SIGINT)
     time.sleep(0.15)
     os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(10) == 130
+    # where Python is already ending it dies of the signal itself, which a shell shows as 130 too
+    assert run.wait(10) in (130, -signal.SIGINT)
     assert "Traceback" not in (folder / "err").read_text()
     assert not (folder / "out").exists()
     assert not still_left_over(folder)
