@@ -91,6 +91,7 @@ for logger in (True, False):
 """
 
 
+@pytest.mark.slow
 def test_a_training_begins_with_one_line(tmp_path: Path) -> None:
     """Also where the data is prepared first; the rest is Lightning's."""
     (tmp_path / "a.txt").write_text("text " * 999)

@@ -205,6 +205,7 @@ def attend_chunk(q, k, v):
     return chunk_attention(q, k, v, 63)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [attend_window, attend_chunk])
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
