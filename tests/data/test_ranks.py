@@ -19,13 +19,16 @@ pytestmark = pytest.mark.slow
 
 SEQ_LEN = 61
 SCRIPT = """
-import json, os, signal, sys
+import json, logging, os, signal, sys
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lighthouse import LighthouseRecipe
 
 options = json.loads(sys.argv[1])
+# who prepares says what of
+logging.getLogger("lightning_lighthouse").addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("lightning_lighthouse").setLevel(logging.INFO)
 
 
 class Recorder(LightningModule):
