@@ -62,5 +62,5 @@ def test_two_processes_reach_the_losses_of_one(runs, name):
 @pytest.mark.timeout(600)
 def test_a_killed_process_ends_the_run_and_the_table_has_all_runs(runs):
     table = runs[1]
-    # that the killed run ended with a status that is not 0, the script asks itself
+    assert "one of 2 processes killed: the run ended with status 1" in table
     assert all(f"{name}/version_0" in table for name in ("single-1", "ddp-2", "fsdp2-2", "killed"))
