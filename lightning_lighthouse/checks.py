@@ -14,13 +14,13 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint)
     if options and all(isinstance(option, str) for option in options):
         if value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {shown(repr(value))}")
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {quoted(value)}")
         return
     allowed = options or (hint,)
     # bool is an int to Python, never to a reader of a recipe
     if type(value) not in allowed:
         names = " or ".join("None" if option is type(None) else option.__name__ for option in allowed)
-        raise TypeError(f"{name} must be {names}, got {shown(repr(value))}")
+        raise TypeError(f"{name} must be {names}, got {quoted(value)}")
 
 
 class SettingError(ValueError):
@@ -49,6 +49,11 @@ def shown(value: Any, length: int = 120) -> str:
     """
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
+
+
+def quoted(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    return shown(repr(value))
 
 
 class ResumeError(ValueError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from lightning_lighthouse.checks import check_count, check_type
+from lightning_lighthouse.checks import check_count, check_type, quoted
 
 LIGHTHOUSE = "lighthouse"
 WINDOW = "window"
@@ -32,21 +32,23 @@ def check_layer_types(layer_types: Sequence[str], window: int | None, sink_token
     """
     allowed = f"a list of {', '.join(map(repr, LAYER_TYPES))}"
     if isinstance(layer_types, str) or not isinstance(layer_types, Sequence):
-        raise TypeError(f"layer_types must be {allowed}, got {layer_types!r}")
+        raise TypeError(f"layer_types must be {allowed}, got {quoted(layer_types)}")
     wrong = [kind for kind in layer_types if kind not in LAYER_TYPES]
     if wrong or not layer_types:
-        raise ValueError(f"layer_types must be {allowed}, got {wrong[0] if wrong else list(layer_types)!r}")
+        raise ValueError(f"layer_types must be {allowed}, got {quoted(wrong[0] if wrong else list(layer_types))}")
     check_type("window", window, int | None)
     check_count("sink_tokens", sink_tokens)
     windowed = [kind for kind in (WINDOW, CHUNK) if kind in layer_types]
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if windowed and window is None:
-        raise ValueError(f"window must be given with layer_types {windowed[0]!r}: how many tokens it sees")
+        raise ValueError(f"window must be given with layer_types {quoted(windowed[0])}: how many tokens it sees")
     if window is not None and not windowed:
-        raise ValueError(f"window is for layer_types 'window' and 'chunk', got {window} with {list(layer_types)!r}")
+        raise ValueError(
+            f"window is for layer_types 'window' and 'chunk', got {window} with {quoted(list(layer_types))}"
+        )
     if sink_tokens and WINDOW not in layer_types:
-        raise ValueError(f"sink_tokens is for layer_types 'window', got {sink_tokens} with {list(layer_types)!r}")
+        raise ValueError(f"sink_tokens is for layer_types 'window', got {sink_tokens} with {quoted(list(layer_types))}")
     return tuple(layer_types)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.notices import log_once
 
 # The builtin itself, not `F.scaled_dot_product_attention`: that name is swapped while a model is patched.
@@ -160,7 +161,7 @@ def sdpa_priority(choice: str) -> Iterator[None]:
     torch._C._set_sdp_priority_order(order)
     if torch.cuda.is_available():
         names = ", ".join(name for value in order for name in BACKENDS if BACKENDS[name].value == value)
-        log_once(names, f"sdpa={choice!r}: dense attention runs on the first of these that can: {names}")
+        log_once(names, f"sdpa={quoted(choice)}: dense attention runs on the first of these that can: {names}")
     try:
         yield
     finally:
@@ -234,8 +235,8 @@ def _plan_once(
     mode += ", deterministic" if deterministic else ""
     what = f"{dtype} on {device.type} with {heads} and {kv_heads} heads of {head_dim}{mode}"
     if chosen is None:
-        raise ValueError(f"sdpa={backend!r} cannot run attention in {what}; use sdpa='auto'")
-    message = f"sdpa={backend!r} runs {chosen!r} for {what}"
+        raise ValueError(f"sdpa={quoted(backend)} cannot run attention in {what}; use sdpa='auto'")
+    message = f"sdpa={quoted(backend)} runs {quoted(chosen)} for {what}"
     serves = backend == "auto" and list(order) == preferred and not repeats
     return (() if serves else tuple(names)), repeats, message
 

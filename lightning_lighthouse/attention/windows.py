@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_lighthouse.attention.blocked_window import blocked_window
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa
-from lightning_lighthouse.checks import check_type
+from lightning_lighthouse.checks import check_type, quoted
 from lightning_lighthouse.notices import log_once, notice_once
 
 # What the kernels take.
@@ -118,7 +118,7 @@ def _check_counts(sdpa: str, **counts: int) -> None:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if sdpa not in ("auto", *BACKENDS):
-        raise ValueError(f"sdpa must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {sdpa!r}")
+        raise ValueError(f"sdpa must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {quoted(sdpa)}")
 
 
 def _takes_kernel(q: Tensor, sdpa: str) -> bool:

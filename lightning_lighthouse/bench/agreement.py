@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.bench.timing import Layer, make_inputs
+from lightning_lighthouse.checks import quoted
 
 # The longest the padded small case may be, in its tokens: deep pyramids over few tokens are all padding.
 MAX_PADDING = 4
@@ -57,7 +58,7 @@ def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
         # fused attention knows no float64
         lambda q, k, v: lighthouse_attention(q, k, v, replace(reference, sdpa="math")),
     )
-    return None if problem is None else f"backend {config.backend!r} is wrong on {layer.device.type}: {problem}"
+    return None if problem is None else f"backend {quoted(config.backend)} is wrong on {layer.device.type}: {problem}"
 
 
 def difference(layer: Layer, num_tokens: int, attend: Attend, twin: Attend, exact: Attend) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.bench.rows import line, ratio
 from lightning_lighthouse.bench.timing import Layer, durations_ms, mark
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.routing.targets import DenseLayers
 
@@ -70,7 +71,7 @@ def bench_steps(
     num_tokens, first = settings[0]
     layers = dense_layers if isinstance(dense_layers, str) else " ".join(map(str, dense_layers or [])) or "none"
     print(
-        f"training step of {model!r} under Lightning's Trainer, batch 1, {num_tokens:,} tokens, "
+        f"training step of {quoted(model)} under Lightning's Trainer, batch 1, {num_tokens:,} tokens, "
         f"{'compiled' if compiled else 'not compiled'}, median of {repeats}\n"
         f"layers that stay dense with Lighthouse: {layers}\n"
     )

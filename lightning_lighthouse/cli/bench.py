@@ -27,6 +27,7 @@ from lightning_lighthouse.bench.steps import StepRow, bench_steps
 from lightning_lighthouse.bench.table import bench_layer
 from lightning_lighthouse.bench.timing import Layer
 from lightning_lighthouse.bench.windows import WindowRow, WindowSetting, bench_windows, window_disagreement
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.routing.targets import choose_routed
 
@@ -171,7 +172,7 @@ def _layer(text: str) -> int | str:
     try:
         return text if text == "published" else int(text)
     except ValueError:
-        raise ArgumentTypeError(f"must be integers or published, got {text!r}") from None
+        raise ArgumentTypeError(f"must be integers or published, got {quoted(text)}") from None
 
 
 def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, Any]]]:

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
 from lightning_lighthouse.cli.recipe import HELP_ALL, SWITCHES, UsageError, asks_help
 from lightning_lighthouse.cli.recipes import require_recipe
@@ -45,7 +45,7 @@ class RecipeCheck(LighthouseCLI):
         for name, allowed in known.items():
             value = self.built.trainer[name]
             if isinstance(value, str) and value not in allowed:
-                self.refuse(f"trainer.{name} must be one of {', '.join(sorted(allowed))}, got {value!r}")
+                self.refuse(f"trainer.{name} must be one of {', '.join(sorted(allowed))}, got {quoted(value)}")
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
         alone = dict.fromkeys(("callbacks", "plugins", "profiler"))
         return Trainer(**{**vars(self.built.trainer), **here, **alone, "logger": False})

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TextIO
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.cli.first_help import first_help
 from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, UsageError, nearest
 from lightning_lighthouse.cli.recipes import require_recipe
@@ -94,7 +95,7 @@ def _run(arguments: list[str]) -> int:
         return _refuse(f"{command} comes before the command; write lighthouse fit {command} ...")
     if command not in COMMANDS:
         hint = nearest(command, list(COMMANDS))
-        return _refuse(f"{command!r} is not a command; allowed: {', '.join(COMMANDS)}{hint}")
+        return _refuse(f"{quoted(command)} is not a command; allowed: {', '.join(COMMANDS)}{hint}")
     if command in PROGRAMS:
         return int(import_module(PROGRAMS[command]).main(rest))
     if TRUSTED_ONLY not in rest and "" not in sys.path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.cli.options import OptionsParser
 from lightning_lighthouse.data.preparing.prepare import prepare
 from lightning_lighthouse.data.settings import Preparation, WeightedSource
@@ -18,7 +19,7 @@ def _weighted_source(text: str) -> WeightedSource:
     try:
         return WeightedSource(path, float(weight)) if equals else WeightedSource(text)
     except ValueError as error:
-        raise ValueError(f"argument --sources: {text!r} must be PATH=WEIGHT: {error}") from None
+        raise ValueError(f"argument --sources: {quoted(text)} must be PATH=WEIGHT: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from lightning_lighthouse.checks import quoted
+
 TRUSTED_ONLY = "--trusted_classes_only"
 # every option; `--help` shows those that people set
 HELP_ALL = "--help.all"
@@ -156,11 +158,13 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Raw]]]:
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if flag == TRUSTED_ONLY and equals:
-            raise UsageError(f"{flag} takes no value, got {text!r}")
+            raise UsageError(f"{flag} takes no value, got {quoted(text)}")
         if flag in SWITCHES:
             continue
         if flag != "-c" and not flag.startswith("--"):
-            raise UsageError(f"unexpected argument {flag!r}; a recipe is given as -c FILE, a value as --KEY VALUE")
+            raise UsageError(
+                f"unexpected argument {quoted(flag)}; a recipe is given as -c FILE, a value as --KEY VALUE"
+            )
         if not equals:
             if not rest or rest[0].startswith("--") or rest[0] == "-c":
                 raise UsageError(f"{flag} needs a value: {flag} VALUE")

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
-from lightning_lighthouse.checks import shown
+from lightning_lighthouse.checks import quoted, shown
 from lightning_lighthouse.cli.recipe import Raw, Section, UsageError, load, located, nearest, plain
 from lightning_lighthouse.cli.trust import RULE, is_trusted, names_code, strings_in, untrusted_classes
 
@@ -114,7 +114,7 @@ class Checker:
                     good[key] = self._section(value, parser, full + ".", name + ".")
                 elif not isinstance(value, str) or isinstance(value, Raw) or self.trusted_only:
                     # a plain string may name a file that holds the group
-                    self._note(where, f"{full} must be a group of keys, got {value!r}")
+                    self._note(where, f"{full} must be a group of keys, got {quoted(value)}")
             else:
                 siblings = sorted({other[len(under) :].split(".")[0] for other in known if other.startswith(under)})
                 self._unknown(full, key, siblings, where)
@@ -134,7 +134,7 @@ class Checker:
         hint = getattr(action, "_typehint", action.type)
         bases = tuple(_classes(hint))
         if self.trusted_only and (untrusted := self._untrusted_name(value, hint, bases)):
-            self._note(where, f"{full} {RULE}, got {untrusted!r}")
+            self._note(where, f"{full} {RULE}, got {quoted(untrusted)}")
             return {}
         records = [base for base in bases if is_dataclass(base)]
         items = value if isinstance(value, list) else [value]
@@ -336,7 +336,7 @@ def _why_no_class(class_path: str, bases: tuple[type, ...]) -> str:
         _import(class_path, bases)
     except ImportError as error:
         kinds = " or ".join(base.__name__ for base in bases)
-        return f"must be the import path of a {kinds}, got {str(class_path)!r}{error}"
+        return f"must be the import path of a {kinds}, got {quoted(str(class_path))}{error}"
     return ""
 
 

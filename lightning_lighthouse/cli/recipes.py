@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.cli.recipe import UsageError, asks_help, nearest, split
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(f"{recipe:<{width}}  {_first_comment(text)}" for recipe, text in recipes.items()))
         return 0
     if name.removesuffix(SUFFIX) not in recipes:
-        parser.error(f"{name!r} is no recipe; allowed: {', '.join(recipes)}{nearest(name, list(recipes))}")
+        parser.error(f"{quoted(name)} is no recipe; allowed: {', '.join(recipes)}{nearest(name, list(recipes))}")
     print(recipes[name.removesuffix(SUFFIX)], end="")
     return 0
 

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 from jsonargparse import Namespace, set_parsing_settings
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.cli.recipe import TRUSTED_ONLY, Section, UsageError
 
 TRUSTED_PACKAGES = ("lightning_lighthouse", "lightning")
@@ -51,7 +52,7 @@ def untrusted_classes(value: Any, key: str = "", where: str = "") -> Iterator[tu
     for name, item in value.items():
         full = f"{key}.{name}" if key else name
         if name == "class_path" and not (isinstance(item, str) and is_trusted(item)):
-            yield value.where[name], f"{full} {RULE}, got {item!r}"
+            yield value.where[name], f"{full} {RULE}, got {quoted(item)}"
         else:
             yield from untrusted_classes(item, full, value.where[name])
 
@@ -82,7 +83,7 @@ def strays(config: Namespace) -> Iterator[str]:
         if isinstance(name, str) and (
             ".." in Path(name).parts or not (folder / name).resolve().is_relative_to(folder.resolve())
         ):
-            yield f"{key} must stay inside its folder, got {name!r}"
+            yield f"{key} must stay inside its folder, got {quoted(name)}"
 
 
 def classes(key: str, value: Any) -> Iterator[tuple[str, Namespace]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.data.manifest import INDEX, FileRecord, Manifest
 
 
@@ -89,7 +90,7 @@ def _check_chunks(index: Path, manifest: Manifest) -> None:
     split = index.parent.name
     for chunk in json.loads(index.read_bytes())["chunks"]:
         if f"{split}/{chunk['filename']}" not in manifest.files:
-            raise ValueError(f"{index} names the file {chunk['filename']!r}, which was not prepared")
+            raise ValueError(f"{index} names the file {quoted(chunk['filename'])}, which was not prepared")
 
 
 def _fix(folder: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.data.settings import DataOptions, record_of
 
 MANIFEST = "manifest.json"
@@ -212,7 +213,7 @@ def _check_types(record: Any) -> None:
     for name, kind in get_type_hints(type(record)).items():
         value = getattr(record, name)
         if not _fits(value, kind):
-            raise TypeError(f"{name} is {value!r}")
+            raise TypeError(f"{name} is {quoted(value)}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -234,5 +235,5 @@ def _fits(value: Any, kind: Any) -> bool:
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"file {name!r} lies outside the folder")
+        raise ValueError(f"file {quoted(name)} lies outside the folder")
     return name

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_lighthouse.checks import quoted
+
 BYTES = "bytes"
 PACK, WHOLE = "pack", "whole"
 # litdata counts the bytes of a chunk in 32 bits; one sequence of 4-byte tokens takes half of them
@@ -36,9 +38,9 @@ class WeightedSource:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            raise ValueError(f"path must be a file, a folder or a glob pattern, got {self.path!r}")
+            raise ValueError(f"path must be a file, a folder or a glob pattern, got {quoted(self.path)}")
         if not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
-            raise ValueError(f"weight must be greater than 0, got {self.weight!r} for {self.path}")
+            raise ValueError(f"weight must be greater than 0, got {quoted(self.weight)} for {self.path}")
 
 
 # Options that are compared decide what the prepared files hold: equal ones and equal text give equal files.
@@ -104,16 +106,18 @@ class DataOptions:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {self.validation_fraction}")
         if self.tokenizer == BYTES and self.end_of_document is not None:
-            raise ValueError(f"end_of_document must be None for byte tokens, got {self.end_of_document!r}")
+            raise ValueError(f"end_of_document must be None for byte tokens, got {quoted(self.end_of_document)}")
         if self.documents not in (PACK, WHOLE):
-            raise ValueError(f"documents must be {PACK!r} or {WHOLE!r}, got {self.documents!r}")
+            raise ValueError(f"documents must be {PACK!r} or {WHOLE!r}, got {quoted(self.documents)}")
         if self.long_fraction is not None:
             if not 0 < self.long_fraction <= 1:
                 raise ValueError(f"long_fraction must be in (0, 1], got {self.long_fraction}")
             if self.documents != WHOLE:
-                raise ValueError(f"long_fraction must be left out with documents {self.documents!r}; use {WHOLE!r}")
+                raise ValueError(
+                    f"long_fraction must be left out with documents {quoted(self.documents)}; use {WHOLE!r}"
+                )
         if self.source is not None and self.sources is not None:
-            raise ValueError(f"source must be left out beside sources, got {self.source!r}")
+            raise ValueError(f"source must be left out beside sources, got {quoted(self.source)}")
         if self.sources is not None:
             self.sources = weighted_sources(self.sources)
 
@@ -160,14 +164,14 @@ def weighted_sources(sources: Iterable[WeightedSource | Mapping[str, Any]]) -> l
         ValueError: One is no path with a weight; the message names it.
     """
     if isinstance(sources, str | Mapping) or not sources:
-        raise ValueError(f"sources must be a list of at least one path with a weight, got {sources!r}")
+        raise ValueError(f"sources must be a list of at least one path with a weight, got {quoted(sources)}")
     checked = []
     for number, given in enumerate(sources):
         try:
             checked.append(given if isinstance(given, WeightedSource) else WeightedSource(**given))
         except TypeError:
             known = ", ".join(field.name for field in fields(WeightedSource))
-            raise ValueError(f"sources[{number}] must be a mapping of {known}, got {given!r}") from None
+            raise ValueError(f"sources[{number}] must be a mapping of {known}, got {quoted(given)}") from None
         except ValueError as error:
             raise ValueError(f"sources[{number}].{error}") from None
     return checked

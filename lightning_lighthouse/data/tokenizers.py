@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_lighthouse.checks import shown
+from lightning_lighthouse.checks import quoted, shown
 from lightning_lighthouse.data.settings import BYTES
 
 # What transformers calls its files in a folder
@@ -96,7 +96,7 @@ class FileTokenizer:
         tokens = np.array([*ids, self.end_of_document], dtype=self._dtype)
         if (tokens[:-1] == self.end_of_document).any():
             name = self._backend.id_to_token(self.end_of_document)
-            raise ValueError(f"the text itself contains the end-of-document token {name!r}; choose another one")
+            raise ValueError(f"the text itself contains the end-of-document token {quoted(name)}; choose another one")
         return tokens
 
 
@@ -104,7 +104,7 @@ def load_tokenizer(tokenizer: str, end_of_document: str | None = None) -> Tokeni
     """The tokenizer of that name: "bytes", the path of a `tokenizer.json`, or of a folder that transformers saved."""
     if tokenizer == BYTES:
         if end_of_document is not None:
-            raise ValueError(f"end_of_document must be None for byte tokens, got {end_of_document!r}")
+            raise ValueError(f"end_of_document must be None for byte tokens, got {quoted(end_of_document)}")
         return ByteTokenizer()
     return FileTokenizer(_file(tokenizer), end_of_document or _end_of_sequence(tokenizer))
 
@@ -151,8 +151,8 @@ def _end_of_sequence(tokenizer: str) -> str | None:
 def _read(path: str) -> bytes:
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"tokenizer must be {BYTES!r} or the path of a tokenizer.json, got {path!r}: no such file, nor a folder "
-            "that holds one"
+            f"tokenizer must be {BYTES!r} or the path of a tokenizer.json, got {quoted(path)}: no such file, nor a "
+            "folder that holds one"
         )
     return Path(path).read_bytes()
 
@@ -160,7 +160,7 @@ def _read(path: str) -> bytes:
 def _end_of_document(path: str, vocabulary: dict[str, int], special: list[str], asked: str | None) -> str:
     if asked is not None:
         if asked not in vocabulary:
-            raise ValueError(f"end_of_document must be a token of {path}, got {asked!r}")
+            raise ValueError(f"end_of_document must be a token of {path}, got {quoted(asked)}")
         return asked
     # a tag of the text may have such a name too: what is special says the file
     for name in END_OF_DOCUMENT_NAMES:

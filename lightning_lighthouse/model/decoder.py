@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.model.network import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
 
 
@@ -257,7 +257,7 @@ def _tokens(batch: Mapping[str, Tensor] | Tensor) -> Tensor:
 
 def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {quoted(value)}")
 
 
 def _check_shape(shape: Shape) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.layer_types import DENSE, check_layer_types, in_words
-from lightning_lighthouse.checks import check_type
+from lightning_lighthouse.checks import check_type, quoted
 from lightning_lighthouse.phases.schedule import check_switch_at
 
 LayerType = Literal["lighthouse", "window", "chunk", "dense"]
@@ -107,7 +107,7 @@ def check_phases(phases: Sequence[Phase]) -> None:
         ValueError: There are none, or one ends before the one ahead of it.
     """
     if not isinstance(phases, list | tuple) or not all(isinstance(phase, Phase) for phase in phases):
-        raise TypeError(f"phases must be a list of Phase, got {phases!r}")
+        raise TypeError(f"phases must be a list of Phase, got {quoted(phases)}")
     if not phases:
         raise ValueError("phases must name at least one phase, got []")
     for kind in (int, float):

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
-from lightning_lighthouse.checks import ResumeError, SettingError
+from lightning_lighthouse.checks import ResumeError, SettingError, quoted
 from lightning_lighthouse.phases.phase import Phase, name_phases
 from lightning_lighthouse.phases.schedule import SwitchState, resolve_switch_step
 
@@ -115,7 +115,7 @@ def resume_phases(
     if is_same:
         kept = [old if old.end <= step else new for old, new in zip(saved, asked, strict=True)]
         moved = [
-            f"{old.name!r} ends at step {new.end} instead of {old.end}"
+            f"{quoted(old.name)} ends at step {new.end} instead of {old.end}"
             for old, new in list(zip(saved, kept, strict=True))[:-1]
             if old.end != new.end
         ]
@@ -124,10 +124,10 @@ def resume_phases(
     before, now = saved[number].name, asked[asked_number].name
     if now in [phase.name for phase in saved[:number]] and not allow_return:
         raise ResumeError(
-            f"phases were changed: this run is at step {step}, in {before!r}, and would go back to {now!r}: undo the "
-            "change, or set allow_return to true"
+            f"phases were changed: this run is at step {step}, in {quoted(before)}, and would go back to "
+            f"{quoted(now)}: undo the change, or set allow_return to true"
         )
-    listed = ", ".join(f"{phase.name!r} until {phase.until}" for phase in asked)
+    listed = ", ".join(f"{quoted(phase.name)} until {phase.until}" for phase in asked)
     return list(asked), f"the phases were changed, from step {step} on: {listed}"
 
 

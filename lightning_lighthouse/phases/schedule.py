@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
-from lightning_lighthouse.checks import ResumeError, SettingError
+from lightning_lighthouse.checks import ResumeError, SettingError, quoted
 
 # Each group is one recompile of a compiled model
 RETURN_GROUPS = 4
@@ -25,10 +25,10 @@ def check_switch_at(switch_at: int | float, name: str = "switch_at") -> int | fl
     """
     allowed = "a step (an int >= 0) or a fraction of the steps (a float above 0, at most 1.0)"
     if type(switch_at) not in (int, float):
-        raise TypeError(f"{name} must be {allowed}, got {switch_at!r}")
+        raise TypeError(f"{name} must be {allowed}, got {quoted(switch_at)}")
     in_range = switch_at >= 0 if isinstance(switch_at, int) else 0 < switch_at <= 1
     if not in_range:
-        raise ValueError(f"{name} must be {allowed}, got {switch_at!r}")
+        raise ValueError(f"{name} must be {allowed}, got {quoted(switch_at)}")
     return switch_at
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, check_layer_types, spread_over
-from lightning_lighthouse.checks import warn
+from lightning_lighthouse.checks import quoted, warn
 from lightning_lighthouse.routing.adapters import generation
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain
@@ -305,7 +305,7 @@ def patch_attention(
             without a transformers model.
     """
     if type(hf_assume_causal) is not bool:
-        raise TypeError(f"hf_assume_causal must be a bool, got {hf_assume_causal!r}")
+        raise TypeError(f"hf_assume_causal must be a bool, got {quoted(hf_assume_causal)}")
     layers = find_targets(model, select)
     targets = choose_routed(layers, dense_layers)
     settings = Settings(config or LighthouseConfig(), window, sink_tokens)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lighthouse.checks import quoted
+
 ROUTED = "routed"
 ENTERED = "entered"
 EXITED = "exited"
@@ -103,7 +105,9 @@ def _remedy_of_transformers(reason: str, layer: nn.Module, config: Any) -> str:
         if not _has_sdpa(layer):
             return "transformers has no attn_implementation='sdpa' for this family: it cannot be routed"
         if name not in ("sdpa", "lighthouse_sdpa"):
-            return f"the model was made with attn_implementation={name!r}: make it with attn_implementation='sdpa'"
+            return (
+                f"the model was made with attn_implementation={quoted(name)}: make it with attn_implementation='sdpa'"
+            )
     return ""
 
 

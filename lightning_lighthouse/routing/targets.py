@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_lighthouse.attention.sdpa import stock_sdpa
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import SettingError, quoted
 
 # Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.
 SDPA = "scaled_dot_product_attention"
@@ -49,8 +49,8 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
         found = matching or {name: module for name, module in named.items() if fnmatchcase(name, select)}
     if not found and select is not None:
         raise SettingError(
-            f"select must match the name of a module of {type(model).__name__}, got {select!r}; modules that look like "
-            f"attention: {_lookalikes(named)}"
+            f"select must match the name of a module of {type(model).__name__}, got {quoted(select)}; modules that "
+            f"look like attention: {_lookalikes(named)}"
         )
     if not found:
         raise ValueError(
@@ -88,7 +88,7 @@ def choose_routed(targets: dict[str, nn.Module], dense_layers: DenseLayers) -> d
     routed = {name: targets[name] for position, name in enumerate(names) if position not in dense}
     if not routed:
         raise SettingError(
-            f"all {count} attention layers stay dense (dense_layers={dense_layers!r}), nothing is left to route; "
+            f"all {count} attention layers stay dense (dense_layers={quoted(dense_layers)}), nothing is left to route; "
             "leave dense_layers out to route every layer"
         )
     return routed
@@ -99,7 +99,7 @@ def check_layers(dense_layers: DenseLayers) -> None:
     if dense_layers is None or dense_layers == "published":
         return
     if not isinstance(dense_layers, list | tuple) or any(type(layer) is not int for layer in dense_layers):
-        raise TypeError(f"dense_layers must be a list of integers, 'published' or None, got {dense_layers!r}")
+        raise TypeError(f"dense_layers must be a list of integers, 'published' or None, got {quoted(dense_layers)}")
 
 
 def _is_attention(module: nn.Module) -> bool:

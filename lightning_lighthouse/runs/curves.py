@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_lighthouse.checks import LighthouseWarning, is_named
+from lightning_lighthouse.checks import LighthouseWarning, is_named, quoted
 from lightning_lighthouse.notices import say
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.phases.schedule import DENSE
@@ -112,8 +112,8 @@ class PhaseCurves:
             self._told_of_metric = True
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             rank_zero_warn(
-                f"Lighthouse: validation_metric={self._validation_metric!r} was not logged, the summary will lack it; "
-                f"logged: {logged}",
+                f"Lighthouse: validation_metric={quoted(self._validation_metric)} was not logged, the summary will "
+                f"lack it; logged: {logged}",
                 category=LighthouseWarning,
             )
         if loss is not None and self._active and self._board is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,5 +63,6 @@ def test_two_processes_reach_the_losses_of_one(runs, name):
 @pytest.mark.timeout(600)
 def test_a_killed_process_ends_the_run_and_the_table_has_all_runs(runs):
     table = runs[1]
-    assert "one of 2 processes killed: the run ended with status 1" in table
+    # 1 where the collective that waits for it breaks first, 137 where Lightning ends the run
+    assert re.search(r"one of 2 processes killed: the run ended with status (1|137)\n", table)
     assert all(f"{name}/version_0" in table for name in ("single-1", "ddp-2", "fsdp2-2", "killed"))

@@ -16,6 +16,7 @@ from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import INDEX, MANIFEST, Manifest, is_prepared
 from lightning_lighthouse.data.preparing.splits import SPLITS, write_splits
@@ -103,8 +104,8 @@ def check_prepared(output: Path, settings: DataOptions, tokenizer: str) -> Manif
         if asked[name] != found[name]:
             command = prepare_command(settings, output, tokenizer)
             raise ValueError(
-                f"{output} was prepared with {name}={found[name]!r}, asked for {asked[name]!r}; keep the former, "
-                f"choose another output_dir, or replace it: {command}"
+                f"{output} was prepared with {name}={quoted(found[name])}, asked for {quoted(asked[name])}; "
+                f"keep the former, choose another output_dir, or replace it: {command}"
             )
     return manifest
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_lighthouse.checks import shown, warn
+from lightning_lighthouse.checks import quoted, shown, warn
 from lightning_lighthouse.data.preparing.kinds import KNOWN, is_known, kind_of, read_lines, read_text
 from lightning_lighthouse.data.preparing.tables import find_table_files, read_table
 
@@ -77,7 +77,9 @@ def find_files(source: str | None) -> list[Path]:
         return _sorted(known, path)
     matches = [match for match in _matches(path) if match.is_file()]
     if not matches:
-        raise FileNotFoundError(f"source must be a file, a folder or a glob pattern, got {source!r}: no such file")
+        raise FileNotFoundError(
+            f"source must be a file, a folder or a glob pattern, got {quoted(source)}: no such file"
+        )
     return sorted(matches)
 
 
@@ -134,7 +136,7 @@ def _text_of(line: bytes, text_field: str, origin: str) -> bytes:
         return b""
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         found = shown(", ".join(record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{origin} has no text in field {text_field!r}, found {found}; set text_field")
+        raise ValueError(f"{origin} has no text in field {quoted(text_field)}, found {found}; set text_field")
     try:
         return record[text_field].encode()
     except UnicodeEncodeError as error:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_lighthouse.checks import shown, warn
+from lightning_lighthouse.checks import quoted, shown, warn
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 # Rows at a time: a long document can hold megabytes
@@ -87,7 +87,7 @@ def read_table(path: Path, text_field: str) -> Iterator[tuple[bytes, int]]:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged or no {kind} file: {error}") from None
         if text_field not in names:
-            raise ValueError(f"{path} has no column {text_field!r}, found {', '.join(names)}; set text_field")
+            raise ValueError(f"{path} has no column {quoted(text_field)}, found {', '.join(names)}; set text_field")
         unread, row = path.stat().st_size, 0
         while True:
             try:
@@ -103,7 +103,7 @@ def read_table(path: Path, text_field: str) -> Iterator[tuple[bytes, int]]:
                     text = ""
                 if not isinstance(text, str):
                     found = f"{type(text).__name__} {shown(text)}"
-                    raise ValueError(f"{path}, row {row} has no text in column {text_field!r}, found {found}")
+                    raise ValueError(f"{path}, row {row} has no text in column {quoted(text_field)}, found {found}")
                 # of an Arrow stream the number of rows is not known ahead
                 share = unread // (num_rows - row + 1) if num_rows is not None else batch.nbytes // len(batch)
                 unread -= share
