@@ -23,6 +23,8 @@ import json, logging, os, signal, sys
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import Replicate, distribute_tensor
 from lightning_lighthouse import LighthouseRecipe
 
 options = json.loads(sys.argv[1])
@@ -36,8 +38,14 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
+    def configure_model(self):
+        if options["tensor_parallel"]:
+            mesh = self.device_mesh["tensor_parallel"]
+            self.weight = torch.nn.Parameter(distribute_tensor(self.weight.detach(), mesh, [Replicate()]))
+
     def training_step(self, batch, batch_idx):
-        loss = self.weight * batch["tokens"].float().mean() / 257
+        weight = self.weight.to_local() if options["tensor_parallel"] else self.weight
+        loss = weight * batch["tokens"].float().mean() / 257
         with open(f"{options['log']}-{self.global_rank}.jsonl", "a") as log:
             line = {"epoch": self.current_epoch, "tokens": batch["tokens"].tolist(), "loss": loss.item()}
             log.write(json.dumps(line) + "\\n")
@@ -55,8 +63,11 @@ if __name__ == "__main__":
     recipe = LighthouseRecipe(
         seq_len=SEQ_LEN, source="text.jsonl", output_dir="out", validation_fraction=0, **options["recipe"]
     )
+    strategy = "ddp"
+    if options["tensor_parallel"]:
+        strategy = ModelParallelStrategy(1, options["ranks"], process_group_backend="gloo")
     trainer = Trainer(
-        accelerator="cpu", strategy="ddp", devices=options["ranks"], max_epochs=options["epochs"], logger=False,
+        accelerator="cpu", strategy=strategy, devices=options["ranks"], max_epochs=options["epochs"], logger=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ModelCheckpoint(options["log"], filename="{step}", every_n_train_steps=1, save_top_k=-1)],
     )
@@ -81,11 +92,13 @@ def run(
     epochs: int,
     resume: str | None = None,
     kill_at: int | None = None,
+    tensor_parallel: bool = False,
     **recipe: Any,
 ) -> tuple[subprocess.CompletedProcess[str], list[list[dict[str, Any]]]]:
     """Run the script; its result, and what each rank wrote down."""
     recipe = {"batch_size": 2, "num_workers": 1, **recipe}
     options = {"log": log, "ranks": ranks, "epochs": epochs, "resume": resume, "kill_at": kill_at, "recipe": recipe}
+    options["tensor_parallel"] = tensor_parallel
     result = subprocess.run(
         [sys.executable, "script.py", json.dumps(options)],
         cwd=folder,
@@ -114,6 +127,19 @@ def test_ranks_share_an_epoch_and_take_as_many_steps(folder: Path) -> None:
         shown = sequences(logs, epoch)
         assert max(shown.values()) == 1
         assert len(shown) == stored // 4 * 4
+
+
+def test_ranks_of_one_model_read_the_same_also_after_a_resume(folder: Path) -> None:
+    options = {"ranks": 2, "tensor_parallel": True}
+    result, logs = run(folder, "run", epochs=2, **options)
+    assert result.returncode == 0, result.stderr
+    assert logs[0] == logs[1]
+    stored = Manifest.load(folder / "out").train.sequences
+    for epoch in (0, 1):
+        assert len(sequences(logs[:1], epoch)) == stored // 2 * 2
+    result, resumed = run(folder, "resumed", epochs=2, resume="run/step=3.ckpt", **options)
+    assert result.returncode == 0, result.stderr
+    assert resumed == [log[3:] for log in logs]
 
 
 def test_a_killed_run_resumes_bit_for_bit_through_the_next_epoch(folder: Path) -> None:
