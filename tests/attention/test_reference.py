@@ -101,7 +101,9 @@ def test_only_nan_left_still_fills_every_place():
 
 
 @pytest.mark.parametrize("combine", ["sum", "mean"])
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads"), [*(pytest.param(*heads, marks=pytest.mark.slow) for heads in ((2, 2), (4, 2))), (3, 1)]
+)
 def test_gradients_are_exact_in_float64(q_heads, kv_heads, combine):
     config = LighthouseConfig(num_levels=3, pooling_factor=2, top_k=3, combine=combine, selection="published")
     inputs = [x.requires_grad_() for x in draw(1, q_heads, kv_heads, 37, dim=3)]

@@ -213,7 +213,7 @@ def test_debug_shows_where_a_line_comes_from(capsys, monkeypatch, how):
     assert err.endswith("lighthouse: gone.yaml: cannot be read: No such file or directory\n")
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_has_its_status_and_saves_the_last_step(name, status):
     if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         pytest.skip(f"started where {name} is ignored, as nohup and & do, and so is every child")

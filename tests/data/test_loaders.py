@@ -78,7 +78,7 @@ def test_a_dry_run_takes_one_batch_of_each(prepared: str) -> None:
     assert fit(recipe(prepared), limit_val_batches=0, max_epochs=1).validated == 0
 
 
-@pytest.mark.parametrize("mode", ["power", "binsearch"])
+@pytest.mark.parametrize("mode", ["power", pytest.param("binsearch", marks=pytest.mark.slow)])
 def test_a_finder_of_batch_sizes_stops_at_the_data(prepared: str, tmp_path: Path, mode: str) -> None:
     data = recipe(prepared)
     most = data._sequences("validation")

@@ -252,7 +252,9 @@ def test_checkpointed_blocks_have_the_gradients_of_plain_ones(use_reentrant):
         assert same(run(model, tokens()), expected, exact=False)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "checkpointed"]
+)
 @pytest.mark.parametrize(
     ("what", "dense_layers", "frames"),
     # first dense, routed, restored: each new phase costs one compile a frame, whatever the depth

@@ -82,6 +82,7 @@ def assert_random_twins(batch, groups, ratio, tokens, dim, levels_and_factor, to
     assert_twins(batch, groups, ratio, tokens, dim, config)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(**configurations(most=9))
 def test_random_configurations(**case):

@@ -113,8 +113,8 @@ def test_compiled_in_one_graph_equals_eager(call, autocast):
     ("backend", "dynamic", "graphs"),
     [
         ("triton", None, 2),
-        ("triton", True, 1),
-        ("reference", None, 2),
+        pytest.param("triton", True, 1, marks=pytest.mark.slow),
+        pytest.param("reference", None, 2, marks=pytest.mark.slow),
         pytest.param("reference", True, 1, marks=pytest.mark.slow),
     ],
 )
@@ -136,6 +136,7 @@ def test_compiled_for_several_lengths_equals_eager(backend, dynamic, graphs):
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_operators_are_registered_as_torch_demands():
     config = LighthouseConfig(3, 2, 3, selection="published")
     shape = config.pyramid(37)

@@ -122,6 +122,7 @@ def check_random_kills(whole: tuple[Path, float], tmp_path: Path, seed: int, kil
     assert content(folder / "out") == content(unbroken / "out")
 
 
+@pytest.mark.slow
 def test_a_preparation_stopped_at_random_is_made_again(whole: tuple[Path, float], tmp_path: Path) -> None:
     kills = [
         (prepare_command, 4, signal.SIGTERM),
