@@ -4,26 +4,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
 
-from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
 from lightning_lighthouse.model.network import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
 
 
-class Decoder(pl.LightningModule):
+class Decoder(LanguageModel):
     """A Llama-style language model with its loss, optimizer and schedule.
 
     A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
@@ -78,18 +72,11 @@ class Decoder(pl.LightningModule):
         checkpoint: Literal["none", "block"] = "none",
     ) -> None:
         super().__init__()
-        _check("preset", preset, preset in PRESETS, "one of " + ", ".join(map(repr, PRESETS)))
-        _check("schedule", schedule, schedule in ("constant", "wsd"), "'constant' or 'wsd'")
-        _check("checkpoint", checkpoint, checkpoint in ("none", "block"), "'none' or 'block'")
-        _check("vocab_size", vocab_size, vocab_size >= 1, "at least 1")
-        _check("learning_rate", learning_rate, learning_rate > 0, "greater than 0")
-        _check("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
-        _check("eps", eps, eps > 0, "greater than 0")
-        _check("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        _check("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0")
-        _check("decay_fraction", decay_fraction, 0 < decay_fraction <= 1, "in (0, 1]")
-        _check("loss_chunk", loss_chunk, loss_chunk >= 1, "at least 1")
+        check("preset", preset, preset in PRESETS, "one of " + ", ".join(map(repr, PRESETS)))
+        check("checkpoint", checkpoint, checkpoint in ("none", "block"), "'none' or 'block'")
+        check("vocab_size", vocab_size, vocab_size >= 1, "at least 1")
         self.save_hyperparameters()
+        self.check_hyperparameters()
         overrides: dict[str, Any] = {
             field.name: self.hparams[field.name] for field in fields(Shape) if self.hparams[field.name] is not None
         }
@@ -102,10 +89,11 @@ class Decoder(pl.LightningModule):
         self.blocks = nn.ModuleList(Block(self.shape) for _ in range(self.shape.num_layers))
         self.head = Head(self.shape.dim, vocab_size)
         self._initialize()
-        self.bytes_per_token: float | None = None
-        # a NaN loss must show; torchmetrics' "disable" would ignore the weights
-        self.nats_per_token = MeanMetric(nan_strategy=math.nan)
-        self.bits_per_byte = MeanMetric(nan_strategy=math.nan)
+
+    @property
+    def num_vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return int(self.hparams["vocab_size"])
 
     def _initialize(self) -> None:
         # every block adds twice to the stream, whose variance is then independent of the depth
@@ -133,7 +121,7 @@ class Decoder(pl.LightningModule):
 
     def loss(self, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
         """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
-        tokens = _tokens(batch)
+        tokens = tokens_of(batch)
         return chunked_loss(self.head, self.hidden(tokens[:, :-1]), tokens[:, 1:], self.hparams["loss_chunk"])
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -141,18 +129,6 @@ class Decoder(pl.LightningModule):
         chunk = self.hparams["loss_chunk"]
         chunks = zip(self.hidden(inputs).flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
         return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
-
-    def setup(self, stage: str) -> None:
-        """Ask the data module for its vocabulary, and refuse one too large; and for the bytes of a token."""
-        data = getattr(self.trainer, "datamodule", None)
-        self.check_vocabulary(getattr(data, "vocab_size", None))
-        self.bytes_per_token = getattr(data, "bytes_per_token", None)
-
-    def check_vocabulary(self, needed: int | None) -> None:
-        """Refuse data of more tokens than the model has; None: unknown. Raises SettingError."""
-        given = self.hparams["vocab_size"]
-        if needed is not None and needed > given:
-            raise SettingError(f"vocab_size must be at least the {needed} of the data's tokenizer, got {given}")
 
     def configure_model(self) -> None:
         """Compile the blocks and the head in place; shard under ModelParallelStrategy. Parameters keep their names."""
@@ -178,92 +154,11 @@ class Decoder(pl.LightningModule):
         register_fsdp_forward_method(self, "loss")
         register_fsdp_forward_method(self, "token_losses")
 
-    def training_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> Tensor:
-        """Return the loss, and show it in the progress bar."""
-        loss = self.loss(batch)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
-
-    def validation_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> None:
-        """Log `val/loss` and `val/bits_per_byte`."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> None:
-        """Log `test/loss` and `test/bits_per_byte`."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Mapping[str, Tensor] | Tensor, stage: str) -> None:
-        loss = self.loss(batch)
-        num_tokens = _tokens(batch)[:, 1:].numel()
-        self.nats_per_token.update(loss, num_tokens)
-        self.log(f"{stage}/loss", self.nats_per_token, prog_bar=True)
-        if self.bytes_per_token is not None:
-            self.bits_per_byte.update(loss / (math.log(2) * self.bytes_per_token), num_tokens)
-            self.log(f"{stage}/bits_per_byte", self.bits_per_byte)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with weight decay on the matrices, and the schedule, a step at a time."""
-        parameters = list(self.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        settings = {name: self.hparams[name] for name in ("betas", "eps")}
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], fused=True, **settings)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the Trainer says, under bf16-mixed too."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
-            # Lightning refuses a fused optimizer for the sake of float16's loss scale, and bfloat16 has none
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _schedule(self) -> Callable[[int], float]:
-        """The factor of the learning rate at each optimizer step, counted from 0."""
-        warmup_steps = self.hparams["warmup_steps"]
-        if self.hparams["schedule"] == "constant":
-            return lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
-
-        total = self.trainer.estimated_stepping_batches
-        # -1 for an iterable data set without max_steps
-        if not 0 < total < math.inf:
-            raise ValueError(
-                f"schedule='wsd' needs a known number of steps, the Trainer estimates {total}; "
-                "set trainer.max_steps, or schedule='constant'"
-            )
-        decay_steps = max(1, round(self.hparams["decay_fraction"] * total))
-        return lambda step: max(0.0, min(1.0, (step + 1) / max(1, warmup_steps), (total - step) / decay_steps))
-
-
-def _tokens(batch: Mapping[str, Tensor] | Tensor) -> Tensor:
-    if isinstance(batch, Mapping):
-        if "tokens" not in batch:
-            raise ValueError(f"the batch must hold 'tokens', got {', '.join(map(repr, batch)) or 'nothing'}")
-        batch = batch["tokens"]
-    if batch.ndim != 2 or batch.shape[1] < 2:
-        raise ValueError(f"tokens must be [batch, at least 2 tokens], got {list(batch.shape)}")
-    return batch
-
-
-def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {quoted(value)}")
-
 
 def _check_shape(shape: Shape) -> None:
     for field in fields(shape):
         value = getattr(shape, field.name)
-        _check(field.name, value, value > 0, "greater than 0")
+        check(field.name, value, value > 0, "greater than 0")
     if shape.dim % (2 * shape.num_heads):
         raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * shape.num_heads}, got {shape.dim}")
     if shape.num_heads % shape.num_kv_heads:

@@ -1,0 +1,167 @@
+"""What the language models to train have in common: steps, metrics, optimizer and schedule, as a LightningModule."""
+
+# B batch, N tokens
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_lighthouse.checks import SettingError, quoted
+
+
+class LanguageModel(pl.LightningModule):
+    """Predicts the next token: trains with AdamW on the mean loss of a batch, validates in nats per token.
+
+    A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
+    The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data module
+    has `bytes_per_token`, `val/bits_per_byte`.
+
+    A derived class keeps `learning_rate`, `betas`, `eps`, `weight_decay`, `warmup_steps`, `schedule`, `decay_fraction`
+    and `loss_chunk` in its `hparams`, checked by `check_hyperparameters`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_per_token: float | None = None
+        # a NaN loss must show; torchmetrics' "disable" would ignore the weights
+        self.nats_per_token = MeanMetric(nan_strategy=math.nan)
+        self.bits_per_byte = MeanMetric(nan_strategy=math.nan)
+
+    def check_hyperparameters(self) -> None:
+        """Raise ValueError for the first one that is out of range."""
+        values = self.hparams
+        betas = values["betas"]
+        for name, ok, allowed in (
+            ("schedule", values["schedule"] in ("constant", "wsd"), "'constant' or 'wsd'"),
+            ("learning_rate", values["learning_rate"] > 0, "greater than 0"),
+            (
+                "betas",
+                len(values["betas"]) == 2 and all(0 <= beta < 1 for beta in values["betas"]),
+                "two numbers in [0, 1)",
+            ),
+            ("eps", values["eps"] > 0, "greater than 0"),
+            ("weight_decay", values["weight_decay"] >= 0, "at least 0"),
+            ("warmup_steps", values["warmup_steps"] >= 0, "at least 0"),
+            ("decay_fraction", 0 < values["decay_fraction"] <= 1, "in (0, 1]"),
+            ("loss_chunk", values["loss_chunk"] >= 1, "at least 1"),
+        ):
+            check(name, values[name], ok, allowed)
+
+    @property
+    @abstractmethod
+    def num_vocabulary(self) -> int:
+        """Tokens that the model knows."""
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
+
+    @abstractmethod
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
+
+    def setup(self, stage: str) -> None:
+        """Ask the data module for its vocabulary, and refuse one too large; and for the bytes of a token."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.check_vocabulary(getattr(data, "vocab_size", None))
+        self.bytes_per_token = getattr(data, "bytes_per_token", None)
+
+    def check_vocabulary(self, needed: int | None) -> None:
+        """Refuse data of more tokens than the model has; None: unknown. Raises SettingError."""
+        given = self.num_vocabulary
+        if needed is not None and needed > given:
+            raise SettingError(f"vocab_size must be at least the {needed} of the data's tokenizer, got {given}")
+
+    def training_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> Tensor:
+        """Return the loss, and show it in the progress bar."""
+        loss = self.loss(batch)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> None:
+        """Log `val/loss` and `val/bits_per_byte`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor] | Tensor, batch_idx: int) -> None:
+        """Log `test/loss` and `test/bits_per_byte`."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor] | Tensor, stage: str) -> None:
+        loss = self.loss(batch)
+        num_tokens = tokens_of(batch)[:, 1:].numel()
+        self.nats_per_token.update(loss, num_tokens)
+        self.log(f"{stage}/loss", self.nats_per_token, prog_bar=True)
+        if self.bytes_per_token is not None:
+            self.bits_per_byte.update(loss / (math.log(2) * self.bytes_per_token), num_tokens)
+            self.log(f"{stage}/bits_per_byte", self.bits_per_byte)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with weight decay on the matrices, and the schedule, a step at a time; what is frozen has none."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        settings = {name: self.hparams[name] for name in ("betas", "eps")}
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], fused=True, **settings)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says, under bf16-mixed too."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
+            # Lightning refuses a fused optimizer for the sake of float16's loss scale, and bfloat16 has none
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _schedule(self) -> Callable[[int], float]:
+        """The factor of the learning rate at each optimizer step, counted from 0."""
+        warmup_steps = self.hparams["warmup_steps"]
+        if self.hparams["schedule"] == "constant":
+            return lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
+
+        total = self.trainer.estimated_stepping_batches
+        # -1 for an iterable data set without max_steps
+        if not 0 < total < math.inf:
+            raise ValueError(
+                f"schedule='wsd' needs a known number of steps, the Trainer estimates {total}; "
+                "set trainer.max_steps, or schedule='constant'"
+            )
+        decay_steps = max(1, round(self.hparams["decay_fraction"] * total))
+        return lambda step: max(0.0, min(1.0, (step + 1) / max(1, warmup_steps), (total - step) / decay_steps))
+
+
+def tokens_of(batch: Mapping[str, Tensor] | Tensor) -> Tensor:
+    """The tokens of a batch, `[B, N + 1]`; ValueError where it holds none."""
+    if isinstance(batch, Mapping):
+        if "tokens" not in batch:
+            raise ValueError(f"the batch must hold 'tokens', got {', '.join(map(repr, batch)) or 'nothing'}")
+        batch = batch["tokens"]
+    if batch.ndim != 2 or batch.shape[1] < 2:
+        raise ValueError(f"tokens must be [batch, at least 2 tokens], got {list(batch.shape)}")
+    return batch
+
+
+def check(name: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raise ValueError, quoting `value`, unless it is `ok`."""
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {quoted(value)}")
