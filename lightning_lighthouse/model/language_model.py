@@ -45,11 +45,7 @@ class LanguageModel(pl.LightningModule):
         for name, ok, allowed in (
             ("schedule", values["schedule"] in ("constant", "wsd"), "'constant' or 'wsd'"),
             ("learning_rate", values["learning_rate"] > 0, "greater than 0"),
-            (
-                "betas",
-                len(values["betas"]) == 2 and all(0 <= beta < 1 for beta in values["betas"]),
-                "two numbers in [0, 1)",
-            ),
+            ("betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
             ("eps", values["eps"] > 0, "greater than 0"),
             ("weight_decay", values["weight_decay"] >= 0, "at least 0"),
             ("warmup_steps", values["warmup_steps"] >= 0, "at least 0"),
