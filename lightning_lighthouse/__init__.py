@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_lighthouse.attention.config import LighthouseConfig
+    from lightning_lighthouse.attention.documents import Documents
     from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
     from lightning_lighthouse.checks import LighthouseWarning
     from lightning_lighthouse.data.module import LighthouseRecipe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_lighthouse.training.callback import LighthouseCallback
 
 _HOMES = {
+    "Documents": "attention.documents",
     "FutureLeakProbe": "evaluation.leak_probe",
     "LighthouseCallback": "training.callback",
     "LighthouseConfig": "attention.config",
@@ -46,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Documents",
     "FutureLeakProbe",
     "LighthouseCallback",
     "LighthouseConfig",

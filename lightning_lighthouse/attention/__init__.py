@@ -1,6 +1,7 @@
 """Attention as pure tensor functions: q, k and v `[B, H, N, D]` to an output; no Lightning, no model, no run."""
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
 
-__all__ = ["LighthouseConfig", "lighthouse_attention", "select_entries"]
+__all__ = ["Documents", "LighthouseConfig", "lighthouse_attention", "select_entries"]

@@ -19,6 +19,9 @@ TILE_WINNERS = 128
 CAUSAL_TILE_WINNERS = 32
 # The default budget keeps one token in this many as a winner: the published 1536 at 98,304 tokens.
 TOKENS_PER_WINNER = 64
+# The default capacity for documents: one for each this many tokens. Where they are shorter, dense is faster.
+TOKENS_PER_DOCUMENT = 256
+MIN_DOCUMENTS = 16
 # Lightning's seeds end here too.
 MAX_SEED = 2**32 - 1
 
@@ -47,6 +50,8 @@ class LighthouseConfig:
         seed: Seed of selection="random", at most 2^32 - 1.
         backend: "auto": Triton on CUDA, the reference elsewhere. "reference" or "triton": that one or an error.
         sdpa: Backend of the stock attention call. "auto": cuDNN on compute capability 9.0, torch's choice elsewhere.
+        max_documents: Documents of a sequence that memory is kept for, on average over a batch; at least 1. A batch
+            with more runs dense inside its documents. None: `max(16, N // 256)`. Not used without documents.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -64,12 +69,13 @@ class LighthouseConfig:
     seed: int = 0
     backend: Literal["auto", "reference", "triton"] = "auto"
     sdpa: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    max_documents: int | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
             check_type(field.name, getattr(self, field.name), hints[field.name])
-        minima = {"num_levels": 2, "pooling_factor": 2, "top_k": 1, "dilation": 1, "seed": 0}
+        minima = {"num_levels": 2, "pooling_factor": 2, "top_k": 1, "dilation": 1, "seed": 0, "max_documents": 1}
         for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -88,6 +94,12 @@ class LighthouseConfig:
             return self.top_k
         budget = max(32, num_tokens // TOKENS_PER_WINNER)
         return budget if budget < TILE_WINNERS else budget // TILE_WINNERS * TILE_WINNERS
+
+    def resolve_max_documents(self, num_tokens: int) -> int:
+        """Documents of a sequence of `num_tokens` tokens that memory is kept for."""
+        if self.max_documents is not None:
+            return self.max_documents
+        return max(MIN_DOCUMENTS, num_tokens // TOKENS_PER_DOCUMENT)
 
     def pyramid(self, num_tokens: int) -> PyramidShape:
         """The sizes of the pyramid over `num_tokens` tokens. Raises ValueError where they exceed int32."""

@@ -15,6 +15,7 @@ from lightning_lighthouse import LighthouseConfig
         ({"top_k": 0}, ValueError, ["top_k", "at least 1", "0"]),
         ({"dilation": 0}, ValueError, ["dilation", "at least 1", "0"]),
         ({"seed": -1}, ValueError, ["seed", "at least 0", "-1"]),
+        ({"max_documents": 0}, ValueError, ["max_documents", "at least 1", "0"]),
         ({"seed": 2**32}, ValueError, ["seed", "at most 4294967295", "4294967296"]),
         ({"selection": "top"}, ValueError, ["selection", "'published', 'causal', 'strided', 'random'", "'top'"]),
         ({"top_k": 1.5}, TypeError, ["top_k", "int or None", "1.5"]),
