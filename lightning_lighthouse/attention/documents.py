@@ -133,9 +133,17 @@ class Documents:
         numbers = np.concatenate([np.arange(len(sequence)) for sequence in self.lengths])
         return self._on(np.repeat(numbers, lengths), device)
 
+    def check_covers(self, q: Tensor) -> None:
+        """Raise ValueError if these are not the documents of q `[B, H, N, D]`."""
+        if self.batch_size != q.shape[0] or self.num_tokens != q.shape[2]:
+            raise ValueError(
+                f"documents cover {self.batch_size} x {self.num_tokens} tokens, q has {q.shape[0]} x {q.shape[2]}; for "
+                "targets shifted by one pass documents.drop_last()"
+            )
+
     def _flat(self) -> tuple[np.ndarray, np.ndarray]:
-        starts = self.host.numpy()[1 : self.num_documents + 2]
-        return np.diff(starts), starts[:-1]
+        cuts = self.host.numpy()[1 : self.num_documents + 2]
+        return np.diff(cuts), cuts[:-1]
 
     def _on(self, values: np.ndarray, device: torch.device | str | None) -> Tensor:
         on_host = torch.from_numpy(values).view(self.batch_size, self.num_tokens)

@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_lighthouse.attention.backends import choose_stages
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.dilated_scorer import dilated_scores
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents_lighthouse import documents_lighthouse
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.attention.sdpa import causal_sdpa
@@ -33,6 +35,7 @@ def lighthouse_attention(
     scale: float | None = None,
     step: Tensor | None = None,
     first_head: int = 0,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal self-attention over a pyramid of pooled q, k and v.
 
@@ -47,12 +50,14 @@ def lighthouse_attention(
         step: The training step that selection="random" draws for, a 0-dim int64 tensor on the CPU; None: step 0.
         first_head: Number of the first of these key/value heads among those of the layer, where they are split over
             calls or ranks: selection="random" draws for each head by its number.
+        documents: Of these sequences: no token sees anything of another document. None: a sequence is one.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together, or the backend cannot run on the device.
+        ValueError: Shapes, dtypes or devices do not fit together, the backend cannot run on the device, the documents
+            are of another batch, or the scorer knows none.
         TypeError: `first_head` is no int.
     """
     config = config or DEFAULT
@@ -60,6 +65,8 @@ def lighthouse_attention(
     check_inputs(q, k, v)
     check_count("first_head", first_head)
     shape = config.pyramid(q.shape[2])
+    if documents is not None:
+        return documents_lighthouse(q, k, v, documents, config, shape, scale=scale, step=step, first_head=first_head)
     if not shape.compresses:
         notice_once(
             "short",

@@ -5,7 +5,7 @@ Both backends read them from `PyramidShape`, so they cannot disagree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Entries are numbered in int32.
 MAX_ENTRIES = 2**31 - 1
@@ -53,6 +53,14 @@ class PyramidShape:
         if level == self.num_levels - 1:
             return self.tile_entries
         return self.pooling_factor * self.winners[level + 1]
+
+    def of_document(self, num_tokens: int) -> PyramidShape:
+        """The sizes for a document of `num_tokens` tokens inside this sequence: the tiles that it needs, of this size.
+
+        Tiles or winners in proportion to its length would tell its tokens where it will end.
+        """
+        coarsest = ceil_div(num_tokens, self.window(self.num_levels - 1))
+        return replace(self, num_tokens=num_tokens, num_tiles=ceil_div(coarsest, self.tile_entries))
 
     @property
     def num_entries(self) -> int:

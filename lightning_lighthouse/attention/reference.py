@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_lighthouse.attention import selections as winners
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
 
 
 class Selection(NamedTuple):
@@ -91,24 +91,60 @@ def select(
     of the winners are the candidates one level below. `step`, 0-dim int64, is what selection="random" draws for, None
     is step 0; `first_head` is the number that it gives to the first key/value head.
     """
-    batch, groups = scores[0][0].shape[:2]
-    device = scores[0][0].device
-    tiles, p = shape.num_tiles, shape.pooling_factor
+    tiles = torch.arange(shape.num_tiles * shape.tile_entries, device=scores[0][0].device).view(shape.num_tiles, -1)
+    return _order(*_candidates(scores, tiles, shape.winners, shape, config, step, first_head), shape)
 
-    coarsest = torch.arange(tiles * shape.tile_entries, device=device)
-    candidates = coarsest.view(1, 1, tiles, -1).expand(batch, groups, -1, -1)
+
+def select_document(
+    scores: Scores,
+    shape: PyramidShape,
+    config: LighthouseConfig,
+    step: Tensor | None = None,
+    first_head: int = 0,
+) -> Selection:
+    """As `select`, for a document inside a longer sequence, of a shape by `PyramidShape.of_document`.
+
+    Under "published" and "random" the last tile ends where the document does, and has winners in proportion: a short
+    document would else win as a whole. The other rules see no end, for it would be a later token to them.
+    """
+    last_tile = shape.num_tiles - 1
+    rest = ceil_div(shape.num_tokens, shape.window(shape.num_levels - 1)) - last_tile * shape.tile_entries
+    if config.selection in ("causal", "strided") or rest == shape.tile_entries:
+        return select(scores, shape, config, step, first_head)
+    entries = torch.arange(last_tile * shape.tile_entries + rest, device=scores[0][0].device)
+    whole, last = entries[:-rest].view(last_tile, shape.tile_entries), entries[-rest:].view(1, -1)
+    fewer = tuple(ceil_div(rest * count, shape.tile_entries) for count in shape.winners)
+    parts = [_candidates(scores, last, fewer, shape, config, step, first_head)]
+    if last_tile:
+        parts.append(_candidates(scores, whole, shape.winners, shape, config, step, first_head))
+    entries, levels = (torch.cat(some, -1) for some in zip(*parts, strict=True))
+    return _order(entries, levels, shape)
+
+
+def _candidates(
+    scores: Scores,
+    coarsest_TC: Tensor,
+    counts: tuple[int, ...],
+    shape: PyramidShape,
+    config: LighthouseConfig,
+    step: Tensor | None,
+    first_head: int,
+) -> tuple[Tensor, Tensor]:
+    """All candidates of tiles with `counts` winners at each level, and their levels, each `[B, G, .]`."""
+    batch, groups = scores[0][0].shape[:2]
+    p = shape.pooling_factor
+    candidates = coarsest_TC.expand(batch, groups, -1, -1)
     gathered_entries, gathered_levels = [], []
     for level in range(shape.num_levels - 1, -1, -1):
         gathered_entries.append(candidates.flatten(2))
         gathered_levels.append(torch.full_like(gathered_entries[-1], level))
         if level == 0:
             break
-        won = candidates.gather(-1, _win(scores, candidates, level, shape.winners[level], config, step, first_head))
-        children = won.unsqueeze(-1) * p + torch.arange(p, device=device)
+        won = candidates.gather(-1, _win(scores, candidates, level, counts[level], config, step, first_head))
+        children = won.unsqueeze(-1) * p + torch.arange(p, device=won.device)
         candidates = children.flatten(-2)
 
-    entries, levels = torch.cat(gathered_entries, -1), torch.cat(gathered_levels, -1)
-    return _order(entries, levels, shape)
+    return torch.cat(gathered_entries, -1), torch.cat(gathered_levels, -1)
 
 
 def _win(

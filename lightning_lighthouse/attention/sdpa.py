@@ -81,7 +81,22 @@ def _plan_call(q: Tensor, k: Tensor, backend: str, *, is_masked: bool) -> tuple[
     if q.device.type != "cuda":
         return (), False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    return _plan(backend, q.device, dtype, *_plain_sizes(q, k), torch.is_grad_enabled(), is_masked)
+    names, repeats, _ = _plan(backend, q.device, dtype, *_plain_sizes(q, k), torch.is_grad_enabled(), is_masked)
+    return names, repeats
+
+
+def backend_of(q: Tensor, k: Tensor, backend: str) -> tuple[str, bool]:
+    """The name in BACKENDS of what runs causal attention of such tensors with its backward: "math" where not on CUDA.
+
+    The second value says whether k and v must be repeated for the query heads first.
+
+    Raises:
+        ValueError: The named backend cannot run this call.
+    """
+    if q.device.type != "cuda":
+        return "math", True
+    _, repeats, chosen = _plan(backend, q.device, q.dtype, *_plain_sizes(q, k), True, False)
+    return chosen, repeats
 
 
 def _plain_sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
@@ -197,9 +212,9 @@ def _plan(
     head_dim: int,
     grad: bool,
     is_masked: bool,
-) -> tuple[tuple[str, ...], bool]:
-    """The backends that the call must be held to, best first, () where the order of the process serves; and whether
-    k and v must be repeated for the query heads."""
+) -> tuple[tuple[str, ...], bool, str]:
+    """The backends that the call must be held to, best first, () where the order of the process serves; whether k and
+    v must be repeated for the query heads; and the backend that then runs."""
     enabled = (
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.backends.cuda.flash_sdp_enabled(),
@@ -209,15 +224,15 @@ def _plan(
     deterministic = torch.are_deterministic_algorithms_enabled()
     order = tuple(torch._C._get_sdp_priority_order())
     call = (device, dtype, heads, kv_heads, head_dim, grad, is_masked)
-    names, repeats, message = _plan_once(backend, order, enabled, deterministic, call)
+    names, repeats, message, chosen = _plan_once(backend, order, enabled, deterministic, call)
     log_once(message, message)
-    return names, repeats
+    return names, repeats, chosen
 
 
 @lru_cache(maxsize=256)
 def _plan_once(
     backend: str, order: tuple[int, ...], enabled: tuple[bool, ...], deterministic: bool, call: tuple[Any, ...]
-) -> tuple[tuple[str, ...], bool, str]:
+) -> tuple[tuple[str, ...], bool, str, str]:
     device, dtype, heads, kv_heads, head_dim, grad, is_masked = call
     preferred = _completed(_preferred(backend, _capability(device)), list(order))
     names = [name for value in preferred for name in BACKENDS if BACKENDS[name].value == value]
@@ -238,7 +253,7 @@ def _plan_once(
         raise ValueError(f"sdpa={quoted(backend)} cannot run attention in {what}; use sdpa='auto'")
     message = f"sdpa={quoted(backend)} runs {quoted(chosen)} for {what}"
     serves = backend == "auto" and list(order) == preferred and not repeats
-    return (() if serves else tuple(names)), repeats, message
+    return (() if serves else tuple(names)), repeats, message, chosen
 
 
 def _ask_torch(

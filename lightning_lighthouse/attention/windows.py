@@ -9,12 +9,16 @@ a reshape and stock causal SDPA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.blocked_window import blocked_window
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents_loop import each_document
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa
 from lightning_lighthouse.checks import check_type, quoted
@@ -34,6 +38,7 @@ def window_attention(
     sink_tokens: int = 0,
     scale: float | None = None,
     sdpa: str = "auto",
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal self-attention in which a token sees itself, the `window - 1` tokens before it, and the sinks.
 
@@ -47,18 +52,23 @@ def window_attention(
         sdpa: "auto": the kernels of this package on CUDA in 16 bits, torch's choice elsewhere. "flash" is the same, for
             torch's own takes no sinks. Or the one CUDA backend to run on blocks under a mask: "cudnn", "efficient" or
             "math".
+        documents: Of these sequences: each is attended to as a sequence of its own, sinks included, in a call of its
+            own, which is slow with many short ones. None: a sequence is one.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
         TypeError: `window` or `sink_tokens` is no int.
-        ValueError: `window` or `sink_tokens` is out of range, shapes, dtypes or devices do not fit together, or the
-            named backend cannot run this call.
+        ValueError: `window` or `sink_tokens` is out of range, shapes, dtypes or devices do not fit together, the
+            documents are of another batch, or the named backend cannot run this call.
     """
     _check_counts(sdpa, window=window, sink_tokens=sink_tokens)
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
+    if documents is not None:
+        attend = partial(window_attention, window=window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)
+        return _inside(documents, attend, q, k, v)
     if window + sink_tokens >= q.shape[2]:
         return causal_sdpa(q, k, v, scale=scale, backend=sdpa)
     if _takes_kernel(q, sdpa):
@@ -70,7 +80,14 @@ def window_attention(
 
 
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float | None = None, sdpa: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    sdpa: str = "auto",
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal self-attention inside chunks of `window` tokens that do not see each other; the last may be shorter.
 
@@ -81,18 +98,22 @@ def chunk_attention(
         window: Tokens of a chunk, at least 1.
         scale: Factor of the attention logits; None: `D ** -0.5`.
         sdpa: Backend of the stock attention call, as in `LighthouseConfig`.
+        documents: Of these sequences: the chunks of each begin at its first token, in a call of its own, which is slow
+            with many short ones. None: a sequence is one.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
         TypeError: `window` is no int.
-        ValueError: `window` is out of range, shapes, dtypes or devices do not fit together, or the named backend
-            cannot run this call.
+        ValueError: `window` is out of range, shapes, dtypes or devices do not fit together, the documents are of
+            another batch, or the named backend cannot run this call.
     """
     _check_counts(sdpa, window=window)
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
+    if documents is not None:
+        return _inside(documents, partial(chunk_attention, window=window, scale=scale, sdpa=sdpa), q, k, v)
     num_tokens = q.shape[2]
     if window >= num_tokens:
         return causal_sdpa(q, k, v, scale=scale, backend=sdpa)
@@ -104,6 +125,12 @@ def chunk_attention(
         return out_BHND
     rest = causal_sdpa(*(x[:, :, whole:] for x in (q, k, v)), scale=scale, backend=sdpa)
     return torch.cat((out_BHND, rest), 2)
+
+
+def _inside(documents: Documents, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # a launch for each document: the window kernels know no boundaries
+    documents.check_covers(q)
+    return each_document(attend, q, k, v, documents)
 
 
 def _fold(x_BHND: Tensor, window: int) -> Tensor:

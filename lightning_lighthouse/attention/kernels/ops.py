@@ -1,81 +1,19 @@
-"""Stages as operators: opaque to torch.compile, and quick to call from plain eager code.
-
-The dispatcher and its layers of Python take longer on the CPU than the launch of the kernel they lead to. Where nobody
-watches the dispatcher, an operator is therefore called as the function, or the autograd function, that it wraps.
-"""
+"""What the operators of the kernels share: shapes as integers, and the memory of their tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, library
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
+from lightning_lighthouse.attention.operators import NAMESPACE, Operator, empty_heads_inner
 from lightning_lighthouse.attention.pyramid import PyramidShape
 
-NAMESPACE = "lightning_lighthouse"
+__all__ = ["NAMESPACE", "Operator", "empty_heads_inner", "pack", "unpack", "within_reach"]
+
 # The kernels compute offsets between the channels of one row in int32; all others in int64.
 MAX_OFFSET = 2**31 - 1
-
-
-class Operator:
-    """A custom operator of torch that plain eager code reaches directly.
-
-    Args:
-        forward: The implementation; its annotations make the schema, its name without underscores the operator's.
-        fake: The same without the kernels: memory of the right shape and strides.
-        setup_context: As in `torch.autograd.Function`; together with `backward`.
-        backward: As in `torch.autograd.Function`. None: no gradient.
-    """
-
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        fake: Callable[..., Any],
-        setup_context: Callable[..., None] | None = None,
-        backward: Callable[..., Any] | None = None,
-    ) -> None:
-        name = forward.__name__.strip("_")
-        definition = library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
-        definition.register_fake(fake)
-        self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        self.direct = forward
-        if backward is not None:
-            assert setup_context is not None
-            definition.register_autograd(once_differentiable(backward), setup_context=setup_context)
-            self.direct = _autograd_function(forward, setup_context, backward)
-
-    def __call__(self, x: Tensor, *arguments: Any) -> Any:
-        watched = (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._are_functorch_transforms_active()
-        )
-        if watched or type(x) not in (Tensor, torch.nn.Parameter):
-            return self.op(x, *arguments)
-        return self.direct(x, *arguments)
-
-
-def _autograd_function(
-    forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    # torch calls a separate setup_context only after inspecting the signature of forward, every time
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
-            return backward(ctx, *gradients)
-
-    return Direct.apply
 
 
 def pack(shape: PyramidShape) -> list[int]:
@@ -103,10 +41,3 @@ def within_reach(x_BHRD: Tensor) -> Tensor:
     """The tensor itself, or a contiguous copy where the channels of a row lie too far apart for the kernels."""
     # as in memory ordered [B, D, H, N]: 160 channels of 16 heads and 2^20 tokens
     return x_BHRD.contiguous() if (x_BHRD.shape[-1] - 1) * x_BHRD.stride(-1) > MAX_OFFSET else x_BHRD
-
-
-def empty_heads_inner(x_BHRD: Tensor, rows: int) -> Tensor:
-    """Uninitialised `[B, H, rows, D]` whose memory is `[B, rows, H, D]`, which a model reshapes for free."""
-    batch, heads, _, dim = x_BHRD.shape
-    # not a transposed view: a view from inside an autograd function cannot be changed in place
-    return x_BHRD.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))

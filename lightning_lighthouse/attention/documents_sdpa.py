@@ -1,0 +1,168 @@
+"""Dense causal attention that stays inside documents: one operator for all of a batch, with an explicit backward.
+
+The rows of all sequences lie one behind the other, and each document is attended to by itself; nothing is masked, so
+cost and memory are those of its own length. Long documents get stock SDPA each, runs of short ones between them the
+varlen kernel of flash at once (`documents_backends.py`).
+"""
+
+# B sequences, H query heads, G key/value heads, N tokens, T rows of all sequences, D head dim, n rows of one document
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents_backends import KERNELS, Part, varlen_backward, varlen_forward
+from lightning_lighthouse.attention.host_tables import boundaries, once_a_batch, to_device
+from lightning_lighthouse.attention.operators import Operator, empty_heads_inner
+from lightning_lighthouse.attention.sdpa import backend_of
+
+# From here on a document fills a GPU by itself, and its rows cost more than its launch. Estimated, not measured.
+LONG = 2048
+# What the varlen kernel of flash takes
+MAX_VARLEN_DIM = 256
+VARLEN_CAPABILITY = (8, 0)
+
+
+def documents_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Causal SDPA of every document by itself, with grouped heads.
+
+    Args:
+        q: `[B, Hq, N, D]`.
+        k: `[B, Hkv, N, D]`.
+        v: `[B, Hkv, N, D]`.
+        documents: Of B sequences of N tokens.
+        scale: Factor of the attention logits; None: `D ** -0.5`.
+        backend: As in `causal_sdpa`. "auto" and "flash" run short documents on flash's varlen kernel where it can.
+
+    Returns:
+        `[B, Hq, N, D]`.
+
+    Raises:
+        ValueError: The documents are of another batch, or the named backend cannot run this call.
+    """
+    documents.check_covers(q)
+    return attend_rows(q, k, v, documents.host, scale, backend)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float | None, backend: str) -> Tensor:
+    """As `documents_sdpa`, for boundaries `host` as in `Documents`; rows behind the last one get zeros."""
+    return _attend_fwd(q, k, v, host, q.shape[3] ** -0.5 if scale is None else scale, backend)[0]
+
+
+def _attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_output(q, k, v, host, scale, backend)
+    flat_out = _flat(out)
+    rows = _flat(q), _flat(k), _flat(v)
+    plan = _plan(q, k, host, backend)
+    for part in plan.parts:
+        o_nHD, lse_Hn = part.forward(*(x[part.first : part.end] for x in rows), part, scale)
+        flat_out[part.first : part.end] = o_nHD
+        lse[:, part.first : part.end] = lse_Hn
+    flat_out[plan.end :] = 0
+    return out, lse
+
+
+def _empty_output(q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return empty_heads_inner(q, q.shape[2]), q.new_empty((q.shape[1], q.shape[0] * q.shape[2]), dtype=dtype)
+
+
+def _attend_documents_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, host: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(dout, q, k, v, out, lse, host, scale, backend)
+    rows = _flat(dout), _flat(q), _flat(k), _flat(v), _flat(out)
+    plan = _plan(q, k, host, backend)
+    for part in plan.parts:
+        here = slice(part.first, part.end)
+        for whole, piece in zip(
+            gradients, part.backward(*(x[here] for x in rows), lse[:, here], part, scale), strict=True
+        ):
+            _flat(whole)[here] = piece
+    for whole in gradients:
+        _flat(whole)[plan.end :] = 0
+    return gradients
+
+
+def _empty_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, host: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (empty_heads_inner(x, x.shape[2]) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _flat(x_BHND: Tensor) -> Tensor:
+    """`[T, H, D]`: a view, or a copy where the memory is ordered otherwise."""
+    return x_BHND.transpose(1, 2).flatten(0, 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, host, ctx.scale, ctx.backend = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, host)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    return *_attend_bwd(dout, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
+
+
+_attend_bwd = Operator(_attend_documents_backward, _empty_gradients)
+_attend_fwd = Operator(_attend_documents, _empty_output, _setup_context, _backward)
+
+
+class _Plan(NamedTuple):
+    parts: list[Part]
+    end: int
+
+
+def _plan(q: Tensor, k: Tensor, host: Tensor, backend: str) -> _Plan:
+    kernel, repeats = ("cpu", False) if q.device.type == "cpu" else backend_of(q, k, backend)
+    takes_runs = backend in ("auto", "flash") and kernel in ("cudnn", "flash") and _takes_varlen(q)
+    # deterministic algorithms have flash for all lengths
+    long = LONG if kernel == "cudnn" else None
+    key = ("sdpa", kernel, repeats, takes_runs, long)
+    return once_a_batch(host, key, q.device, lambda: _make_plan(host, q.device, kernel, repeats, takes_runs, long))
+
+
+def _takes_varlen(q: Tensor) -> bool:
+    is_new = torch.cuda.get_device_capability(q.device) >= VARLEN_CAPABILITY
+    dim = q.shape[3]
+    return is_new and q.dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and dim <= MAX_VARLEN_DIM
+
+
+def _make_plan(
+    host: Tensor, device: torch.device, kernel: str, repeats: bool, takes_runs: bool, long: int | None
+) -> _Plan:
+    ends = boundaries(host)
+    forward, backward = KERNELS[kernel]
+    parts: list[Part] = []
+    run: list[int] = []
+
+    def close() -> None:
+        if len(run) > 1:
+            cu = to_device([end - run[0] for end in run], device)
+            longest = max(b - a for a, b in pairwise(run))
+            parts.append(Part(run[0], run[-1], varlen_forward, varlen_backward, cu=cu, longest=longest))
+        run.clear()
+
+    for first, end in pairwise(ends):
+        if takes_runs and (long is None or end - first <= long):
+            run.extend([end] if run else [first, end])
+        else:
+            close()
+            parts.append(Part(first, end, forward, backward, repeats))
+    close()
+    return _Plan(parts, ends[-1])

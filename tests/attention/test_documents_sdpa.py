@@ -1,0 +1,146 @@
+"""Dense attention inside documents against stock SDPA on each of them, and what compiled frames see of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drawn import draw
+from packed import documents_of, spans
+from torch.autograd import gradcheck
+
+from lightning_lighthouse import Documents
+from lightning_lighthouse.attention import documents_backends
+from lightning_lighthouse.attention import documents_sdpa as room
+from lightning_lighthouse.attention.documents_sdpa import attend_rows, documents_sdpa
+from lightning_lighthouse.attention.sdpa import stock_sdpa
+
+
+def one_by_one(q, k, v, documents, scale=None):
+    rows = []
+    for row in range(documents.batch_size):
+        parts = [
+            stock_sdpa(*(x[row : row + 1, :, here] for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True)
+            for at, here in spans(documents)
+            if at == row
+        ]
+        rows.append(torch.cat(parts, 2))
+    return torch.cat(rows)
+
+
+def with_gradients(attend, qkv):
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = attend(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad((out * weights).sum(), leaves)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads_inner", [True, False])
+def test_each_document_by_itself(heads, dtype, heads_inner):
+    documents = documents_of(2, 97, 20)
+    qkv = draw(2, *heads, 97, dim=8, dtype=dtype)
+    if heads_inner:
+        qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    found = with_gradients(lambda *x: documents_sdpa(*x, documents, scale=0.4), qkv)
+    expected = with_gradients(lambda *x: one_by_one(*x, documents, scale=0.4), qkv)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y) or dtype != torch.bfloat16 or (x - y).abs().max() < 2e-2
+        if dtype != torch.bfloat16:
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "math"])
+def test_gradients_are_exact_in_float64(kernel, monkeypatch):
+    monkeypatch.setattr(room, "KERNELS", {"cpu": documents_backends.KERNELS[kernel]})
+    room.once_a_batch.__globals__["_made"].clear()
+    documents = Documents([[4, 1, 6], [11]])
+    qkv = [x.requires_grad_() for x in draw(2, 4, 2, 11, dim=3)]
+    assert gradcheck(lambda *x: documents_sdpa(*x, documents), qkv)
+    torch.testing.assert_close(documents_sdpa(*qkv, documents), one_by_one(*qkv, documents))
+    room.once_a_batch.__globals__["_made"].clear()
+
+
+def test_nothing_passes_between_documents():
+    documents = Documents([[5, 9, 3]])
+    q, k, v = draw(1, 2, 1, 17)
+    out = documents_sdpa(q, k, v, documents)
+    noise = [x.clone() for x in (q, k, v)]
+    for x in noise:
+        x[:, :, :5] = torch.nan
+        x[:, :, 14:] = torch.inf
+    leaves = [x.requires_grad_() for x in noise]
+    mixed = documents_sdpa(*leaves, documents)
+    assert torch.equal(mixed[:, :, 5:14], out[:, :, 5:14])
+    for x in torch.autograd.grad(mixed[:, :, 5:14].sum(), leaves):
+        assert x[:, :, 5:14].isfinite().all()
+
+
+def test_rows_behind_the_last_document_get_zeros(poison):
+    q, k, v = (x.requires_grad_() for x in draw(1, 2, 1, 12))
+    host = Documents([[3, 6]]).host
+    out = attend_rows(q, k, v, host, None, "auto")
+    assert (out[:, :, 9:] == 0).all()
+    for x in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert (x[:, :, 9:] == 0).all()
+        assert x.isfinite().all()
+
+
+def test_the_operator_is_well_formed():
+    q, k, v = (x.requires_grad_() for x in draw(2, 2, 1, 9))
+    operator = torch.ops.lightning_lighthouse.attend_documents.default
+    torch.library.opcheck(operator, (q, k, v, Documents([[4, 5], [9]]).host, 0.5, "auto"))
+
+
+@pytest.mark.slow
+def test_one_frame_serves_all_documents():
+    """As one block of a model: fullgraph, with inductor, checkpointed too."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch.utils.checkpoint import checkpoint
+
+    class Block(torch.nn.Module):
+        documents: Documents
+
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = (y.transpose(1, 2) for y in self.linear(x).unflatten(-1, (3, 2, 8)).unbind(2))
+            return x + documents_sdpa(q, k, v, self.documents).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    block = Block()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=False)
+    for seed, mean in enumerate((20, 3, 200, 50)):
+        block.documents = documents_of(2, 64, mean, seed)
+        x = torch.randn(2, 64, 16)
+        found = with_gradients(compiled, [x])
+        expected = with_gradients(block, [x])
+        torch.testing.assert_close(found, expected)
+        assert counter.frame_count == 1
+    torch.testing.assert_close(with_gradients(lambda x: checkpoint(compiled, x, use_reentrant=False), [x]), expected)
+    assert counter.frame_count == 1
+
+
+def test_frames_do_not_know_the_documents():
+    """The same without inductor, which takes seconds."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    options = {"backend": counter, "fullgraph": True, "dynamic": False}
+    compiled = torch.compile(lambda x, d: documents_sdpa(x, x, x, d) + 1, **options)
+    q, _, _ = draw(2, 2, 2, 31)
+    for seed in range(3):
+        documents = documents_of(2, 31, 8, seed)
+        torch.testing.assert_close(compiled(q, documents), one_by_one(q, q, q, documents) + 1)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("rows", "rounded"), [(1, 1), (15, 15), (2049, 2304), (4096, 4096), (98_303, 98_304)])
+def test_few_sizes_for_cudnn(rows, rounded):
+    assert documents_backends._rounded(rows) == rounded
+    assert rows <= rounded < rows * 1.126
