@@ -14,7 +14,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from lightning_lighthouse.attention.host_tables import boundaries, once_a_batch, to_device
+from lightning_lighthouse.attention.operators import pack, unpack
 from lightning_lighthouse.attention.pyramid import PyramidShape
 
 Numbers = np.ndarray
@@ -123,3 +127,72 @@ def capacity(shape: PyramidShape, batch: int, max_documents: int, rule: str) -> 
     with_more_tiles = min(documents, filled // (e + 1))
     rows = filled * shape.tile_gathered + documents * first + with_more_tiles * max(0, later - first)
     return Capacity(documents, filled + documents, -(-rows // e))
+
+
+class Packing(NamedTuple):
+    """What operators are told of the documents of all batches, as numbers that they can take.
+
+    Args:
+        numbers: Sequences of a batch, `max_documents`, and the shape of a whole sequence.
+        rule: `selection` of the config.
+    """
+
+    numbers: list[int]
+    rule: str
+
+    @classmethod
+    def of(cls, shape: PyramidShape, batch: int, max_documents: int, rule: str) -> Packing:
+        """The same from what they are."""
+        return cls([batch, max_documents, *pack(shape)], rule)
+
+    @property
+    def shape(self) -> PyramidShape:
+        """Of a whole sequence."""
+        return unpack(self.numbers[2:])
+
+    @property
+    def capacity(self) -> Capacity:
+        """What suffices for every batch."""
+        return capacity(self.shape, *self.numbers[:2], self.rule)
+
+
+class PlacedTables(NamedTuple):
+    """The tables of one batch where operators read them.
+
+    Args:
+        windows: `[2, U]` int32 on the device, as in `DocumentTables`.
+        tiles: `[4, T]` int32 on the device.
+        host: Boundaries of the gathered rows, on the CPU, as `Documents.host` has those of the tokens.
+    """
+
+    windows: Tensor
+    tiles: Tensor
+    host: Tensor
+
+
+def place_tables(host: Tensor, packing: Packing, device: torch.device) -> PlacedTables:
+    """The tables on `device`, made once a batch.
+
+    Args:
+        host: That of `Documents`.
+        packing: Of all batches.
+        device: That of q.
+
+    Raises:
+        RuntimeError: The batch has more documents than there is memory for.
+    """
+
+    def make() -> PlacedTables:
+        ends = boundaries(host)
+        most = packing.capacity.documents
+        if len(ends) - 1 > most:
+            # eager code has chosen dense attention long before
+            raise RuntimeError(
+                f"{len(ends) - 1} documents in a batch exceed max_documents x batch = {most} in compiled code; call "
+                "settle_documents(documents, config) before it, or raise max_documents"
+            )
+        tables = make_tables(np.diff(ends), packing.shape, packing.rule)
+        rows = torch.from_numpy(np.concatenate(([len(ends) - 1], tables.boundaries)))
+        return PlacedTables(to_device(tables.windows, device), to_device(tables.tiles, device), rows)
+
+    return once_a_batch(host, ("tables", *packing.numbers, packing.rule), device, make)

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.checks import shown
+
+DEFAULT = LighthouseConfig()
 
 
 class Documents:
@@ -33,6 +36,7 @@ class Documents:
         num_documents: Documents of all sequences.
         longest: Tokens of the longest document.
         is_packed: Whether a sequence has more than one document.
+        is_crowded: Whether Lighthouse leaves the batch dense, as compiled frames read it: `settle_documents`.
         host: `[B N + 2]` int64 on the CPU, read inside operators: the number of documents, then the first token of
             each, counted through all sequences, then B N to the end. Its size says nothing of the documents.
 
@@ -57,7 +61,9 @@ class Documents:
         self.num_tokens = sums[0]
         self.num_documents = len(flat)
         self.longest = int(flat.max())
+        self.is_crowded = self.num_documents > self.batch_size * DEFAULT.resolve_max_documents(self.num_tokens)
         self.is_packed = self.num_documents > self.batch_size
+        self._hash = hash(self.lengths)
         host = np.full(self.batch_size * self.num_tokens + 2, flat.sum(), np.int64)
         host[0], host[1] = len(flat), 0
         host[2 : len(flat) + 2] = flat.cumsum()
@@ -167,7 +173,7 @@ class Documents:
         return isinstance(other, Documents) and self.lengths == other.lengths
 
     def __hash__(self) -> int:
-        return hash(self.lengths)
+        return self._hash
 
     def __repr__(self) -> str:
         return f"Documents({shown([list(sequence) for sequence in self.lengths])})"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lighthouse.attention.document_tables import Packing, place_tables
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.documents_backends import KERNELS, Part, varlen_backward, varlen_forward
 from lightning_lighthouse.attention.host_tables import boundaries, once_a_batch, to_device
@@ -51,18 +52,31 @@ def documents_sdpa(
     return attend_rows(q, k, v, documents.host, scale, backend)
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float | None, backend: str) -> Tensor:
-    """As `documents_sdpa`, for boundaries `host` as in `Documents`; rows behind the last one get zeros."""
-    return _attend_fwd(q, k, v, host, q.shape[3] ** -0.5 if scale is None else scale, backend)[0]
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    host: Tensor,
+    scale: float | None,
+    backend: str,
+    packing: Packing | None = None,
+) -> Tensor:
+    """As `documents_sdpa`, for boundaries `host` as in `Documents`; rows behind the last one get zeros.
+
+    With `packing` the rows are those that are gathered from the documents.
+    """
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    numbers, rule = packing or ([], "")
+    return _attend_fwd(q, k, v, host, factor, backend, numbers, rule)[0]
 
 
 def _attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float, backend: str, numbers: list[int], rule: str
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_output(q, k, v, host, scale, backend)
+    out, lse = _empty_output(q, k, v, host, scale, backend, numbers, rule)
     flat_out = _flat(out)
     rows = _flat(q), _flat(k), _flat(v)
-    plan = _plan(q, k, host, backend)
+    plan = _plan(q, k, host, backend, numbers, rule)
     for part in plan.parts:
         o_nHD, lse_Hn = part.forward(*(x[part.first : part.end] for x in rows), part, scale)
         flat_out[part.first : part.end] = o_nHD
@@ -71,17 +85,29 @@ def _attend_documents(
     return out, lse
 
 
-def _empty_output(q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _empty_output(
+    q: Tensor, k: Tensor, v: Tensor, host: Tensor, scale: float, backend: str, numbers: list[int], rule: str
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     return empty_heads_inner(q, q.shape[2]), q.new_empty((q.shape[1], q.shape[0] * q.shape[2]), dtype=dtype)
 
 
 def _attend_documents_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, host: Tensor, scale: float, backend: str
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    host: Tensor,
+    scale: float,
+    backend: str,
+    numbers: list[int],
+    rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(dout, q, k, v, out, lse, host, scale, backend)
+    gradients = _empty_gradients(dout, q, k, v, out, lse, host, scale, backend, numbers, rule)
     rows = _flat(dout), _flat(q), _flat(k), _flat(v), _flat(out)
-    plan = _plan(q, k, host, backend)
+    plan = _plan(q, k, host, backend, numbers, rule)
     for part in plan.parts:
         here = slice(part.first, part.end)
         for whole, piece in zip(
@@ -94,7 +120,17 @@ def _attend_documents_backward(
 
 
 def _empty_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, host: Tensor, scale: float, backend: str
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    host: Tensor,
+    scale: float,
+    backend: str,
+    numbers: list[int],
+    rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (empty_heads_inner(x, x.shape[2]) for x in (q, k, v))
     return dq, dk, dv
@@ -106,7 +142,7 @@ def _flat(x_BHND: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, host, ctx.scale, ctx.backend = inputs
+    q, k, v, host, *ctx.settings = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, host)
     ctx.mark_non_differentiable(lse)
@@ -115,8 +151,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 6
-    return *_attend_bwd(dout, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None
+        return (None,) * 8
+    return *_attend_bwd(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 5
 
 
 _attend_bwd = Operator(_attend_documents_backward, _empty_gradients)
@@ -128,7 +164,9 @@ class _Plan(NamedTuple):
     end: int
 
 
-def _plan(q: Tensor, k: Tensor, host: Tensor, backend: str) -> _Plan:
+def _plan(q: Tensor, k: Tensor, host: Tensor, backend: str, numbers: list[int], rule: str) -> _Plan:
+    if numbers:
+        host = place_tables(host, Packing(numbers, rule), q.device).host
     kernel, repeats = ("cpu", False) if q.device.type == "cpu" else backend_of(q, k, backend)
     takes_runs = backend in ("auto", "flash") and kernel in ("cudnn", "flash") and _takes_varlen(q)
     # deterministic algorithms have flash for all lengths

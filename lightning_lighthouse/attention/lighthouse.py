@@ -64,9 +64,9 @@ def lighthouse_attention(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     check_count("first_head", first_head)
-    shape = config.pyramid(q.shape[2])
     if documents is not None:
-        return documents_lighthouse(q, k, v, documents, config, shape, scale=scale, step=step, first_head=first_head)
+        return documents_lighthouse(q, k, v, documents, config, scale=scale, step=step, first_head=first_head)
+    shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
             "short",

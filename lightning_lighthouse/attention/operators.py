@@ -7,11 +7,14 @@ watches the dispatcher, an operator is therefore called as the function, or the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
+
+from lightning_lighthouse.attention.pyramid import PyramidShape
 
 NAMESPACE = "lightning_lighthouse"
 
@@ -78,3 +81,24 @@ def empty_heads_inner(x_BHRD: Tensor, rows: int) -> Tensor:
     batch, heads, _, dim = x_BHRD.shape
     # not a transposed view: a view from inside an autograd function cannot be changed in place
     return x_BHRD.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))
+
+
+def pack(shape: PyramidShape) -> list[int]:
+    """A shape as the flat integers that an operator can take."""
+    return [shape.num_tokens, shape.num_levels, shape.pooling_factor, shape.num_tiles, shape.tile_entries,
+            *shape.winners]  # fmt: skip
+
+
+def unpack(sizes: list[int]) -> PyramidShape:
+    """The inverse of `pack`."""
+    # symbols, as Dynamo traces sizes that change, have no hash
+    is_traced = any(isinstance(size, torch.SymInt) for size in sizes)
+    return _unpack(*sizes) if is_traced else _unpack_cached(*sizes)
+
+
+def _unpack(*sizes: int) -> PyramidShape:
+    tokens, levels, factor, tiles, tile_entries, *winners = sizes
+    return PyramidShape(tokens, levels, factor, tiles, tile_entries, tuple(winners))
+
+
+_unpack_cached = lru_cache(maxsize=256)(_unpack)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_lighthouse.Lighthouse
 @pytest.fixture(autouse=True)
 def lighthouse_however_short(monkeypatch):
     """Documents of a few tokens are gathered too, where a batch of them would run dense."""
-    monkeypatch.setattr("lightning_lighthouse.attention.documents_lighthouse.runs_dense", lambda *_: False)
+    monkeypatch.setattr("lightning_lighthouse.attention.documents_lighthouse._is_crowded", lambda *_: False)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

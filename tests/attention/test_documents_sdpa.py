@@ -89,7 +89,7 @@ def test_rows_behind_the_last_document_get_zeros(poison):
 def test_the_operator_is_well_formed():
     q, k, v = (x.requires_grad_() for x in draw(2, 2, 1, 9))
     operator = torch.ops.lightning_lighthouse.attend_documents.default
-    torch.library.opcheck(operator, (q, k, v, Documents([[4, 5], [9]]).host, 0.5, "auto"))
+    torch.library.opcheck(operator, (q, k, v, Documents([[4, 5], [9]]).host, 0.5, "auto", [], ""))
 
 
 @pytest.mark.slow

@@ -13,13 +13,29 @@ except ImportError as missing:
         "backend='triton' needs the package triton, which is not installed; install it or choose backend='reference'"
     ) from missing
 
+from lightning_lighthouse.attention.kernels.documents import (
+    gather_documents_fwd,
+    scatter_documents_fwd,
+    select_documents_fwd,
+)
 from lightning_lighthouse.attention.kernels.gather import gather
 from lightning_lighthouse.attention.kernels.scatter import scatter
 from lightning_lighthouse.attention.kernels.score import pool_scores, score
 from lightning_lighthouse.attention.kernels.select import select
 from lightning_lighthouse.attention.kernels.tiles import Selection
 
-__all__ = ["Selection", "check_device", "gather", "pool_scores", "scatter", "score", "select"]
+__all__ = [
+    "Selection",
+    "check_device",
+    "gather",
+    "gather_documents_fwd",
+    "pool_scores",
+    "scatter",
+    "scatter_documents_fwd",
+    "score",
+    "select",
+    "select_documents_fwd",
+]
 
 
 # Older GPUs have no bf16

@@ -73,6 +73,24 @@ def token_slots(b_before, b_first, i_child, W: tl.constexpr, SHIFT: tl.constexpr
 
 
 @triton.jit
+def rows_of(p_windows, i_token, num_tokens, num_coarsest, w: tl.constexpr, TABLE: tl.constexpr):
+    """Rows of the tokens `i_token` of windows that lie one behind the other, and which of them exist.
+
+    TABLE: `p_windows` holds the first row of each of `num_coarsest` windows of w tokens, then how many it has.
+    """
+    if TABLE:
+        i_coarsest = i_token // w
+        mask = (i_token >= 0) & (i_coarsest < num_coarsest)
+        i_child = i_token - i_coarsest * w
+        i_row = i_child + tl.load(p_windows + i_coarsest, mask=mask, other=0)
+        mask = mask & (i_child < tl.load(p_windows + num_coarsest + i_coarsest, mask=mask, other=0))
+    else:
+        i_row = i_token
+        mask = (i_token >= 0) & (i_token < num_tokens)
+    return i_row, mask
+
+
+@triton.jit
 def load_rows(p_rows, i_row, stride_row, stride_dim, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `[E, BLOCK_D]` in fp32, zeros where masked."""
     i_dim = tl.arange(0, BLOCK_D)
@@ -96,9 +114,10 @@ def store_rows(p_rows, b_rows, i_row, stride_row, m_row, D: tl.constexpr, BLOCK_
 
 @triton.jit
 def _collect(
-    p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, i_window, b_levels, num_tokens, num_coarsest,
+    p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, p_windows, i_window, b_levels,
+    num_tokens, num_coarsest,
     LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Sums `[E, BLOCK_D]` of the windows `i_window` of LEVEL; what they and the windows in them gather is stored.
 
@@ -115,8 +134,8 @@ def _collect(
         # all loads before the first store, which the compiler may not move them across
         for i_child in tl.range(W, loop_unroll_factor=UNROLL):
             i_token = i_window * W + (i_child - SHIFT)
-            m_token = (i_token >= 0) & (i_token < num_tokens)
-            b_rows = load_rows(p_tokens, i_token, stride_token, stride_dim, m_token, D, BLOCK_D)
+            i_row, m_token = rows_of(p_windows, i_token, num_tokens, num_coarsest, W ** (L - 1), TABLE)
+            b_rows = load_rows(p_tokens, i_row, stride_token, stride_dim, m_token, D, BLOCK_D)
             if MEAN:
                 m_slot = token_slots(b_before, b_first, i_child, W, SHIFT) >= 0
                 b_rows = b_rows / tl.maximum(b_levels + m_slot.to(tl.int32), 1).to(tl.float32)[:, None]
@@ -126,16 +145,17 @@ def _collect(
             i_token = i_window * W + (i_child - SHIFT)
             b_token_slot = token_slots(b_before, b_first, i_child, W, SHIFT)
             m_slot = b_token_slot >= 0
-            m_token = m_slot & (i_token < num_tokens)
-            b_rows = load_rows(p_tokens, i_token, stride_token, stride_dim, m_token, D, BLOCK_D)
+            i_row, m_token = rows_of(p_windows, i_token, num_tokens, num_coarsest, W ** (L - 1), TABLE)
+            b_rows = load_rows(p_tokens, i_row, stride_token, stride_dim, m_slot & m_token, D, BLOCK_D)
             if MEAN:
                 b_rows = b_rows / (b_levels + 1).to(tl.float32)[:, None]
             store_rows(p_gathered, b_rows, b_token_slot, stride_slot, m_slot, D, BLOCK_D)
     else:
         for i_child in range(W):
             b_sum += _collect(
-                p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, i_window * W + i_child, b_levels,
-                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN,
+                p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, p_windows,
+                i_window * W + i_child, b_levels,
+                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
             )  # fmt: skip
     b_entry = b_sum if SHIFT else b_sum * (1.0 / W**LEVEL)
     store_rows(p_gathered, b_entry, b_slot, stride_slot, b_slot >= 0, D, BLOCK_D)
@@ -144,10 +164,10 @@ def _collect(
 
 @triton.jit
 def _spread(
-    p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, i_window, b_above, b_levels,
+    p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, p_windows, i_window, b_above, b_levels,
     num_tokens, num_coarsest,
     LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Store into every token of the windows `i_window` of LEVEL the sum of the gathered entries above it.
 
@@ -167,13 +187,14 @@ def _spread(
             b_token = b_sum + load_rows(p_gathered, b_token_slot, stride_slot, stride_dim, m_slot, D, BLOCK_D)
             if MEAN:
                 b_token = b_token / tl.maximum(b_levels + m_slot.to(tl.int32), 1).to(tl.float32)[:, None]
-            m_token = (i_token >= 0) & (i_token < num_tokens)
-            store_rows(p_tokens, b_token, i_token, stride_token, m_token, D, BLOCK_D)
+            i_row, m_token = rows_of(p_windows, i_token, num_tokens, num_coarsest, W ** (L - 1), TABLE)
+            store_rows(p_tokens, b_token, i_row, stride_token, m_token, D, BLOCK_D)
     else:
         for i_child in range(W):
             _spread(
-                p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, i_window * W + i_child, b_sum,
-                b_levels, num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN,
+                p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, p_windows,
+                i_window * W + i_child, b_sum, b_levels,
+                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
             )  # fmt: skip
 
 
@@ -190,10 +211,10 @@ def locate(num_blocks, G: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_slots", "num_blocks"])
 def _collect_kernel(
-    p_x, stride_xb, stride_xh, stride_xn, stride_xd, p_y, stride_yb, stride_yh, stride_ys, p_slots,
+    p_x, stride_xb, stride_xh, stride_xn, stride_xd, p_y, stride_yb, stride_yh, stride_ys, p_slots, p_windows,
     num_tokens, num_coarsest, num_slots, num_blocks,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
     p_slots += (i_batch * G + i_head) * num_slots
@@ -202,8 +223,8 @@ def _collect_kernel(
     b_levels = tl.zeros((BLOCK_E,), tl.int32)
     for _ in range(R):
         _collect(
-            p_x, stride_xn, stride_xd, p_y, stride_ys, p_slots, i_window, b_levels, num_tokens, num_coarsest,
-            L - 1, L, W, D, BLOCK_D, SHIFT, MEAN,
+            p_x, stride_xn, stride_xd, p_y, stride_ys, p_slots, p_windows, i_window, b_levels, num_tokens, num_coarsest,
+            L - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
         )  # fmt: skip
         p_x += stride_xh
         p_y += stride_yh
@@ -211,10 +232,10 @@ def _collect_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_slots", "num_blocks"])
 def _spread_kernel(
-    p_y, stride_yb, stride_yh, stride_ys, stride_yd, p_x, stride_xb, stride_xh, stride_xn, p_slots,
+    p_y, stride_yb, stride_yh, stride_ys, stride_yd, p_x, stride_xb, stride_xh, stride_xn, p_slots, p_windows,
     num_tokens, num_coarsest, num_slots, num_blocks,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
     p_slots += (i_batch * G + i_head) * num_slots
@@ -224,26 +245,55 @@ def _spread_kernel(
     b_above = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for _ in range(R):
         _spread(
-            p_y, stride_ys, stride_yd, p_x, stride_xn, p_slots, i_window, b_above, b_levels, num_tokens, num_coarsest,
-            L - 1, L, W, D, BLOCK_D, SHIFT, MEAN,
+            p_y, stride_ys, stride_yd, p_x, stride_xn, p_slots, p_windows, i_window, b_above, b_levels,
+            num_tokens, num_coarsest, L - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
         )  # fmt: skip
         p_y += stride_yh
         p_x += stride_xh
 
 
-def collect(x_BHND: Tensor, y_BHSD: Tensor, slots_BGP: Tensor, shape: PyramidShape, shift: int, mean: bool) -> None:
-    """Write into y what its entries gather from the rows of x. The last dimension of y is contiguous."""
+def collect(
+    x_BHND: Tensor,
+    y_BHSD: Tensor,
+    slots_BGP: Tensor,
+    shape: PyramidShape,
+    shift: int,
+    mean: bool,
+    windows: Tensor | None = None,
+) -> None:
+    """Write into y what its entries gather from the rows of x. The last dimension of y is contiguous.
+
+    `windows` `[2, U]` int32 says where the coarsest windows lie: their first rows, and how many they have.
+    """
     x_BHND = within_reach(x_BHND)
-    _launch(_collect_kernel, (x_BHND, *x_BHND.stride(), y_BHSD, *y_BHSD.stride()[:3]), slots_BGP, shape, shift, mean)
+    rows = x_BHND, *x_BHND.stride(), y_BHSD, *y_BHSD.stride()[:3]
+    _launch(_collect_kernel, rows, slots_BGP, shape, shift, mean, windows)
 
 
-def spread(y_BHSD: Tensor, x_BHND: Tensor, slots_BGP: Tensor, shape: PyramidShape, shift: int, mean: bool) -> None:
+def spread(
+    y_BHSD: Tensor,
+    x_BHND: Tensor,
+    slots_BGP: Tensor,
+    shape: PyramidShape,
+    shift: int,
+    mean: bool,
+    windows: Tensor | None = None,
+) -> None:
     """Write into the rows of x what the entries y above them hold. The last dimension of x is contiguous."""
     y_BHSD = within_reach(y_BHSD)
-    _launch(_spread_kernel, (y_BHSD, *y_BHSD.stride(), x_BHND, *x_BHND.stride()[:3]), slots_BGP, shape, shift, mean)
+    rows = y_BHSD, *y_BHSD.stride(), x_BHND, *x_BHND.stride()[:3]
+    _launch(_spread_kernel, rows, slots_BGP, shape, shift, mean, windows)
 
 
-def _launch(kernel: Any, rows: tuple[Any, ...], slots_BGP: Tensor, shape: PyramidShape, shift: int, mean: bool) -> None:
+def _launch(
+    kernel: Any,
+    rows: tuple[Any, ...],
+    slots_BGP: Tensor,
+    shape: PyramidShape,
+    shift: int,
+    mean: bool,
+    windows: Tensor | None,
+) -> None:
     batch, heads, _, dim = rows[0].shape
     groups, num_slots = slots_BGP.shape[1:]
     block_rows, block_dim = block_of(dim, NUM_WARPS)
@@ -251,9 +301,9 @@ def _launch(kernel: Any, rows: tuple[Any, ...], slots_BGP: Tensor, shape: Pyrami
     num_blocks = ceil_div(num_coarsest(shape) + shift, block_rows)
     with on_device_of(slots_BGP):
         kernel[(batch * num_blocks * groups,)](
-            *rows, slots_BGP, shape.num_tokens, num_coarsest(shape), num_slots, num_blocks,
+            *rows, slots_BGP, windows, shape.num_tokens, num_coarsest(shape), num_slots, num_blocks,
             groups, heads // groups, shape.num_levels, shape.pooling_factor, dim,
-            shift, mean, block_rows, block_dim, num_warps=NUM_WARPS,
+            shift, mean, windows is not None, block_rows, block_dim, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from lightning_lighthouse.attention.kernels.rows import (
     locate,
     num_coarsest,
     on_device_of,
+    rows_of,
 )
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
 
@@ -50,21 +51,23 @@ def _squares(
 
 @triton.jit
 def _score_windows(
-    p_q, stride_qh, stride_qn, stride_qd, p_k, stride_kn, stride_kd, p_sq, p_sk, i_window, num_tokens, num_coarsest,
+    p_q, stride_qh, stride_qn, stride_qd, p_k, stride_kn, stride_kd, p_sq, p_sk, p_windows, i_window,
+    num_tokens, num_coarsest,
     LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """Squared scores of the windows `i_window` of LEVEL; the scores of these and of the windows in them are stored."""
     if LEVEL == 0:
-        m_token = i_window < num_tokens
-        b_sq = _squares(p_q, stride_qh, stride_qn, stride_qd, i_window, m_token, R, D, BLOCK_D)
-        b_sk = _squares(p_k, 0, stride_kn, stride_kd, i_window, m_token, 1, D, BLOCK_D)
+        i_token, m_token = rows_of(p_windows, i_window, num_tokens, num_coarsest, W ** (L - 1), TABLE)
+        b_sq = _squares(p_q, stride_qh, stride_qn, stride_qd, i_token, m_token, R, D, BLOCK_D)
+        b_sk = _squares(p_k, 0, stride_kn, stride_kd, i_token, m_token, 1, D, BLOCK_D)
     else:
         b_sq = tl.zeros(i_window.shape, tl.float32)
         b_sk = tl.zeros(i_window.shape, tl.float32)
         for i_child in tl.range(W, loop_unroll_factor=UNROLL if LEVEL == 1 else 1):
             b_child_sq, b_child_sk = _score_windows(
-                p_q, stride_qh, stride_qn, stride_qd, p_k, stride_kn, stride_kd, p_sq, p_sk,
-                i_window * W + i_child, num_tokens, num_coarsest, LEVEL - 1, L, W, R, D, BLOCK_D,
+                p_q, stride_qh, stride_qn, stride_qd, p_k, stride_kn, stride_kd, p_sq, p_sk, p_windows,
+                i_window * W + i_child, num_tokens, num_coarsest, LEVEL - 1, L, W, R, D, BLOCK_D, TABLE,
             )  # fmt: skip
             b_sq = tl.maximum(b_sq, b_child_sq, propagate_nan=tl.PropagateNan.ALL)
             b_sk = tl.maximum(b_sk, b_child_sk, propagate_nan=tl.PropagateNan.ALL)
@@ -79,9 +82,9 @@ def _score_windows(
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_blocks", "num_scores", "stride_scores"])
 def _score_kernel(
     p_q, stride_qb, stride_qh, stride_qn, stride_qd, p_k, stride_kb, stride_kh, stride_kn, stride_kd, p_scores,
-    num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
+    p_windows, num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
     p_q += i_batch * stride_qb + i_head * R * stride_qh
@@ -89,17 +92,17 @@ def _score_kernel(
     p_sq = p_scores + (i_batch * G + i_head) * num_scores
     p_sk = p_sq + stride_scores
     _score_windows(
-        p_q, stride_qh, stride_qn, stride_qd, p_k, stride_kn, stride_kd, p_sq, p_sk,
-        i_window, num_tokens, num_coarsest, L - 1, L, W, R, D, BLOCK_D,
+        p_q, stride_qh, stride_qn, stride_qd, p_k, stride_kn, stride_kd, p_sq, p_sk, p_windows,
+        i_window, num_tokens, num_coarsest, L - 1, L, W, R, D, BLOCK_D, TABLE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_blocks", "num_scores", "stride_scores"])
 def _score_first_kernel(
     p_q, stride_qb, stride_qh, stride_qn, stride_qd, p_k, stride_kb, stride_kh, stride_kn, stride_kd, p_scores,
-    num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
+    p_windows, num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scores of the windows of level 1 by their first tokens; those of coarser ones are among them."""
     i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
@@ -107,8 +110,7 @@ def _score_first_kernel(
     p_k += i_batch * stride_kb + i_head * stride_kh
     p_sq = p_scores + (i_batch * G + i_head) * num_scores
     p_sk = p_sq + stride_scores
-    i_token = i_window * W
-    m_token = i_token < num_tokens
+    i_token, m_token = rows_of(p_windows, i_window * W, num_tokens, num_coarsest, W ** (L - 1), TABLE)
     b_sq = tl.sqrt_rn(_squares(p_q, stride_qh, stride_qn, stride_qd, i_token, m_token, R, D, BLOCK_D))
     b_sk = tl.sqrt_rn(_squares(p_k, 0, stride_kn, stride_kd, i_token, m_token, 1, D, BLOCK_D))
     for LEVEL in tl.static_range(1, L):
@@ -119,22 +121,28 @@ def _score_first_kernel(
 
 
 def _score(q: Tensor, k: Tensor, sizes: list[int], first: bool) -> Tensor:
-    shape = unpack(sizes)
-    q, k = within_reach(q), within_reach(k)
-    batch, heads, num_tokens, dim = q.shape
-    groups = k.shape[1]
     scores = _empty_scores(q, k, sizes, first)
+    launch_score(q, k, scores, unpack(sizes), first)
+    return scores
+
+
+def launch_score(
+    q: Tensor, k: Tensor, scores: Tensor, shape: PyramidShape, first: bool, windows: Tensor | None = None
+) -> None:
+    """Write the scores `[2, B, G, .]`; `windows` as in `collect`."""
+    q, k = within_reach(q), within_reach(k)
+    batch, heads, _, dim = q.shape
+    groups = k.shape[1]
     block_rows, block_dim = block_of(dim, NUM_WARPS)
     kernel = _score_first_kernel if first else _score_kernel
     num_blocks = ceil_div(shape.entries(1) if first else num_coarsest(shape), block_rows)
     with on_device_of(q):
         kernel[(batch * num_blocks * groups,)](
-            q, *q.stride(), k, *k.stride(), scores,
-            num_tokens, num_coarsest(shape), num_blocks, scores.shape[-1], scores.stride(0),
-            groups, heads // groups, shape.num_levels, shape.pooling_factor, dim, block_rows, block_dim,
-            num_warps=NUM_WARPS,
+            q, *q.stride(), k, *k.stride(), scores, windows,
+            shape.num_tokens, num_coarsest(shape), num_blocks, scores.shape[-1], scores.stride(0),
+            groups, heads // groups, shape.num_levels, shape.pooling_factor, dim,
+            windows is not None, block_rows, block_dim, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return scores
 
 
 def _empty_scores(q: Tensor, k: Tensor, sizes: list[int], first: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.hashing import mix
 from lightning_lighthouse.attention.kernels.ops import Operator, pack, unpack
-from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest, num_slots, on_device_of
+from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest, on_device_of
 from lightning_lighthouse.attention.kernels.select_causal import select_causal_fwd
 from lightning_lighthouse.attention.kernels.tiles import (
     ABOVE_ALL,
@@ -35,7 +35,9 @@ from lightning_lighthouse.attention.kernels.tiles import (
     place,
     store_winners,
     threshold,
+    tile_of,
     to_keys,
+    winners_of,
 )
 from lightning_lighthouse.attention.pyramid import PyramidShape
 
@@ -73,10 +75,10 @@ def _random_keys(state, i_head, b_entry, LEVEL: tl.constexpr):
 @triton.jit(do_not_specialize=["num_coarsest", "num_slots", "num_scores", "stride_scores", "tile_entries", "winners",
                                "num_tiles", "tile_gathered", "groups", "first_head", "state", "C"])  # fmt: skip
 def _select_kernel(
-    p_scores, p_index, p_slots, p_scratch,
+    p_scores, p_index, p_slots, p_scratch, p_tiles,
     num_coarsest, num_slots, num_scores, stride_scores, num_tiles, tile_entries, winners, tile_gathered, groups,
     first_head, state, C, RULE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, COVER: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, TABLE: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0) % num_tiles
     i_head = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -90,35 +92,40 @@ def _select_kernel(
     p_parents = p_upto + C * (L - 1)
     p_entries = p_parents + C * (L - 1)
 
-    clear_slots(p_slots, i_tile, num_tiles, tile_entries, L, W, CHUNK)
+    first, real, rank, base = tile_of(p_tiles, i_tile, num_tiles, tile_entries, tile_gathered, TABLE)
+    if not TABLE:
+        clear_slots(p_slots, i_tile, num_tiles, tile_entries, L, W, CHUNK)
 
-    num_candidates = tile_entries
+    num_candidates = real if IN_PART else tile_entries
+    whole_candidates = tile_entries
     for LEVEL in tl.static_range(L - 1, 0, -1):
-        count = tl.minimum(winners, num_candidates)
+        count = winners_of(winners, num_candidates, whole_candidates, real, tile_entries, IN_PART)
+        # of the document
+        first_entry = (first - rank * tile_entries) * W ** (L - 1 - LEVEL) if TABLE else 0
         if RULE == "strided":
             for i_chunk in range(0, num_candidates, CHUNK):
                 i_candidate = i_chunk + tl.arange(0, CHUNK)
                 mask = i_candidate < num_candidates
                 b_upto = evenly(i_candidate + 1, count, num_candidates)
                 b_won = mask & (b_upto > evenly(i_candidate, count, num_candidates))
-                b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL, L, W, C)
+                b_entry = entry_of(p_entries, i_candidate, mask, first, LEVEL, L, W, C)
                 store_winners(p_upto, p_parents, p_entries, i_candidate, b_entry, b_won, b_upto, mask, LEVEL, C)
         else:
             o_level = level_start(num_coarsest, LEVEL, L, W)
             for i_chunk in range(0, num_candidates, CHUNK):
                 i_candidate = i_chunk + tl.arange(0, CHUNK)
                 mask = i_candidate < num_candidates
-                b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL, L, W, C)
+                b_entry = entry_of(p_entries, i_candidate, mask, first, LEVEL, L, W, C)
                 if RULE == "random":
-                    b_qkey = _random_keys(state, first_head + i_head % groups, b_entry, LEVEL)
+                    b_qkey = _random_keys(state, first_head + i_head % groups, b_entry - first_entry, LEVEL)
                     if COVER:
-                        b_qkey = tl.where(b_entry == 0, COVERED, b_qkey)
+                        b_qkey = tl.where(b_entry == first_entry, COVERED, b_qkey)
                     b_kkey = b_qkey
                 else:
                     b_sq = tl.load(p_sq + o_level + b_entry, mask=mask, other=0.0)
                     b_sk = tl.load(p_sk + o_level + b_entry, mask=mask, other=0.0)
                     if COVER:
-                        b_sq = tl.where(b_entry == 0, float("inf"), b_sq)
+                        b_sq = tl.where(b_entry == first_entry, float("inf"), b_sq)
                     b_qkey = to_keys(b_sq)
                     b_kkey = to_keys(b_sk)
                 tl.store(p_qkeys + i_candidate, b_qkey, mask=mask)
@@ -147,14 +154,15 @@ def _select_kernel(
                 b_won = mask & (b_by_k | (b_key == WON))
                 b_upto = won_before + tl.cumsum(b_won.to(tl.int32), 0)
                 won_before = tl.max(b_upto)
-                b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL, L, W, C)
+                b_entry = entry_of(p_entries, i_candidate, mask, first, LEVEL, L, W, C)
                 store_winners(p_upto, p_parents, p_entries, i_candidate, b_entry, b_won, b_upto, mask, LEVEL, C)
         tl.debug_barrier()
         num_candidates = count * W
+        whole_candidates = tl.minimum(winners, whole_candidates) * W
 
     place(
-        p_index, p_slots, p_upto, p_parents, p_entries, i_tile, num_coarsest, tile_entries, winners, tile_gathered, C,
-        L, W, CHUNK,
+        p_index, p_slots, p_upto, p_parents, p_entries, first, real, base, num_coarsest, tile_entries, winners, C,
+        L, W, CHUNK, IN_PART, TABLE,
     )  # fmt: skip
 
 
@@ -163,24 +171,48 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     shape = unpack(sizes)
     index, slots = empty_selection(scores, shape)
+    launch_select(
+        scores, index, slots, shape, num_coarsest(shape), shape.num_tiles, rule, cover_prefix, seed, step, first_head
+    )
+    return index, slots
+
+
+def launch_select(
+    scores: Tensor,
+    index: Tensor,
+    slots: Tensor,
+    shape: PyramidShape,
+    num_windows: int,
+    num_tiles: int,
+    rule: str,
+    cover_prefix: bool,
+    seed: int,
+    step: Tensor | None,
+    first_head: int,
+    tiles: Tensor | None = None,
+) -> None:
+    """Write index and slots of `num_tiles` tiles over `num_windows` windows.
+
+    `tiles` `[4, num_tiles]` int32 says where they lie: `tile_of`. With it there is no index, and slots are -1 before.
+    """
     candidates = most_candidates(shape)
     groups = scores.shape[2]
-    programs = scores.shape[1] * groups * shape.num_tiles
+    programs = scores.shape[1] * groups * num_tiles
     # two rows of keys, and three rows a level with winners
     scratch = torch.empty(programs, 3 * shape.num_levels - 1, candidates, dtype=torch.int32, device=scores.device)
     state = mix(mix(0, seed), 0 if step is None else int(step))
     chunk, num_warps = chunk_of(candidates)
     with on_device_of(scores):
         _select_kernel[(programs,)](
-            scores, index, slots, scratch,
-            num_coarsest(shape), num_slots(shape), scores.shape[-1], scores.stride(0),
-            shape.num_tiles, shape.tile_entries, shape.winners[1], shape.tile_gathered, groups, first_head,
+            scores, index, slots, scratch, tiles,
+            num_windows, slots.shape[-1], scores.shape[-1], scores.stride(0),
+            num_tiles, shape.tile_entries, shape.winners[1], shape.tile_gathered, groups, first_head,
             # the same bits with a sign, so that the type does not depend on the value
             state - 2**32 if state >= 2**31 else state,
-            candidates, rule, shape.num_levels, shape.pooling_factor, cover_prefix, chunk,
+            candidates, rule, shape.num_levels, shape.pooling_factor, cover_prefix, chunk, tiles is not None,
+            tiles is not None and rule != "strided",
             num_warps=num_warps,
         )  # fmt: skip
-    return index, slots
 
 
 def _empty(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lighthouse.attention.kernels.ops import Operator, unpack
-from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest, num_slots, on_device_of
+from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest, on_device_of
 from lightning_lighthouse.attention.kernels.tiles import (
     ABOVE_ALL,
     WON,
@@ -27,12 +27,15 @@ from lightning_lighthouse.attention.kernels.tiles import (
     empty_selection,
     entry_of,
     evenly,
+    is_real,
     most_candidates,
     place,
     store_winners,
     threshold,
+    tile_of,
     to_keys,
 )
+from lightning_lighthouse.attention.pyramid import PyramidShape
 
 
 @triton.jit
@@ -61,20 +64,21 @@ def _reach(b_key, b_rest, pivot, count, b_left, seen):
 
 
 @triton.jit
-def _reach_q(b_key, i_candidate, mask, pivot, count, num_candidates, i_tile, seen):
+def _reach_q(b_key, i_candidate, mask, pivot, count, num_candidates, rank, seen):
     """Which candidates of a chunk win by their s_q; in the first tile every second of those that are evenly spaced."""
     b_won, seen = _reach(b_key, mask, pivot, (count + 1) // 2, num_candidates - i_candidate, seen)
     b_place = evenly(i_candidate, count, num_candidates)
     b_even = mask & (evenly(i_candidate + 1, count, num_candidates) > b_place)
-    return tl.where(i_tile > 0, b_won, b_even & (b_place % 2 == 0)), seen
+    return tl.where(rank > 0, b_won, b_even & (b_place % 2 == 0)), seen
 
 
 @triton.jit(do_not_specialize=["num_coarsest", "num_slots", "num_scores", "stride_scores", "tile_entries", "winners",
                                "num_candidates", "num_tiles", "tile_gathered", "C"])  # fmt: skip
 def _causal_kernel(
-    p_scores, p_index, p_slots, p_scratch, p_pivots,
+    p_scores, p_index, p_slots, p_scratch, p_pivots, p_tiles,
     num_coarsest, num_slots, num_scores, stride_scores, num_tiles, tile_entries, winners, num_candidates,
     tile_gathered, C, LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """The winners of LEVEL among its `num_candidates`, and the keys of their children. LEVEL L: the keys alone."""
     i_program = tl.program_id(0).to(tl.int64)
@@ -93,8 +97,10 @@ def _causal_kernel(
     p_kkeys = p_qkeys + C * (L - 1)
     p_rest = p_kkeys + C * (L - 1)
 
+    first, real, rank, base = tile_of(p_tiles, i_tile, num_tiles, tile_entries, tile_gathered, TABLE)
     if LEVEL == L:
-        clear_slots(p_slots, i_tile, num_tiles, tile_entries, L, W, CHUNK)
+        if not TABLE:
+            clear_slots(p_slots, i_tile, num_tiles, tile_entries, L, W, CHUNK)
         num_children = tile_entries
     else:
         count = tl.minimum(winners, num_candidates)
@@ -102,8 +108,8 @@ def _causal_kernel(
         p_kkeys += C * (LEVEL - 1)
         p_pivot = p_pivots + i_program * (L - 1) + (LEVEL - 1)
         # the first tiles read their own numbers, and use none of them
-        before = tl.minimum(i_tile, 1).to(tl.int64)
-        pivot_before = tl.load(p_pivot - tl.minimum(i_tile, 2) * (L - 1))
+        before = tl.minimum(rank, 1).to(tl.int64)
+        pivot_before = tl.load(p_pivot - tl.minimum(rank, 2) * (L - 1))
         pivot_q = tl.load(p_pivot - before * (L - 1))
 
         seen = 0
@@ -112,7 +118,7 @@ def _causal_kernel(
             mask = i_candidate < num_candidates
             b_qkey = tl.load(p_qkeys - before * stride_tile + i_candidate, mask=mask, other=WON)
             b_kkey = tl.load(p_kkeys - before * stride_tile + i_candidate, mask=mask, other=WON)
-            b_by_q, seen = _reach_q(b_qkey, i_candidate, mask, pivot_before, count, num_candidates, i_tile - 1, seen)
+            b_by_q, seen = _reach_q(b_qkey, i_candidate, mask, pivot_before, count, num_candidates, rank - 1, seen)
             tl.store(p_rest + i_candidate, tl.where(b_by_q, WON, b_kkey), mask=mask)
         tl.debug_barrier()
         pivot_k = _highest(p_rest, count // 2, num_candidates, CHUNK)
@@ -126,7 +132,7 @@ def _causal_kernel(
             mask = i_candidate < num_candidates
             b_qkey = tl.load(p_qkeys + i_candidate, mask=mask, other=WON)
             b_kkey = tl.load(p_kkeys + i_candidate, mask=mask, other=WON)
-            b_by_q, seen_q = _reach_q(b_qkey, i_candidate, mask, pivot_q, count, num_candidates, i_tile, seen_q)
+            b_by_q, seen_q = _reach_q(b_qkey, i_candidate, mask, pivot_q, count, num_candidates, rank, seen_q)
             b_rest = mask & (b_by_q == 0)
             b_by_q_upto = won_by_q + tl.cumsum(b_by_q.to(tl.int32), 0)
             won_by_q = tl.max(b_by_q_upto)
@@ -135,10 +141,10 @@ def _causal_kernel(
             b_by_k, seen_k = _reach(b_kkey, b_rest, pivot_k, count // 2, b_left, seen_k)
             b_place = evenly(i_candidate + 1, count, num_candidates)
             b_even = mask & (b_place > evenly(i_candidate, count, num_candidates))
-            b_won = tl.where(i_tile > 0, b_by_q | b_by_k, b_even)
+            b_won = tl.where(rank > 0, b_by_q | b_by_k, b_even)
             b_upto = won_before + tl.cumsum(b_won.to(tl.int32), 0)
             won_before = tl.max(b_upto)
-            b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL, L, W, C)
+            b_entry = entry_of(p_entries, i_candidate, mask, first, LEVEL, L, W, C)
             store_winners(p_upto, p_parents, p_entries, i_candidate, b_entry, b_won, b_upto, mask, LEVEL, C)
         tl.debug_barrier()
         p_qkeys -= C * (LEVEL - 1)
@@ -147,8 +153,8 @@ def _causal_kernel(
 
     if LEVEL == 1:
         place(
-            p_index, p_slots, p_upto, p_parents, p_entries, i_tile, num_coarsest, tile_entries, winners,
-            tile_gathered, C, L, W, CHUNK,
+            p_index, p_slots, p_upto, p_parents, p_entries, first, real, base, num_coarsest, tile_entries, winners,
+            C, L, W, CHUNK, False, TABLE,
         )  # fmt: skip
     else:
         p_qkeys += C * (LEVEL - 2)
@@ -157,9 +163,10 @@ def _causal_kernel(
         for i_chunk in range(0, num_children, CHUNK):
             i_candidate = i_chunk + tl.arange(0, CHUNK)
             mask = i_candidate < num_children
-            b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL - 1, L, W, C)
-            b_sq = tl.load(p_sq + o_level + b_entry, mask=mask, other=0.0)
-            b_sk = tl.load(p_sk + o_level + b_entry, mask=mask, other=0.0)
+            b_entry = entry_of(p_entries, i_candidate, mask, first, LEVEL - 1, L, W, C)
+            m_real = is_real(b_entry, first, real, LEVEL - 1, L, W, mask, TABLE)
+            b_sq = tl.load(p_sq + o_level + b_entry, mask=m_real, other=0.0)
+            b_sk = tl.load(p_sk + o_level + b_entry, mask=m_real, other=0.0)
             tl.store(p_qkeys + i_candidate, to_keys(b_sq), mask=mask)
             tl.store(p_kkeys + i_candidate, to_keys(b_sk), mask=mask)
         tl.debug_barrier()
@@ -169,24 +176,40 @@ def _causal_kernel(
 
 def _select_causal(scores: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     shape = unpack(sizes)
-    levels = shape.num_levels
     index, slots = empty_selection(scores, shape)
+    launch_select_causal(scores, index, slots, shape, num_coarsest(shape), shape.num_tiles)
+    return index, slots
+
+
+def launch_select_causal(
+    scores: Tensor,
+    index: Tensor,
+    slots: Tensor,
+    shape: PyramidShape,
+    num_windows: int,
+    num_tiles: int,
+    tiles: Tensor | None = None,
+) -> None:
+    """Write index and slots of `num_tiles` tiles over `num_windows` windows.
+
+    `tiles` `[4, num_tiles]` int32 says where they lie: `tile_of`. With it there is no index, and slots are -1 before.
+    """
+    levels = shape.num_levels
     candidates = most_candidates(shape)
-    programs = scores.shape[1] * scores.shape[2] * shape.num_tiles
+    programs = scores.shape[1] * scores.shape[2] * num_tiles
     scratch = torch.empty(programs, 5 * (levels - 1) + 1, candidates, dtype=torch.int32, device=scores.device)
     pivots = torch.empty(programs, levels - 1, dtype=torch.int32, device=scores.device)
     chunk, num_warps = chunk_of(candidates)
     with on_device_of(scores):
         for level in range(levels, 0, -1):
             _causal_kernel[(programs,)](
-                scores, index, slots, scratch, pivots,
-                num_coarsest(shape), num_slots(shape), scores.shape[-1], scores.stride(0),
-                shape.num_tiles, shape.tile_entries, shape.winners[1],
+                scores, index, slots, scratch, pivots, tiles,
+                num_windows, slots.shape[-1], scores.shape[-1], scores.stride(0),
+                num_tiles, shape.tile_entries, shape.winners[1],
                 shape.candidates(level) if level < levels else 0, shape.tile_gathered, candidates,
-                level, levels, shape.pooling_factor, chunk,
+                level, levels, shape.pooling_factor, chunk, tiles is not None,
                 num_warps=num_warps,
             )  # fmt: skip
-    return index, slots
 
 
 def _empty(scores: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:

@@ -87,11 +87,48 @@ def threshold(p_keys, count, num_candidates, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL: tl.constexpr, L: tl.constexpr,
-              W: tl.constexpr, C):  # fmt: skip
+def tile_of(p_tiles, i_tile, num_tiles, tile_entries, tile_gathered, TABLE: tl.constexpr):
+    """The first window of a tile, how many windows it has, its rank in its document, and its first slot.
+
+    TABLE: `p_tiles` holds these numbers of all tiles, one kind behind the other. Candidates from beyond the windows
+    that a tile has are padding, though they may be of another document: their scores are 0 and they get no slot.
+    """
+    if TABLE:
+        first = tl.load(p_tiles + i_tile)
+        real = tl.load(p_tiles + num_tiles + i_tile)
+        rank = tl.load(p_tiles + 2 * num_tiles + i_tile)
+        base = tl.load(p_tiles + 3 * num_tiles + i_tile)
+    else:
+        first = i_tile * tile_entries
+        real = tile_entries
+        rank = i_tile
+        base = i_tile * tile_gathered
+    return first, real, rank, base
+
+
+@triton.jit
+def is_real(b_entry, first, real, LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, mask, TABLE: tl.constexpr):
+    """Which entries of LEVEL are no padding."""
+    if TABLE:
+        mask = mask & (b_entry < (first + real) * W ** (L - 1 - LEVEL))
+    return mask
+
+
+@triton.jit
+def winners_of(winners, num_candidates, whole_candidates, real, tile_entries, IN_PART: tl.constexpr):
+    """How many of the candidates of a tile win. IN_PART: as a whole tile has winners, in proportion to its windows."""
+    if IN_PART:
+        count = tl.cdiv(real * tl.minimum(winners, whole_candidates), tile_entries)
+    else:
+        count = tl.minimum(winners, num_candidates)
+    return count
+
+
+@triton.jit
+def entry_of(p_entries, i_candidate, mask, first, LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, C):
     """Entries of the candidates of LEVEL: all of the tile at the coarsest, the children of winners below."""
     if LEVEL == L - 1:
-        b_entry = i_tile * tile_entries + i_candidate
+        b_entry = first + i_candidate
     else:
         b_parent = tl.load(p_entries + LEVEL * C + i_candidate // W, mask=mask, other=0)
         b_entry = b_parent * W + i_candidate % W
@@ -126,18 +163,22 @@ def evenly(rank, count, num_candidates):
 
 @triton.jit
 def place(
-    p_index, p_slots, p_upto, p_parents, p_entries, i_tile, num_coarsest, tile_entries, winners, tile_gathered, C,
-    L: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr,
+    p_index, p_slots, p_upto, p_parents, p_entries, first, real, base, num_coarsest, tile_entries, winners, C,
+    L: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, IN_PART: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Write the index of the tile and its slots: what stands before a candidate on its own level, above and below."""
-    num_candidates = tile_entries
+    """Write the index of the tile and its slots: what stands before a candidate on its own level, above and below.
+
+    TABLE: the slots alone; padding stands behind all that is real, and moves nothing.
+    """
+    num_candidates = real if IN_PART else tile_entries
+    whole_candidates = tile_entries
     for LEVEL in tl.static_range(L - 1, -1, -1):
         o_level = 0 if LEVEL == 0 else level_entries(num_coarsest, 0, L, W) + level_start(num_coarsest, LEVEL, L, W)
         o_slots = 0 if LEVEL == 0 else level_entries(num_coarsest, 1, L, W) + level_start(num_coarsest, LEVEL, L, W)
         for i_chunk in range(0, num_candidates, CHUNK):
             i_candidate = i_chunk + tl.arange(0, CHUNK)
             mask = i_candidate < num_candidates
-            b_entry = entry_of(p_entries, i_candidate, mask, i_tile, tile_entries, LEVEL, L, W, C)
+            b_entry = entry_of(p_entries, i_candidate, mask, first, LEVEL, L, W, C)
             b_position = i_candidate
             b_parent = i_candidate
             for above in tl.static_range(LEVEL, L - 1):
@@ -148,13 +189,16 @@ def place(
                 p_row = p_upto + (LEVEL - 1 - below) * C
                 b_upto = W * tl.load(p_row + b_upto - 1, mask=mask & (b_upto > 0), other=0)
                 b_position += b_upto
-            tl.store(p_index + b_position, o_level + b_entry, mask=mask)
-            b_slot = i_tile * tile_gathered + b_position
+            if not TABLE:
+                tl.store(p_index + b_position, o_level + b_entry, mask=mask)
+            mask = is_real(b_entry, first, real, LEVEL, L, W, mask, TABLE)
+            b_slot = base + b_position
             if LEVEL == 0:
                 tl.store(p_slots + b_entry // W, b_slot, mask=mask & (i_candidate % W == 0))
             else:
                 tl.store(p_slots + o_slots + b_entry, b_slot, mask=mask)
-        num_candidates = tl.minimum(winners, num_candidates) * W
+        num_candidates = winners_of(winners, num_candidates, whole_candidates, real, tile_entries, IN_PART) * W
+        whole_candidates = tl.minimum(winners, whole_candidates) * W
 
 
 def empty_selection(scores: Tensor, shape: PyramidShape) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,112 @@
+"""The kernels with tables of documents against the reference, which goes through documents one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed import CASES, documents_of, packed_case, run
+from selecting import small_tiles
+from twins import DEVICE
+
+from lightning_lighthouse import Documents, LighthouseConfig
+from lightning_lighthouse.attention import documents_lighthouse
+from lightning_lighthouse.attention.document_tables import Packing
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::lightning_lighthouse.LighthouseWarning"),
+]
+SELECTIONS = ["causal", "strided", "published", "random"]
+
+
+@pytest.fixture(autouse=True)
+def lighthouse_however_short(monkeypatch):
+    monkeypatch.setattr(documents_lighthouse, "_is_crowded", lambda *_: False)
+
+
+def drawn(batch, heads, groups, tokens, dim, seed):
+    """fp32, with norms that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(tokens, 1, generator=generator).exp() ** 2
+    return [
+        (torch.randn(batch, count, tokens, dim, generator=generator) * scale).to(DEVICE)
+        for count in (heads, groups, groups)
+    ]
+
+
+def with_gradients(qkv, config, documents, **more):
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    out = run(leaves, config, documents, **more)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad((out * weights).sum(), leaves)
+
+
+def assert_as_the_reference(
+    batch, heads, groups, tokens, levels, p, top_k, winners, lengths, selection, seed=0, **more
+):
+    documents = Documents(lengths)
+    settings = {"selection": selection, "max_documents": 1 + documents.num_documents // batch, **more}
+    qkv = drawn(batch, heads, groups, tokens, 4, seed)
+    with small_tiles(winners):
+        found, expected = (
+            with_gradients(qkv, LighthouseConfig(levels, p, top_k, backend=backend, **settings), documents)
+            for backend in ("triton", "reference")
+        )
+        assert LighthouseConfig(levels, p, top_k, **settings).pyramid(tokens).compresses
+    for name, x, y in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# lengths: not a multiple of a window, one token, exact windows, exact tiles; one document of everything
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_all_documents_at_once_are_each_by_itself(selection):
+    more = {"combine": "mean"} if selection in ("strided", "random") else {}
+    lengths = [[21, 1, 8, 3, 30], [63]]
+    assert_as_the_reference(2, 2, 1, 63, 3, 2, 6, 2, lengths, selection, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_many_lengths(case, selection):
+    *sizes, mean = case
+    sizes[3] = min(sizes[3], 160)
+    documents = documents_of(sizes[0], sizes[3], mean, seed=5)
+    assert_as_the_reference(*sizes, documents.lengths, selection, seed=3)
+
+
+def test_no_document_reads_another_one():
+    with packed_case((1, 1, 1, 60, 3, 2, 6, 2, 20)) as (qkv, config, _):
+        settings = {"backend": "triton", "max_documents": 3}
+        config = LighthouseConfig(config.num_levels, config.pooling_factor, config.top_k, **settings)
+        documents = Documents([[18, 29, 13]])
+        qkv = [x.float().to(DEVICE) for x in qkv]
+        found = with_gradients(qkv, config, documents)
+        for x in qkv:
+            x[:, :, :18] = x[:, :, 47:] = torch.nan
+        leaves = [x.requires_grad_() for x in qkv]
+        out = run(leaves, config, documents)
+        assert torch.equal(out[:, :, 18:47], found[0][:, :, 18:47])
+        for x in torch.autograd.grad(out[:, :, 18:47].sum(), leaves):
+            assert x[:, :, 18:47].isfinite().all()
+
+
+def test_operators_are_well_formed():
+    from lightning_lighthouse.attention import kernels  # noqa: F401
+
+    with small_tiles(2):
+        packing = Packing.of(LighthouseConfig(2, 2, 4).pyramid(30), 1, 4, "causal")
+    documents = Documents([[7, 23]])
+    q, k, _ = drawn(1, 2, 1, 30, 2, 0)
+    operators = torch.ops.lightning_lighthouse
+    arguments = (q, k, documents.host, *packing, True, 0, None, 0)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.select_documents.default, arguments, test_utils=utils)
+    slots = operators.select_documents(*arguments)
+    x = k.requires_grad_()
+    rest = (slots, documents.host, *packing)
+    torch.library.opcheck(
+        operators.gather_documents.default, (x, *rest), test_utils=(*utils, "test_autograd_registration")
+    )
+    xs = operators.gather_documents(x, *rest)
+    torch.library.opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
