@@ -101,11 +101,16 @@ def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_zeros((2,), dtype=torch.uint64), q.new_empty((0,))
 
 
+def _in_eights(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """`[1, n, H, D]` with zeros up to a multiple of 8 channels, which flash asks for."""
+    return tuple((x if x.shape[-1] % 8 == 0 else F.pad(x, (0, -x.shape[-1] % 8))).unsqueeze(0) for x in tensors)
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     o, lse, *_ = aten._flash_attention_forward(
-        *(x.unsqueeze(0) for x in (q, k, v)), None, None, len(q), len(q), 0.0, True, False, scale=scale
+        *_in_eights((q, k, v)), None, None, len(q), len(q), 0.0, True, False, scale=scale
     )
-    return o[0], lse[0]
+    return o[0, ..., : q.shape[-1]], lse[0]
 
 
 def _flash_backward(
@@ -113,10 +118,10 @@ def _flash_backward(
 ) -> tuple[Tensor, ...]:
     state, unused = _no_dropout(q)
     gradients = aten._flash_attention_backward(
-        *(x.unsqueeze(0) for x in (do, q, k, v, o)), lse.contiguous().unsqueeze(0), None, None, len(q), len(q),
+        *_in_eights((do, q, k, v, o)), lse.contiguous().unsqueeze(0), None, None, len(q), len(q),
         0.0, True, state, unused, scale=scale,
     )  # fmt: skip
-    return tuple(x[0] for x in gradients)
+    return tuple(x[0, ..., : q.shape[-1]] for x in gradients)
 
 
 def _rounded(rows: int) -> int:
@@ -127,7 +132,7 @@ def _rounded(rows: int) -> int:
 
 def _padded(tensors: Iterable[Tensor], rows: int) -> tuple[Tensor, ...]:
     """Zeros behind the last row: no row before sees them, and they have no gradient."""
-    return _as_batch(F.pad(x, (0, 0, 0, 0, 0, rows - len(x))) for x in tensors)
+    return _as_batch(x if len(x) == rows else F.pad(x, (0, 0, 0, 0, 0, rows - len(x))) for x in tensors)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,8 @@ def _attend_documents_backward(
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(dout, q, k, v, out, lse, host, scale, backend, numbers, rule)
-    rows = _flat(dout), _flat(q), _flat(k), _flat(v), _flat(out)
+    # in the order of the output: cuDNN's plan for other sizes of q, k and v holds that of the gradient too
+    rows = _flat(dout).contiguous(), _flat(q), _flat(k), _flat(v), _flat(out)
     plan = _plan(q, k, host, backend, numbers, rule)
     for part in plan.parts:
         here = slice(part.first, part.end)
@@ -137,8 +138,9 @@ def _empty_gradients(
 
 
 def _flat(x_BHND: Tensor) -> Tensor:
-    """`[T, H, D]`: a view, or a copy where the memory is ordered otherwise."""
-    return x_BHND.transpose(1, 2).flatten(0, 1)
+    """`[T, H, D]`, channels contiguous: a view, or a copy where the memory is ordered otherwise."""
+    x_THD = x_BHND.transpose(1, 2).flatten(0, 1)
+    return x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

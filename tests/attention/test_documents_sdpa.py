@@ -86,6 +86,15 @@ def test_rows_behind_the_last_document_get_zeros(poison):
         assert x.isfinite().all()
 
 
+def test_gradients_that_are_expanded():
+    documents = Documents([[5, 7]])
+    q, k, v = draw(1, 2, 1, 12)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad(documents_sdpa(*leaves, documents).sum(), leaves)
+    expected = torch.autograd.grad(one_by_one(*leaves, documents).sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_operator_is_well_formed():
     q, k, v = (x.requires_grad_() for x in draw(2, 2, 1, 9))
     operator = torch.ops.lightning_lighthouse.attend_documents.default

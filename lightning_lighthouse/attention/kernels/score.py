@@ -58,7 +58,10 @@ def _score_windows(
 ):  # fmt: skip
     """Squared scores of the windows `i_window` of LEVEL; the scores of these and of the windows in them are stored."""
     if LEVEL == 0:
-        i_token, m_token = rows_of(p_windows, i_window, num_tokens, num_coarsest, W ** (L - 1), TABLE)
+        i_token = i_window
+        m_token = i_window < num_tokens
+        if TABLE:
+            i_token, m_token = rows_of(p_windows, i_token, num_tokens, num_coarsest, W ** (L - 1), TABLE)
         b_sq = _squares(p_q, stride_qh, stride_qn, stride_qd, i_token, m_token, R, D, BLOCK_D)
         b_sk = _squares(p_k, 0, stride_kn, stride_kd, i_token, m_token, 1, D, BLOCK_D)
     else:
@@ -110,7 +113,10 @@ def _score_first_kernel(
     p_k += i_batch * stride_kb + i_head * stride_kh
     p_sq = p_scores + (i_batch * G + i_head) * num_scores
     p_sk = p_sq + stride_scores
-    i_token, m_token = rows_of(p_windows, i_window * W, num_tokens, num_coarsest, W ** (L - 1), TABLE)
+    i_token = i_window * W
+    m_token = i_token < num_tokens
+    if TABLE:
+        i_token, m_token = rows_of(p_windows, i_token, num_tokens, num_coarsest, W ** (L - 1), TABLE)
     b_sq = tl.sqrt_rn(_squares(p_q, stride_qh, stride_qn, stride_qd, i_token, m_token, R, D, BLOCK_D))
     b_sk = tl.sqrt_rn(_squares(p_k, 0, stride_kn, stride_kd, i_token, m_token, 1, D, BLOCK_D))
     for LEVEL in tl.static_range(1, L):

@@ -11,6 +11,7 @@ from twins import DEVICE
 from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.attention import documents_lighthouse
 from lightning_lighthouse.attention.document_tables import Packing
+from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -89,6 +90,45 @@ def test_no_document_reads_another_one():
         assert torch.equal(out[:, :, 18:47], found[0][:, :, 18:47])
         for x in torch.autograd.grad(out[:, :, 18:47].sum(), leaves):
             assert x[:, :, 18:47].isfinite().all()
+
+
+# the interpreter takes its time
+@pytest.mark.slow
+def test_one_frame_serves_all_documents():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    with small_tiles(2):
+        config = LighthouseConfig(2, 2, 4, backend="triton", max_documents=3)
+        qkv = drawn(2, 2, 1, 40, 2, 0)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=False)
+        for lengths in ([[11, 29], [40]], [[1, 12, 27], [13, 14, 13]], [[40], [40]]):
+            documents = Documents(lengths)
+            leaves = [x.detach().requires_grad_() for x in qkv]
+            out = compiled(leaves, config, documents)
+            torch.testing.assert_close(out, run(qkv, config, documents))
+            found = torch.autograd.grad(out.sum(), leaves)
+            expected = torch.autograd.grad(run(leaves, config, documents).sum(), leaves)
+            torch.testing.assert_close(found, expected)
+            assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_compiled_frames_heed_what_was_settled(monkeypatch):
+    """More documents than there is memory for are dense there too, or an error: never a wrong number."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    with small_tiles(2):
+        config = LighthouseConfig(2, 2, 4, backend="triton", max_documents=1)
+        qkv = drawn(1, 1, 1, 40, 2, 0)
+        compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=False)
+        documents = Documents([[11, 29]])
+        with pytest.raises(RuntimeError, match=r"exceed max_documents x batch = 1 in compiled code; call settle_"):
+            compiled(qkv, config, documents)
+        assert documents_lighthouse.settle_documents(documents, config)
+        torch.testing.assert_close(compiled(qkv, config, documents), documents_sdpa(*qkv, documents))
+    torch._dynamo.reset()
 
 
 def test_operators_are_well_formed():
