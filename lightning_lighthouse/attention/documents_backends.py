@@ -1,6 +1,7 @@
 """The kernels behind `documents_sdpa`, each with its own backward, for operators run below autograd.
 
-All take and return `[n, H, D]`: the rows of one document, or of a run of them.
+All take and return `[n, H, D]`: the rows of one document, or of a run of them. "efficient" and "math" want as many
+heads of k and v as of q.
 """
 
 # H query heads, G key/value heads, D head dim, n rows
@@ -28,7 +29,6 @@ class Part(NamedTuple):
         end: The row behind the last one.
         forward: Of `[n, H, D]` q, k and v: o `[n, H, D]` and the logsumexp `[H, n]`.
         backward: Of the gradient, q, k, v, o and the logsumexp: the gradients of q, k and v.
-        repeats: Whether k and v must be repeated for the query heads.
         cu: `[documents + 1]` int32 on the device: where the documents of a run begin.
         longest: Rows of the longest of them.
     """
@@ -37,7 +37,6 @@ class Part(NamedTuple):
     end: int
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, ...]]
-    repeats: bool = False
     cu: Tensor | None = None
     longest: int = 0
 
@@ -49,15 +48,6 @@ def _as_batch(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 def _as_rows(x_1HnD: Tensor, rows: int) -> Tensor:
     return x_1HnD[0, :, :rows].transpose(0, 1)
-
-
-def _grouped(x_nHD: Tensor, groups: int) -> Tensor:
-    """Gradients of repeated heads, summed for each group."""
-    return x_nHD.unflatten(1, (groups, -1)).sum(2)
-
-
-def _repeated(x_nGD: Tensor, q_nHD: Tensor) -> Tensor:
-    return x_nGD.repeat_interleave(q_nHD.shape[1] // x_nGD.shape[1], 1)
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
@@ -155,7 +145,6 @@ def _cudnn_backward(
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
-    k, v = _repeated(k, q), _repeated(v, q)
     o, lse, *_ = aten._scaled_dot_product_efficient_attention(*_as_batch((q, k, v)), None, True, 0.0, True, scale=scale)
     return _as_rows(o, len(q)), lse[0, :, : len(q)]
 
@@ -164,14 +153,13 @@ def _efficient_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, ...]:
     state = q.new_zeros((), dtype=torch.int64)
-    inputs = _as_batch((do, q, _repeated(k, q), _repeated(v, q)))
+    inputs = _as_batch((do, q, k, v))
     # infinite where there is no row, as the forward has it
     lse_1Hn = F.pad(lse, (0, -len(q) % EFFICIENT_ROWS), value=torch.inf).unsqueeze(0)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         *inputs, None, *_as_batch((o,)), lse_1Hn, state, state, 0.0, [True, True, True, False], True, scale=scale
     )
-    dq, dk, dv = (_as_rows(x, len(q)) for x in (dq, dk, dv))
-    return dq, _grouped(dk, k.shape[1]), _grouped(dv, k.shape[1])
+    return tuple(_as_rows(x, len(q)) for x in (dq, dk, dv))
 
 
 def _math_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -182,24 +170,22 @@ def _math_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = _math_logits(q.to(dtype), _repeated(k, q).to(dtype), scale)
+    logits = _math_logits(q.to(dtype), k.to(dtype), scale)
     lse = logits.logsumexp(-1)
     p = (logits - lse.unsqueeze(-1)).exp()
-    return torch.einsum("hqk,khd->qhd", p, _repeated(v, q).to(dtype)), lse
+    return torch.einsum("hqk,khd->qhd", p, v.to(dtype)), lse
 
 
 def _math_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = k.shape[1]
-    do, q, k, v, o = (x.to(dtype) for x in (do, q, _repeated(k, q), _repeated(v, q), o))
+    do, q, k, v, o = (x.to(dtype) for x in (do, q, k, v, o))
     p = (_math_logits(q, k, scale) - lse.unsqueeze(-1)).exp()
     dp = torch.einsum("qhd,khd->hqk", do, v)
     ds = p * (dp - (do * o).sum(-1).T.unsqueeze(-1)) * scale
     dq = torch.einsum("hqk,khd->qhd", ds, k)
-    dk, dv = torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", p, do)
-    return dq, _grouped(dk, groups), _grouped(dv, groups)
+    return dq, torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", p, do)
 
 
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

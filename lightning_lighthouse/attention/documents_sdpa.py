@@ -19,6 +19,7 @@ from lightning_lighthouse.attention.document_tables import Packing, place_tables
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.documents_backends import KERNELS, Part, varlen_backward, varlen_forward
 from lightning_lighthouse.attention.host_tables import boundaries, once_a_batch, to_device
+from lightning_lighthouse.attention.inputs import autocast
 from lightning_lighthouse.attention.operators import Operator, empty_heads_inner
 from lightning_lighthouse.attention.sdpa import backend_of
 
@@ -26,6 +27,7 @@ from lightning_lighthouse.attention.sdpa import backend_of
 LONG = 2048
 # What the varlen kernel of flash takes
 MAX_VARLEN_DIM = 256
+WITH_EQUAL_HEADS = ("efficient", "math")
 VARLEN_CAPABILITY = (8, 0)
 
 
@@ -43,12 +45,13 @@ def documents_sdpa(
         backend: As in `causal_sdpa`. "auto" and "flash" run short documents on flash's varlen kernel where it can.
 
     Returns:
-        `[B, Hq, N, D]`.
+        `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
         ValueError: The documents are of another batch, or the named backend cannot run this call.
     """
     documents.check_covers(q)
+    q, k, v = autocast(q, k, v)
     return attend_rows(q, k, v, documents.host, scale, backend)
 
 
@@ -75,8 +78,8 @@ def _attend_documents(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _empty_output(q, k, v, host, scale, backend, numbers, rule)
     flat_out = _flat(out)
-    rows = _flat(q), _flat(k), _flat(v)
     plan = _plan(q, k, host, backend, numbers, rule)
+    rows = _flat(q), _heads(k, q, plan), _heads(v, q, plan)
     for part in plan.parts:
         o_nHD, lse_Hn = part.forward(*(x[part.first : part.end] for x in rows), part, scale)
         flat_out[part.first : part.end] = o_nHD
@@ -106,15 +109,17 @@ def _attend_documents_backward(
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(dout, q, k, v, out, lse, host, scale, backend, numbers, rule)
-    # in the order of the output: cuDNN's plan for other sizes of q, k and v holds that of the gradient too
-    rows = _flat(dout).contiguous(), _flat(q), _flat(k), _flat(v), _flat(out)
     plan = _plan(q, k, host, backend, numbers, rule)
+    # in the order of the output: the plan that torch keeps of cuDNN's backward holds that of the gradient too
+    rows = _flat(dout).contiguous(), _flat(q), _heads(k, q, plan), _heads(v, q, plan), _flat(out)
     for part in plan.parts:
         here = slice(part.first, part.end)
         for whole, piece in zip(
             gradients, part.backward(*(x[here] for x in rows), lse[:, here], part, scale), strict=True
         ):
-            _flat(whole)[here] = piece
+            # of repeated heads the sum
+            heads = whole.shape[1]
+            _flat(whole)[here] = piece if piece.shape[1] == heads else piece.unflatten(1, (heads, -1)).sum(2)
     for whole in gradients:
         _flat(whole)[plan.end :] = 0
     return gradients
@@ -143,6 +148,11 @@ def _flat(x_BHND: Tensor) -> Tensor:
     return x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
 
 
+def _heads(x_BGND: Tensor, q_BHND: Tensor, plan: _Plan) -> Tensor:
+    """`[T, G, D]`, or `[T, H, D]` where the plan asks for it."""
+    return _flat(x_BGND).repeat_interleave(q_BHND.shape[1] // x_BGND.shape[1], 1) if plan.repeats else _flat(x_BGND)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, host, *ctx.settings = inputs
     out, lse = output
@@ -162,14 +172,24 @@ _attend_fwd = Operator(_attend_documents, _empty_output, _setup_context, _backwa
 
 
 class _Plan(NamedTuple):
+    """How the rows of a batch are attended to.
+
+    Args:
+        parts: Documents and runs of them.
+        end: The row behind the last one.
+        repeats: Whether k and v must be repeated for the query heads.
+    """
+
     parts: list[Part]
     end: int
+    repeats: bool
 
 
 def _plan(q: Tensor, k: Tensor, host: Tensor, backend: str, numbers: list[int], rule: str) -> _Plan:
     if numbers:
         host = place_tables(host, Packing(numbers, rule), q.device).host
     kernel, repeats = ("cpu", False) if q.device.type == "cpu" else backend_of(q, k, backend)
+    repeats = q.shape[1] != k.shape[1] and (repeats or kernel in WITH_EQUAL_HEADS)
     takes_runs = backend in ("auto", "flash") and kernel in ("cudnn", "flash") and _takes_varlen(q)
     # deterministic algorithms have flash for all lengths
     long = LONG if kernel == "cudnn" else None
@@ -203,6 +223,6 @@ def _make_plan(
             run.extend([end] if run else [first, end])
         else:
             close()
-            parts.append(Part(first, end, forward, backward, repeats))
+            parts.append(Part(first, end, forward, backward))
     close()
-    return _Plan(parts, ends[-1])
+    return _Plan(parts, ends[-1], repeats)

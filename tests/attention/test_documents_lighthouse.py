@@ -35,7 +35,7 @@ def test_no_document_reads_another_one(case, noise, selection):
     with packed_case(case, selection) as (qkv, config, documents):
         out = run(qkv, config, documents)
         others = [x * torch.nan if noise == "nan" else 10 * x.flip(2) for x in qkv]
-        for row, here in list(spans(documents))[:4]:
+        for row, here in list(spans(documents))[1:3] or spans(documents):
             mixed = [y.clone() for y in others]
             for y, x in zip(mixed, qkv, strict=True):
                 y[row, :, here] = x[row, :, here]

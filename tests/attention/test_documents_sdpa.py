@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from drawn import draw
 from packed import documents_of, spans
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from lightning_lighthouse import Documents
-from lightning_lighthouse.attention import documents_backends
+from lightning_lighthouse.attention import documents_backends, host_tables
 from lightning_lighthouse.attention import documents_sdpa as room
 from lightning_lighthouse.attention.documents_sdpa import attend_rows, documents_sdpa
 from lightning_lighthouse.attention.sdpa import stock_sdpa
@@ -50,15 +53,48 @@ def test_each_document_by_itself(heads, dtype, heads_inner):
             torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "math"])
-def test_gradients_are_exact_in_float64(kernel, monkeypatch):
-    monkeypatch.setattr(room, "KERNELS", {"cpu": documents_backends.KERNELS[kernel]})
-    room.once_a_batch.__globals__["_made"].clear()
+@pytest.fixture
+def by_math(monkeypatch):
+    """What runs on devices that have nothing else."""
+    monkeypatch.setattr(room, "KERNELS", {"cpu": documents_backends.KERNELS["math"]})
+    monkeypatch.setattr(room, "WITH_EQUAL_HEADS", ("cpu",))
+    monkeypatch.setattr(host_tables, "_made", OrderedDict())
+
+
+def assert_exact_gradients():
     documents = Documents([[4, 1, 6], [11]])
     qkv = [x.requires_grad_() for x in draw(2, 4, 2, 11, dim=3)]
-    assert gradcheck(lambda *x: documents_sdpa(*x, documents), qkv)
+    assert gradcheck(lambda *x: documents_sdpa(*x, documents), qkv, fast_mode=True)
     torch.testing.assert_close(documents_sdpa(*qkv, documents), one_by_one(*qkv, documents))
-    room.once_a_batch.__globals__["_made"].clear()
+
+
+def test_gradients_are_exact_in_float64():
+    assert_exact_gradients()
+
+
+def test_gradients_of_plain_tensors_are_exact_in_float64(by_math):
+    assert_exact_gradients()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dim", "rows"),
+    [("flash", 64, 100), ("flash", 20, 100), ("cudnn", 64, 3001), ("efficient", 64, 100), ("varlen", 64, 100)],
+)
+def test_calls_are_those_that_torch_declares(kernel, dim, rows):
+    """Without a GPU: arguments, and the shapes that come back."""
+    dtype = torch.float32 if kernel == "efficient" else torch.bfloat16
+    groups = 4 if kernel == "efficient" else 2
+    kernels = {**documents_backends.KERNELS}
+    kernels["varlen"] = documents_backends.varlen_forward, documents_backends.varlen_backward
+    with FakeTensorMode():
+        q, o, do = (torch.empty(rows, 4, dim, device="cuda", dtype=dtype) for _ in range(3))
+        k, v = (torch.empty(rows, groups, dim, device="cuda", dtype=dtype) for _ in range(2))
+        cu = torch.empty(4, dtype=torch.int32, device="cuda")
+        part = documents_backends.Part(0, rows, *kernels[kernel], cu, 40)
+        out, lse = part.forward(q, k, v, part, 0.3)
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, rows), torch.float32)
+        gradients = part.backward(do, q, k, v, o, lse, part, 0.3)
+        assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_nothing_passes_between_documents():
@@ -93,6 +129,12 @@ def test_gradients_that_are_expanded():
     found = torch.autograd.grad(documents_sdpa(*leaves, documents).sum(), leaves)
     expected = torch.autograd.grad(one_by_one(*leaves, documents).sum(), leaves)
     torch.testing.assert_close(found, expected)
+
+
+def test_autocast_is_heeded():
+    q, k, v = draw(1, 2, 1, 12, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert documents_sdpa(q, k, v, Documents([[5, 7]])).dtype == torch.bfloat16
 
 
 def test_the_operator_is_well_formed():

@@ -59,7 +59,10 @@ def assert_as_the_reference(
 
 
 # lengths: not a multiple of a window, one token, exact windows, exact tiles; one document of everything
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    "selection",
+    ["causal", "random", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("strided", "published"))],
+)
 def test_all_documents_at_once_are_each_by_itself(selection):
     more = {"combine": "mean"} if selection in ("strided", "random") else {}
     lengths = [[21, 1, 8, 3, 30], [63]]
@@ -80,19 +83,19 @@ def test_many_lengths(case, selection):
 
 
 def test_no_document_reads_another_one():
-    with packed_case((1, 1, 1, 60, 3, 2, 6, 2, 20)) as (qkv, config, _):
+    with packed_case((1, 1, 1, 40, 3, 2, 4, 1, 20)) as (qkv, config, _):
         settings = {"backend": "triton", "max_documents": 3}
         config = LighthouseConfig(config.num_levels, config.pooling_factor, config.top_k, **settings)
-        documents = Documents([[18, 29, 13]])
+        documents = Documents([[9, 22, 9]])
         qkv = [x.float().to(DEVICE) for x in qkv]
         found = with_gradients(qkv, config, documents)
         for x in qkv:
-            x[:, :, :18] = x[:, :, 47:] = torch.nan
+            x[:, :, :9] = x[:, :, 31:] = torch.nan
         leaves = [x.requires_grad_() for x in qkv]
         out = run(leaves, config, documents)
-        assert torch.equal(out[:, :, 18:47], found[0][:, :, 18:47])
-        for x in torch.autograd.grad(out[:, :, 18:47].sum(), leaves):
-            assert x[:, :, 18:47].isfinite().all()
+        assert torch.equal(out[:, :, 9:31], found[0][:, :, 9:31])
+        for x in torch.autograd.grad(out[:, :, 9:31].sum(), leaves):
+            assert x[:, :, 9:31].isfinite().all()
 
 
 # the interpreter takes its time
