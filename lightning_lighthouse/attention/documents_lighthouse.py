@@ -38,15 +38,13 @@ def documents_lighthouse(
     step: Tensor | None,
     first_head: int,
 ) -> Tensor:
-    """As `lighthouse_attention`, inside documents."""
+    """As `lighthouse_attention`, inside documents, for sequences that are long enough to be compressed."""
     documents.check_covers(q)
     # plain ints, also where Dynamo traces sizes as symbols: it knows that a range has a plain length
     batch, num_tokens = len(range(documents.batch_size)), len(range(documents.num_tokens))
     shape = config.pyramid(num_tokens)
     if config.scorer == "dilated" and config.reads_scores:
         raise ValueError('scorer=\'dilated\' does not know documents yet; use "norm", or selection="strided"')
-    if not shape.compresses:
-        return documents_sdpa(q, k, v, documents, scale=scale, backend=config.sdpa)
     stages = choose_stages(config, q.device, q.dtype)
     if stages is reference:
         return _one_by_one(q, k, v, documents, config, shape, scale, step, first_head)
@@ -70,6 +68,10 @@ def settle_documents(documents: Documents, config: LighthouseConfig) -> bool:
 
 @lru_cache(maxsize=8)
 def _is_crowded(documents: Documents, config: LighthouseConfig) -> bool:
+    shape = config.pyramid(documents.num_tokens)
+    if not shape.compresses:
+        # dense for another reason, and told so
+        return False
     most = config.resolve_max_documents(documents.num_tokens)
     if documents.num_documents > most * documents.batch_size:
         notice_once(
@@ -78,7 +80,6 @@ def _is_crowded(documents: Documents, config: LighthouseConfig) -> bool:
             "trains dense; if many batches do, raise max_documents",
         )
         return True
-    shape = config.pyramid(documents.num_tokens)
     rows = int(make_tables(np.diff(boundaries(documents.host)), shape, config.selection).boundaries[-1])
     num_tokens = documents.batch_size * documents.num_tokens
     if rows >= num_tokens:

@@ -17,6 +17,7 @@ from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.dilated_scorer import dilated_scores
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.documents_lighthouse import documents_lighthouse
+from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.attention.sdpa import causal_sdpa
@@ -39,7 +40,8 @@ def lighthouse_attention(
 ) -> Tensor:
     """Causal self-attention over a pyramid of pooled q, k and v.
 
-    A sequence too short to be compressed gets dense causal SDPA, and one notice.
+    A sequence too short to be compressed gets dense causal SDPA, and one notice. So does a batch of very many or very
+    short documents, inside them.
 
     Args:
         q: `[B, Hq, N, D]`; positional rotation already applied.
@@ -64,8 +66,6 @@ def lighthouse_attention(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     check_count("first_head", first_head)
-    if documents is not None:
-        return documents_lighthouse(q, k, v, documents, config, scale=scale, step=step, first_head=first_head)
     shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
@@ -74,7 +74,11 @@ def lighthouse_attention(
             f"(num_levels={config.num_levels}, pooling_factor={config.pooling_factor}, "
             f"top_k={config.resolve_top_k(shape.num_tokens)}); such sequences get dense attention",
         )
+        if documents is not None:
+            return documents_sdpa(q, k, v, documents, scale=scale, backend=config.sdpa)
         return causal_sdpa(q, k, v, scale=scale, backend=config.sdpa)
+    if documents is not None:
+        return documents_lighthouse(q, k, v, documents, config, scale=scale, step=step, first_head=first_head)
 
     stages = choose_stages(config, q.device, q.dtype)
     # the selection is a choice, not a function: no gradient reaches the scores

@@ -13,6 +13,7 @@ from selecting import small_tiles
 
 from lightning_lighthouse import Documents, LighthouseConfig, lighthouse_attention
 from lightning_lighthouse.attention import reference
+from lightning_lighthouse.attention.documents_lighthouse import settle_documents
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.checks import LighthouseWarning
@@ -201,6 +202,14 @@ class TestDense:
         from lightning_lighthouse import notices
 
         monkeypatch.setattr(notices, "_given", set())
+
+    @pytest.mark.filterwarnings("default::lightning_lighthouse.LighthouseWarning")
+    def test_sequences_that_are_not_compressed_are_told_as_ever(self):
+        documents = Documents([[40, 56]])
+        with pytest.warns(LighthouseWarning, match="96 tokens are too short to gain") as told:
+            run(draw(1, 1, 1, 96), LighthouseConfig(3, 4, 64), documents)
+        assert len(told) == 1
+        assert not settle_documents(documents, LighthouseConfig(3, 4, 64))
 
     @pytest.mark.filterwarnings("default::lightning_lighthouse.LighthouseWarning")
     @pytest.mark.parametrize(
