@@ -19,6 +19,8 @@ aten = torch.ops.aten
 
 # Rows of the logsumexp that the efficient kernel reads at a time
 EFFICIENT_ROWS = 32
+# Its name for a causal mask; as many rows of q as of k have but one
+FROM_TOP_LEFT = 1
 
 
 class Part(NamedTuple):
@@ -31,6 +33,7 @@ class Part(NamedTuple):
         backward: Of the gradient, q, k, v, o and the logsumexp: the gradients of q, k and v.
         cu: `[documents + 1]` int32 on the device: where the documents of a run begin.
         longest: Rows of the longest of them.
+        places: `[n]` int64 on the device: where the efficient kernel keeps the logsumexp of each row.
     """
 
     first: int
@@ -39,6 +42,7 @@ class Part(NamedTuple):
     backward: Callable[..., tuple[Tensor, ...]]
     cu: Tensor | None = None
     longest: int = 0
+    places: Tensor | None = None
 
 
 def _as_batch(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -67,6 +71,7 @@ def _cpu_backward(
 
 
 def varlen_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """Flash for a run of documents."""
     longest = part.longest
     o, lse, *_ = aten._flash_attention_forward(
         q, k, v, part.cu, part.cu, longest, longest, 0.0, True, False, scale=scale
@@ -155,11 +160,44 @@ def _efficient_backward(
     state = q.new_zeros((), dtype=torch.int64)
     inputs = _as_batch((do, q, k, v))
     # infinite where there is no row, as the forward has it
-    lse_1Hn = F.pad(lse, (0, -len(q) % EFFICIENT_ROWS), value=torch.inf).unsqueeze(0)
+    lse_1Hn = F.pad(lse, (0, efficient_rows(len(q)) - len(q)), value=torch.inf).unsqueeze(0)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         *inputs, None, *_as_batch((o,)), lse_1Hn, state, state, 0.0, [True, True, True, False], True, scale=scale
     )
     return tuple(_as_rows(x, len(q)) for x in (dq, dk, dv))
+
+
+def efficient_run_forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """As `varlen_forward`, in fp32 too."""
+    longest = part.longest
+    o, lse, *_ = aten._efficient_attention_forward(
+        *(x.unsqueeze(0) for x in (q, k, v)), None, part.cu, part.cu, longest, longest, 0.0, FROM_TOP_LEFT, True,
+        scale=scale,
+    )  # fmt: skip
+    # a row for each document and head, as long as the longest document
+    return o[0], lse.transpose(0, 1).flatten(1).index_select(1, part.places)
+
+
+def efficient_run_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, part: Part, scale: float
+) -> tuple[Tensor, ...]:
+    """As `varlen_backward`, in fp32 too."""
+    assert part.cu is not None
+    assert part.places is not None
+    longest, documents = part.longest, len(part.cu) - 1
+    places = lse.new_full((len(lse), documents * efficient_rows(longest)), torch.inf)
+    lse_DHn = places.index_copy_(1, part.places, lse).unflatten(1, (documents, -1)).transpose(0, 1).contiguous()
+    state = q.new_zeros((), dtype=torch.int64)
+    *gradients, _ = aten._efficient_attention_backward(
+        *(x.unsqueeze(0) for x in (do, q, k, v)), None, o.unsqueeze(0), part.cu, part.cu, longest, longest, lse_DHn,
+        0.0, state, state, FROM_TOP_LEFT, False, scale=scale,
+    )  # fmt: skip
+    return tuple(x[0] for x in gradients)
+
+
+def efficient_rows(rows: int) -> int:
+    """Rows of a logsumexp that the efficient kernel keeps for so many."""
+    return -(-rows // EFFICIENT_ROWS) * EFFICIENT_ROWS
 
 
 def _math_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -194,4 +232,11 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "flash": (_flash_forward, _flash_backward),
     "efficient": (_efficient_forward, _efficient_backward),
     "math": (_math_forward, _math_backward),
+}
+
+# Many documents at once, by the backend of the call
+RUNS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "cudnn": (varlen_forward, varlen_backward),
+    "flash": (varlen_forward, varlen_backward),
+    "efficient": (efficient_run_forward, efficient_run_backward),
 }

@@ -1,8 +1,8 @@
 """Dense causal attention that stays inside documents: one operator for all of a batch, with an explicit backward.
 
 The rows of all sequences lie one behind the other, and each document is attended to by itself; nothing is masked, so
-cost and memory are those of its own length. Long documents get stock SDPA each, runs of short ones between them the
-varlen kernel of flash at once (`documents_backends.py`).
+cost and memory are those of its own length. Long documents get stock SDPA each, runs of short ones between them a
+varlen kernel at once (`documents_backends.py`).
 """
 
 # B sequences, H query heads, G key/value heads, N tokens, T rows of all sequences, D head dim, n rows of one document
@@ -12,18 +12,19 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.document_tables import Packing, place_tables
 from lightning_lighthouse.attention.documents import Documents
-from lightning_lighthouse.attention.documents_backends import KERNELS, Part, varlen_backward, varlen_forward
+from lightning_lighthouse.attention.documents_backends import KERNELS, RUNS, Part, efficient_rows
 from lightning_lighthouse.attention.host_tables import boundaries, once_a_batch, to_device
 from lightning_lighthouse.attention.inputs import autocast
 from lightning_lighthouse.attention.operators import Operator, empty_heads_inner
 from lightning_lighthouse.attention.sdpa import backend_of
 
-# From here on a document fills a GPU by itself, and its rows cost more than its launch. Estimated, not measured.
+# Longer documents fill a GPU by themselves. Estimated, not measured.
 LONG = 2048
 # What the varlen kernel of flash takes
 MAX_VARLEN_DIM = 256
@@ -190,9 +191,9 @@ def _plan(q: Tensor, k: Tensor, host: Tensor, backend: str, numbers: list[int], 
         host = place_tables(host, Packing(numbers, rule), q.device).host
     kernel, repeats = ("cpu", False) if q.device.type == "cpu" else backend_of(q, k, backend)
     repeats = q.shape[1] != k.shape[1] and (repeats or kernel in WITH_EQUAL_HEADS)
-    takes_runs = backend in ("auto", "flash") and kernel in ("cudnn", "flash") and _takes_varlen(q)
+    takes_runs = kernel == "efficient" or (kernel in RUNS and backend in ("auto", "flash") and _takes_varlen(q))
     # deterministic algorithms have flash for all lengths
-    long = LONG if kernel == "cudnn" else None
+    long = None if kernel == "flash" else LONG
     key = ("sdpa", kernel, repeats, takes_runs, long)
     return once_a_batch(host, key, q.device, lambda: _make_plan(host, q.device, kernel, repeats, takes_runs, long))
 
@@ -213,9 +214,7 @@ def _make_plan(
 
     def close() -> None:
         if len(run) > 1:
-            cu = to_device([end - run[0] for end in run], device)
-            longest = max(b - a for a, b in pairwise(run))
-            parts.append(Part(run[0], run[-1], varlen_forward, varlen_backward, cu=cu, longest=longest))
+            parts.append(_run(run, device, kernel))
         run.clear()
 
     for first, end in pairwise(ends):
@@ -226,3 +225,16 @@ def _make_plan(
             parts.append(Part(first, end, forward, backward))
     close()
     return _Plan(parts, ends[-1], repeats)
+
+
+def _run(ends: list[int], device: torch.device, kernel: str) -> Part:
+    """Documents that lie one behind the other, in one call."""
+    cu = np.array(ends) - ends[0]
+    lengths = np.diff(cu)
+    longest = int(lengths.max())
+    places = None
+    if kernel == "efficient":
+        # the first place of its document, and the row's in it
+        before = np.arange(len(lengths)) * efficient_rows(longest) - cu[:-1]
+        places = to_device(np.arange(cu[-1]) + np.repeat(before, lengths), device).long()
+    return Part(ends[0], ends[-1], *RUNS[kernel], to_device(cu, device), longest, places)

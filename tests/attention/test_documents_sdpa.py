@@ -17,6 +17,8 @@ from lightning_lighthouse.attention import documents_sdpa as room
 from lightning_lighthouse.attention.documents_sdpa import attend_rows, documents_sdpa
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 
+CPU = torch.device("cpu")
+
 
 def one_by_one(q, k, v, documents, scale=None):
     rows = []
@@ -78,23 +80,51 @@ def test_gradients_of_plain_tensors_are_exact_in_float64(by_math):
 
 @pytest.mark.parametrize(
     ("kernel", "dim", "rows"),
-    [("flash", 64, 100), ("flash", 20, 100), ("cudnn", 64, 3001), ("efficient", 64, 100), ("varlen", 64, 100)],
+    [("flash", 64, 100), ("flash", 20, 100), ("cudnn", 64, 3001), ("efficient", 64, 100)],
 )
-def test_calls_are_those_that_torch_declares(kernel, dim, rows):
-    """Without a GPU: arguments, and the shapes that come back."""
-    dtype = torch.float32 if kernel == "efficient" else torch.bfloat16
-    groups = 4 if kernel == "efficient" else 2
-    kernels = {**documents_backends.KERNELS}
-    kernels["varlen"] = documents_backends.varlen_forward, documents_backends.varlen_backward
+def test_calls_of_one_document_are_those_that_torch_declares(kernel, dim, rows):
+    assert_declared(dim, rows, lambda _: documents_backends.Part(0, rows, *documents_backends.KERNELS[kernel]))
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_calls_of_a_run_are_those_that_torch_declares(kernel):
+    part = room._run([0, 40, 41, 103], CPU, kernel)
+
+    def on_gpu(device):
+        cu, places = (
+            x if x is None else torch.empty(x.shape, dtype=x.dtype, device=device) for x in (part.cu, part.places)
+        )
+        return part._replace(cu=cu, places=places)
+
+    # torch declares the backward of its efficient kernel without the output that it takes
+    assert_declared(64, 103, on_gpu, has_backward=kernel == "flash")
+
+
+def assert_declared(dim, rows, make_part, has_backward=True):
+    """Without a GPU: the arguments fit, and the shapes that come back."""
     with FakeTensorMode():
-        q, o, do = (torch.empty(rows, 4, dim, device="cuda", dtype=dtype) for _ in range(3))
-        k, v = (torch.empty(rows, groups, dim, device="cuda", dtype=dtype) for _ in range(2))
-        cu = torch.empty(4, dtype=torch.int32, device="cuda")
-        part = documents_backends.Part(0, rows, *kernels[kernel], cu, 40)
+        q, k, v, o, do = (torch.empty(rows, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in range(5))
+        part = make_part(torch.device("cuda"))
         out, lse = part.forward(q, k, v, part, 0.3)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, rows), torch.float32)
-        gradients = part.backward(do, q, k, v, o, lse, part, 0.3)
-        assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+        if has_backward:
+            assert [x.shape for x in part.backward(do, q, k, v, o, lse, part, 0.3)] == [q.shape] * 3
+
+
+def test_places_of_the_efficient_kernel():
+    """Of rows in a logsumexp that has 64 for each document."""
+    part = room._run([5, 45, 46, 108], torch.device("cpu"), "efficient")
+    assert (part.first, part.end, part.longest, part.cu.tolist()) == (5, 108, 62, [0, 40, 41, 103])
+    assert part.places.tolist() == [*range(40), 64, *range(128, 190)]
+
+
+def test_runs_of_short_documents_between_long_ones(monkeypatch):
+    monkeypatch.setattr(room, "LONG", 10)
+    host = Documents([[3, 4, 11, 10, 12, 13, 1]]).host
+    made = [(part.first, part.end, part.longest) for part in room._make_plan(host, CPU, "cudnn", False, True, 10).parts]
+    assert made == [(0, 7, 4), (7, 18, 0), (18, 28, 10), (28, 40, 0), (40, 53, 0), (53, 54, 1)]
+    assert len(room._make_plan(host, CPU, "flash", False, True, None).parts) == 1
+    assert len(room._make_plan(host, CPU, "flash", False, False, None).parts) == 7
 
 
 def test_nothing_passes_between_documents():
