@@ -67,7 +67,9 @@ class Documents:
         host = np.full(self.batch_size * self.num_tokens + 2, flat.sum(), np.int64)
         host[0], host[1] = len(flat), 0
         host[2 : len(flat) + 2] = flat.cumsum()
-        self.host = torch.from_numpy(host)
+        # made while validating, it may serve training too
+        with torch.inference_mode(False):
+            self.host = torch.from_numpy(host)
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> Documents:

@@ -161,6 +161,15 @@ def test_gradients_that_are_expanded():
     torch.testing.assert_close(found, expected)
 
 
+def test_documents_made_while_validating_serve_training():
+    with torch.inference_mode():
+        documents = Documents([[5, 7]])
+        documents_sdpa(*draw(1, 2, 1, 12), documents)
+    leaves = [x.requires_grad_() for x in draw(1, 2, 1, 12)]
+    documents_sdpa(*leaves, documents).sum().backward()
+    assert leaves[1].grad.isfinite().all()
+
+
 def test_autocast_is_heeded():
     q, k, v = draw(1, 2, 1, 12, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packed import CASES, documents_of, packed_case, run
+from places import ROOT
 from selecting import small_tiles
 from twins import DEVICE
 
 from lightning_lighthouse import Documents, LighthouseConfig
-from lightning_lighthouse.attention import documents_lighthouse
-from lightning_lighthouse.attention.document_tables import Packing
+from lightning_lighthouse.attention import documents_lighthouse, kernels, reference
+from lightning_lighthouse.attention.document_tables import Packing, make_tables
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 
 pytestmark = [
@@ -46,14 +54,14 @@ def assert_as_the_reference(
     batch, heads, groups, tokens, levels, p, top_k, winners, lengths, selection, seed=0, **more
 ):
     documents = Documents(lengths)
-    settings = {"selection": selection, "max_documents": 1 + documents.num_documents // batch, **more}
+    options = {"selection": selection, "max_documents": 1 + documents.num_documents // batch, **more}
     qkv = drawn(batch, heads, groups, tokens, 4, seed)
     with small_tiles(winners):
         found, expected = (
-            with_gradients(qkv, LighthouseConfig(levels, p, top_k, backend=backend, **settings), documents)
+            with_gradients(qkv, LighthouseConfig(levels, p, top_k, backend=backend, **options), documents)
             for backend in ("triton", "reference")
         )
-        assert LighthouseConfig(levels, p, top_k, **settings).pyramid(tokens).compresses
+        assert LighthouseConfig(levels, p, top_k, **options).pyramid(tokens).compresses
     for name, x, y in zip(("out", "q", "k", "v"), found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -61,7 +69,7 @@ def assert_as_the_reference(
 # lengths: not a multiple of a window, one token, exact windows, exact tiles; one document of everything
 @pytest.mark.parametrize(
     "selection",
-    ["causal", "random", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("strided", "published"))],
+    ["causal", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("strided", "published", "random"))],
 )
 def test_all_documents_at_once_are_each_by_itself(selection):
     more = {"combine": "mean"} if selection in ("strided", "random") else {}
@@ -80,6 +88,64 @@ def test_many_lengths(case, selection):
     sizes[3] = tokens
     documents = documents_of(sizes[0], sizes[3], mean, seed=5)
     assert_as_the_reference(*sizes, documents.lengths, selection, seed=3)
+
+
+def assert_slots_of_the_reference(lengths, levels, p, top_k, winners, selection, seed, **more):
+    """Slots of drawn scores, many of them equal and some NaN, entry by entry."""
+    tokens, groups = sum(lengths), 2
+    config = LighthouseConfig(levels, p, top_k, selection=selection, seed=seed, **more)
+    with small_tiles(winners):
+        shape = config.pyramid(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, heads, tokens, 1, generator=generator).mul(2).round() for heads in (4, groups))
+    q[torch.rand(q.shape, generator=generator) < 0.05] = torch.nan
+    packing = Packing.of(shape, 1, len(lengths), selection)
+    host, step = Documents([lengths]).host, torch.tensor(seed)
+    found = kernels.select_documents_fwd(
+        q.to(DEVICE), k.to(DEVICE), host, *packing, config.cover_prefix, seed, step, 3
+    ).cpu()[0]
+    tables = make_tables(np.array(lengths), shape, selection)
+    num_windows = tables.windows.shape[1]
+    w = shape.window(levels - 1)
+    first_token, first_window = 0, 0
+    for n, base in zip(lengths, tables.boundaries, strict=False):
+        own = shape.of_document(n)
+        qd, kd = (x[:, :, first_token : first_token + n] for x in (q, k))
+        expected = reference.select_document(reference.score(qd, kd, kd, own, config), own, config, step, 3).slots[0]
+        filled = -(-n // w)
+        start = 0
+        for level in range(levels):
+            # of tokens the first of each window of level 1
+            stride = p if level == 0 else 1
+            count = w // p ** max(level, 1)
+            theirs = expected[:, own.start(level) : own.start(level) + filled * count * stride : stride]
+            ours = found[:, start + first_window * count :][:, : filled * count]
+            assert torch.equal(ours, torch.where(theirs < 0, -1, theirs + base))
+            # the empty window
+            assert (found[:, start + (first_window + filled) * count :][:, :count] == -1).all()
+            start += num_windows * count
+        first_token, first_window = first_token + n, first_window + filled + 1
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_entries_are_those_of_the_reference(selection):
+    assert_slots_of_the_reference([13, 1, 40, 8, 29], 3, 2, 8, 2, selection, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", SELECTIONS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    levels=st.integers(2, 4),
+    p=st.integers(2, 4),
+    top_k=st.integers(1, 20),
+    winners=st.integers(1, 5),
+    cover_prefix=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_entries_are_those_of_the_reference_for_drawn_lengths(selection, **case):
+    assert_slots_of_the_reference(selection=selection, **case)
 
 
 def test_no_document_reads_another_one():
@@ -138,8 +204,6 @@ def test_compiled_frames_heed_what_was_settled(monkeypatch):
 
 
 def test_operators_are_well_formed():
-    from lightning_lighthouse.attention import kernels  # noqa: F401
-
     with small_tiles(2):
         packing = Packing.of(LighthouseConfig(2, 2, 4).pyramid(30), 1, 4, "causal")
     documents = Documents([[7, 23]])
@@ -156,3 +220,13 @@ def test_operators_are_well_formed():
     )
     xs = operators.gather_documents(x, *rest)
     torch.library.opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter lets pass what the compiler refuses; this needs no GPU."""
+    script = ROOT / "tests" / "helpers" / "compiled_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == 12
