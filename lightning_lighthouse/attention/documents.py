@@ -141,14 +141,6 @@ class Documents:
         numbers = np.concatenate([np.arange(len(sequence)) for sequence in self.lengths])
         return self._on(np.repeat(numbers, lengths), device)
 
-    def check_covers(self, q: Tensor) -> None:
-        """Raise ValueError if these are not the documents of q `[B, H, N, D]`."""
-        if self.batch_size != q.shape[0] or self.num_tokens != q.shape[2]:
-            raise ValueError(
-                f"documents cover {self.batch_size} x {self.num_tokens} tokens, q has {q.shape[0]} x {q.shape[2]}; for "
-                "targets shifted by one pass documents.drop_last()"
-            )
-
     def _flat(self) -> tuple[np.ndarray, np.ndarray]:
         cuts = self.host.numpy()[1 : self.num_documents + 2]
         return np.diff(cuts), cuts[:-1]
@@ -183,6 +175,22 @@ class Documents:
     def __reduce__(self) -> tuple[type[Documents], tuple[Any]]:
         # the lengths say it all, and are shorter
         return Documents, (self.lengths,)
+
+
+def check_covers(documents: Documents, q: Tensor) -> None:
+    """Make sure that `documents` are those of q `[B, H, N, D]`.
+
+    Raises:
+        TypeError: They are no `Documents`.
+        ValueError: They are of other sequences.
+    """
+    if not isinstance(documents, Documents):
+        raise TypeError(f"documents must be lightning_lighthouse.Documents or None, got {_got(documents)}")
+    if documents.batch_size != q.shape[0] or documents.num_tokens != q.shape[2]:
+        raise ValueError(
+            f"documents cover {documents.batch_size} x {documents.num_tokens} tokens, q has {q.shape[0]} x "
+            f"{q.shape[2]}; for targets shifted by one pass documents.drop_last()"
+        )
 
 
 def _listed(lengths: Any) -> Any:

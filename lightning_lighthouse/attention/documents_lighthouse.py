@@ -18,7 +18,7 @@ from lightning_lighthouse.attention import reference
 from lightning_lighthouse.attention.backends import choose_stages
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.document_tables import Packing, make_tables
-from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents import Documents, check_covers
 from lightning_lighthouse.attention.documents_loop import each_document
 from lightning_lighthouse.attention.documents_sdpa import attend_rows, documents_sdpa
 from lightning_lighthouse.attention.host_tables import boundaries
@@ -39,7 +39,7 @@ def documents_lighthouse(
     first_head: int,
 ) -> Tensor:
     """As `lighthouse_attention`, inside documents, for sequences that are long enough to be compressed."""
-    documents.check_covers(q)
+    check_covers(documents, q)
     # plain ints, also where Dynamo traces sizes as symbols: it knows that a range has a plain length
     batch, num_tokens = len(range(documents.batch_size)), len(range(documents.num_tokens))
     shape = config.pyramid(num_tokens)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.document_tables import Packing, place_tables
-from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents import Documents, check_covers
 from lightning_lighthouse.attention.documents_backends import KERNELS, RUNS, Part, efficient_rows
 from lightning_lighthouse.attention.host_tables import boundaries, once_a_batch, to_device
 from lightning_lighthouse.attention.inputs import autocast
@@ -49,9 +49,10 @@ def documents_sdpa(
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
+        TypeError: `documents` are none.
         ValueError: The documents are of another batch, or the named backend cannot run this call.
     """
-    documents.check_covers(q)
+    check_covers(documents, q)
     q, k, v = autocast(q, k, v)
     return attend_rows(q, k, v, documents.host, scale, backend)
 

@@ -60,7 +60,7 @@ def lighthouse_attention(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, the backend cannot run on the device, the documents
             are of another batch, or the scorer knows none.
-        TypeError: `first_head` is no int.
+        TypeError: `first_head` is no int, or `documents` are none.
     """
     config = config or DEFAULT
     q, k, v = autocast(q, k, v)

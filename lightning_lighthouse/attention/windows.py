@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.blocked_window import blocked_window
-from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents import Documents, check_covers
 from lightning_lighthouse.attention.documents_loop import each_document
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa
@@ -59,7 +59,7 @@ def window_attention(
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
-        TypeError: `window` or `sink_tokens` is no int.
+        TypeError: `window` or `sink_tokens` is no int, or `documents` are none.
         ValueError: `window` or `sink_tokens` is out of range, shapes, dtypes or devices do not fit together, the
             documents are of another batch, or the named backend cannot run this call.
     """
@@ -105,7 +105,7 @@ def chunk_attention(
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
-        TypeError: `window` is no int.
+        TypeError: `window` is no int, or `documents` are none.
         ValueError: `window` is out of range, shapes, dtypes or devices do not fit together, the documents are of
             another batch, or the named backend cannot run this call.
     """
@@ -129,7 +129,7 @@ def chunk_attention(
 
 def _inside(documents: Documents, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # a launch for each document: the window kernels know no boundaries
-    documents.check_covers(q)
+    check_covers(documents, q)
     return each_document(attend, q, k, v, documents)
 
 

@@ -16,6 +16,7 @@ from lightning_lighthouse.attention import reference
 from lightning_lighthouse.attention.documents_lighthouse import settle_documents
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.checks import LighthouseWarning
 
 SELECTIONS = ["causal", "strided", "published", "random"]
@@ -176,6 +177,19 @@ def test_dilated_scores_know_no_documents_yet():
 def test_documents_of_another_batch_are_refused():
     with pytest.raises(ValueError, match=r"documents cover 1 x 100 tokens, q has 2 x 100; .*drop_last"):
         run(draw(2, 1, 1, 100), LighthouseConfig(), Documents([[100]]))
+
+
+@pytest.mark.parametrize("given", [[[50, 50]], torch.zeros(1, 100)], ids=["lengths", "ids"])
+def test_what_is_no_documents_is_refused(given):
+    qkv = draw(1, 1, 1, 100)
+    for attend in (
+        lambda: run(qkv, LighthouseConfig(), given),
+        lambda: window_attention(*qkv, 7, documents=given),
+        lambda: chunk_attention(*qkv, 7, documents=given),
+    ):
+        with pytest.raises(TypeError, match=r"must be lightning_lighthouse\.Documents or None, got ") as caught:
+            attend()
+        assert "\n" not in str(caught.value)
 
 
 def test_documents_are_no_sequence_of_compiled_frames():
