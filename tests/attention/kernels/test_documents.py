@@ -78,7 +78,8 @@ def test_all_documents_at_once_are_each_by_itself(selection):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("selection", SELECTIONS)
+# what wins is compared below, for every rule
+@pytest.mark.parametrize("selection", ["causal", "published"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_many_lengths(case, selection):
     *sizes, mean = case
@@ -134,7 +135,7 @@ def test_entries_are_those_of_the_reference(selection):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("selection", SELECTIONS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     levels=st.integers(2, 4),
