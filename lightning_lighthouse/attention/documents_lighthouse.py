@@ -144,8 +144,9 @@ def _all_at_once(
     """By the kernels."""
     batch = q.shape[0]
     q, k, v = (_in_a_row(x) for x in (q, k, v))
-    with torch.no_grad():
-        slots = stages.select_documents_fwd(q, k, host, *packing, config.cover_prefix, config.seed, step, first_head)
+    # detached, and not under no_grad: a frame that ends here in an error would leave gradients off
+    chosen_by = q.detach(), k.detach()
+    slots = stages.select_documents_fwd(*chosen_by, host, *packing, config.cover_prefix, config.seed, step, first_head)
     qs, ks, vs = (stages.gather_documents_fwd(x, slots, host, *packing) for x in (q, k, v))
     o = attend_rows(qs, ks, vs, host, scale, config.sdpa, packing)
     out = stages.scatter_documents_fwd(o, slots, host, *packing, config.combine == "mean")

@@ -199,6 +199,7 @@ def test_compiled_frames_heed_what_was_settled(monkeypatch):
         documents = Documents([[11, 29]])
         with pytest.raises(RuntimeError, match=r"exceed max_documents x batch = 1 in compiled code; call settle_"):
             compiled(qkv, config, documents)
+        assert torch.is_grad_enabled()
         assert documents_lighthouse.settle_documents(documents, config)
         torch.testing.assert_close(compiled(qkv, config, documents), documents_sdpa(*qkv, documents))
     torch._dynamo.reset()
