@@ -18,6 +18,7 @@ from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, Fit
 from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
 from lightning_lighthouse.phases.plan import PhasePlan, PlannedPhase, describe_switch, resolve_phases, resume_phases
 from lightning_lighthouse.phases.schedule import DENSE, SwitchState, resume_switch
+from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents, exclude_assumption
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 
@@ -57,6 +58,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         window: Tokens, for the types "window" and "chunk".
         sink_tokens: First tokens that stay visible to every token of a "window" layer.
         phases: Several phases before the dense one, instead of the four others; also as dictionaries.
+        documents: Of batches that pack several: False refuses them, "ignore" lets attention go across documents.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -79,6 +81,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         window: int | None = None,
         sink_tokens: int = 0,
         phases: list[Phase | dict[str, Any]] | None = None,
+        documents: DocumentsSetting = False,
     ) -> None:
         check_type("attention", attention, LighthouseConfig | dict)
         check_type("select", select, str | None)
@@ -86,6 +89,8 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         check_type("allow_return", allow_return, bool)
         check_type("hf_assume_causal", hf_assume_causal, bool)
         check_layers(dense_layers)
+        check_documents(documents)
+        exclude_assumption(documents, hf_assume_causal)
         self.phases = None if phases is None else [_phase(phase) for phase in phases]
         self._phases_asked = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
@@ -98,6 +103,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self.on_unroutable = on_unroutable
         self.allow_return = allow_return
         self.hf_assume_causal = hf_assume_causal
+        self.documents = documents
 
         self._plan: PhasePlan | None = None
         # the phase whose attention the patch has
@@ -122,6 +128,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             "window": self.window,
             "sink_tokens": self.sink_tokens,
             "phases": None if self.phases is None else [asdict(phase) for phase in self.phases],
+            "documents": self.documents,
         }
         plan = self._plan
         saved = {
@@ -153,8 +160,10 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
                 dense_layers=self.dense_layers,
                 select=self.select,
                 hf_assume_causal=self.hf_assume_causal,
+                documents=self.documents,
             )
             self._contexts.callback(self._patch.restore)
+            self._patch.watches_evaluation = True
             self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
             # each once, so that no phase fails when it begins
             for phase in reversed(self._phases_asked):

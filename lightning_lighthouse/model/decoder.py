@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
 from lightning_lighthouse.model.network import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
+from lightning_lighthouse.routing.packing import PackingCheck, said_of_documents
 
 
 class Decoder(LanguageModel):
@@ -89,6 +90,7 @@ class Decoder(LanguageModel):
         self.blocks = nn.ModuleList(Block(self.shape) for _ in range(self.shape.num_layers))
         self.head = Head(self.shape.dim, vocab_size)
         self._initialize()
+        self._packing = PackingCheck()
 
     @property
     def num_vocabulary(self) -> int:
@@ -120,8 +122,15 @@ class Decoder(LanguageModel):
         return x_BNW
 
     def loss(self, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
-        """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
+        """The mean cross-entropy of a batch in nats per token.
+
+        Raises:
+            ValueError: The batch holds no such tokens, or packs documents and nobody keeps attention inside them.
+        """
         tokens = tokens_of(batch)
+        # neither a patch nor a callback was told what to do
+        if not said_of_documents(self):
+            self._packing.look(batch)
         return chunked_loss(self.head, self.hidden(tokens[:, :-1]), tokens[:, 1:], self.hparams["loss_chunk"])
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ call is routed is in `routing`. No parameter is added and no module renamed: `st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,10 +17,18 @@ from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, check_layer_types, spread_over
 from lightning_lighthouse.checks import quoted, warn
 from lightning_lighthouse.routing.adapters import generation
+from lightning_lighthouse.routing.adapters.transformers_inputs import look_before_forward
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain
 from lightning_lighthouse.routing.calls import swap, unswap
 from lightning_lighthouse.routing.layers import bind, scope_of, unbind
+from lightning_lighthouse.routing.packing import (
+    DocumentsSetting,
+    PackingCheck,
+    check_documents,
+    exclude_assumption,
+    told,
+)
 from lightning_lighthouse.routing.reasons import NO_REASONS
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
@@ -48,6 +56,10 @@ class Patch(Shared):
         self._layer_types = dict.fromkeys(targets, LIGHTHOUSE)
         self._missing: dict[str, str] | None = None
         self._statement = statement
+        self._packing = PackingCheck()
+        # whether what runs while the patch is off is refused too where it packs documents
+        self.watches_evaluation = False
+        self._contexts = ExitStack()
 
     @property
     def is_on(self) -> bool:
@@ -227,6 +239,20 @@ class Patch(Shared):
             if self.is_patched:
                 self.scope.is_on, self._statement.holds = before
 
+    def watch_inputs(self, documents: DocumentsSetting) -> None:
+        """Refuse packed inputs of transformers models that train, where `documents` is False, until restored."""
+        self._contexts.enter_context(told(self.model, documents))
+        if documents is False:
+            self._contexts.enter_context(look_before_forward(self.model, self._look, self._refuses))
+
+    def _refuses(self) -> bool:
+        # off it is the user's model as it was, with all that transformers makes of its inputs
+        return self._statement.holds or self.watches_evaluation
+
+    def _look(self, inputs: Mapping[str, Any]) -> None:
+        if self._refuses():
+            self._packing.look(inputs)
+
     def restore(self) -> None:
         """Undo the patch: the model is as it was. Harmless when already restored."""
         scope = self.scope
@@ -235,6 +261,8 @@ class Patch(Shared):
         if not self.is_patched:
             return
         scopes.remove(scope)
+        self._contexts.close()
+        self._packing.forget()
         self._statement.withdraw()
         for module in self.targets.values():
             unbind(module)
@@ -249,7 +277,11 @@ class Patch(Shared):
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         unchecked = kind is None and self.has_run
         missing = self.unrouted() if unchecked else {}
-        self.restore()
+        try:
+            if kind is None:
+                self._packing.finish()
+        finally:
+            self.restore()
         if missing:
             raise RuntimeError(explain(missing, len(self.targets)))
 
@@ -276,6 +308,7 @@ def patch_attention(
     layer_types: Sequence[str] = (LIGHTHOUSE,),
     window: int | None = None,
     sink_tokens: int = 0,
+    documents: DocumentsSetting = False,
 ) -> Patch:
     """Prepare the causal self-attention of `model` to be routed: to Lighthouse Attention, or as `layer_types` says.
 
@@ -295,6 +328,8 @@ def patch_attention(
         layer_types: How each attention layer attends, or a pattern that is repeated over them: see `Patch.attend`.
         window: Of the types "window" and "chunk", in tokens.
         sink_tokens: Of the type "window".
+        documents: Of batches that pack several, where a transformers model is told so by its inputs: False refuses
+            them, "ignore" lets attention go across documents.
 
     Returns:
         The handle, off: `on()`, `off()`, `dense()`, `check()`, `restore()`. As a context manager it is on, and an
@@ -306,6 +341,8 @@ def patch_attention(
     """
     if type(hf_assume_causal) is not bool:
         raise TypeError(f"hf_assume_causal must be a bool, got {quoted(hf_assume_causal)}")
+    check_documents(documents)
+    exclude_assumption(documents, hf_assume_causal)
     layers = find_targets(model, select)
     targets = choose_routed(layers, dense_layers)
     settings = Settings(config or LighthouseConfig(), window, sink_tokens)
@@ -314,12 +351,13 @@ def patch_attention(
         raise ValueError(f"{type(model).__name__} is patched already ({taken[0]}); restore the first patch before")
     check_layer_types(layer_types, window, sink_tokens)
     spread_over(layer_types, len(layers))
-    patch = Patch(model, list(layers), targets, settings, CausalStatement(model, hf_assume_causal))
+    patch = Patch(model, list(layers), targets, settings, CausalStatement(model, hf_assume_causal, documents))
     if not scopes:
         swap()
     scopes.append(patch.scope)
     for module in targets.values():
         bind(module, patch.scope)
     generation.bind(model, patch)
+    patch.watch_inputs(documents)
     patch.attend(layer_types, window=window, sink_tokens=sink_tokens)
     return patch

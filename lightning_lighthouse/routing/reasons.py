@@ -41,7 +41,8 @@ EXTRA_KEYS = "add_bias_kv or add_zero_attn is set"
 LEAVE_DENSE = "leave it dense with dense_layers"
 
 REMEDIES = {
-    MASK: "a mask is never ignored; where it is only the causal one, pass attn_mask=None and is_causal=True",
+    MASK: "a mask is never ignored; where it is only the causal one, pass attn_mask=None and is_causal=True, and where "
+    "it keeps documents apart, that and documents=True",
     NOT_CAUSAL: f"pass is_causal=True if the layer is causal; else it cannot be routed, {LEAVE_DENSE}",
     DROPOUT: "set the dropout of the attention weights to 0; other dropout may stay",
     LAYOUT: "pass q, k and v as plain tensors of 4 dimensions, heads before tokens",
@@ -85,10 +86,10 @@ def _remedy_of_transformers(reason: str, layer: nn.Module, config: Any) -> str:
             if size
         ]
         return "".join(windowed) + (
-            "call the model without attention_mask, or with one of ones: neither padding nor documents packed by "
-            "position_ids can be routed; where there are none and the model is compiled as a whole, transformers makes "
-            "a mask because it cannot look: compile the blocks instead, or set hf_assume_causal=True; a family that "
-            f"always adds a mask of its own cannot be routed: {LEAVE_DENSE}"
+            "call the model without attention_mask: padding cannot be routed; documents packed by position_ids can, "
+            "with documents=True; where there are none and the model is compiled as a whole, transformers makes a mask "
+            "because it cannot look: compile the blocks instead, or set hf_assume_causal=True; a family that always "
+            f"adds a mask of its own cannot be routed: {LEAVE_DENSE}"
         )
     if reason == DROPOUT:
         values = {name: getattr(config, name, None) for name in _DROPOUTS}

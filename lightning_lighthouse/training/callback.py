@@ -18,6 +18,7 @@ from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phase
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE
+from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents, exclude_assumption
 from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 from lightning_lighthouse.runs.step_boundary import StepBoundary
@@ -63,6 +64,8 @@ class LighthouseCallback(Callback):
         sink_tokens: First tokens that stay visible to every token of a "window" layer.
         phases: Several phases before the dense one, instead of `switch_at`, `layer_types`, `window` and `sink_tokens`;
             `plateau`, `return_steps` and `rewarm_steps` belong to the last switch (docs/use/phases.md).
+        documents: Of batches that pack several: True keeps attention inside each, in every phase and layer, False
+            refuses them, "ignore" lets attention go across (docs/use/documents.md).
 
     Raises:
         TypeError: A value has the wrong type.
@@ -91,17 +94,19 @@ class LighthouseCallback(Callback):
         window: int | None = None,
         sink_tokens: int = 0,
         phases: list[Phase] | None = None,
+        documents: DocumentsSetting = False,
     ) -> None:
         check_type("attention", attention, LighthouseConfig)
         check_type("select", select, str | None)
-        check_type("enabled", enabled, bool)
         check_type("on_unroutable", on_unroutable, Literal["raise", "warn"])
-        check_type("allow_return", allow_return, bool)
         check_type("validation_metric", validation_metric, str)
         check_type("plateau", plateau, PlateauRule | None)
-        check_type("stop_on_nonfinite", stop_on_nonfinite, bool)
-        check_type("hf_assume_causal", hf_assume_causal, bool)
+        flags = {"enabled": enabled, "allow_return": allow_return, "stop_on_nonfinite": stop_on_nonfinite}
+        for name, flag in (flags | {"hf_assume_causal": hf_assume_causal}).items():
+            check_type(name, flag, bool)
         check_layers(dense_layers)
+        check_documents(documents)
+        exclude_assumption(documents, hf_assume_causal)
         phases_asked(switch_at, layer_types, window, sink_tokens, phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
         self.layer_types = layer_types
@@ -120,6 +125,7 @@ class LighthouseCallback(Callback):
         self.validation_metric = validation_metric
         self.stop_on_nonfinite = stop_on_nonfinite
         self.hf_assume_causal = hf_assume_causal
+        self.documents = documents
 
         self._run = RunState()
         # the checkpoint's, until the Trainer knows its step

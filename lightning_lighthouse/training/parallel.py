@@ -1,4 +1,4 @@
-"""What strategies need: ranks whose copies of a model cannot differ in silence, and room to recompile."""
+"""What strategies need: ranks whose copies of a model cannot differ in silence; what share of the data a rank reads."""
 
 from __future__ import annotations
 
@@ -45,3 +45,9 @@ def free_gradients(trainer: Trainer) -> None:
     if is_named(trainer.strategy, "FSDPStrategy"):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+
+def num_shares(trainer: Trainer) -> int:
+    """Into how many shares the data is split; ranks that split a model read the same one."""
+    shares = trainer.distributed_sampler_kwargs
+    return int(shares["num_replicas"]) if shares else 1

@@ -23,16 +23,18 @@ from lightning_lighthouse.phases.plan import PhasePlan, describe_switch
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, RETURN_GROUPS
+from lightning_lighthouse.routing.packing import DocumentsSetting
 from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_recompile
 from lightning_lighthouse.routing.targets import DenseLayers
 from lightning_lighthouse.runs.curves import PhaseCurves
 from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary
 from lightning_lighthouse.runs.resume import mend_resume
+from lightning_lighthouse.training.batch_documents import watched_batches
 from lightning_lighthouse.training.call_counts import CallCounts
 from lightning_lighthouse.training.last_validation import validate_now
 from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
-from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients
+from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients, num_shares
 from lightning_lighthouse.training.rank_watch import watched_ranks
 from lightning_lighthouse.training.rewarm import Rewarm
 from lightning_lighthouse.training.stopwatch import Stopwatch, count_tokens, timed_fetches
@@ -54,6 +56,7 @@ class Settings(Protocol):
     rewarm_steps: int
     stop_on_nonfinite: bool
     hf_assume_causal: bool
+    documents: DocumentsSetting
 
     @property
     def all_phases(self) -> Sequence[Phase]:
@@ -115,34 +118,37 @@ class PhasedFit:
             timed_fetches(trainer.profiler, lambda seconds: self._stopwatch.fetched(seconds)),  # type: ignore[attr-defined]
         ):
             self._contexts.enter_context(context)
-        if not settings.enabled:
-            return
-        phases = settings.all_phases
+        if settings.enabled:
+            self._patch = self._patched()
+        self._contexts.enter_context(watched_batches(trainer, module, settings.documents))
+
+    def _patched(self) -> Patch:
+        settings, module, phases = self._settings, self._module, self._settings.all_phases
         # a frame is compiled once for each type of each phase; one of them, and dense, always had room
         variants = sum(len(set(phase.layer_types) - {DENSE}) for phase in phases)
-        room = max(0, variants - 1) + (RETURN_GROUPS if settings.return_steps else 0)
-        if room:
+        if room := max(0, variants - 1) + (RETURN_GROUPS if settings.return_steps else 0):
             self._contexts.enter_context(room_to_recompile(room))
         try:
             for phase in phases:
                 check_backend(phase.attention or settings.attention, module.device)
-            self._patch = patch_attention(
+            patch = patch_attention(
                 module,
                 settings.attention,
                 dense_layers=settings.dense_layers,
                 select=settings.select,
                 hf_assume_causal=settings.hf_assume_causal,
+                documents=settings.documents,
             )
-            self._contexts.callback(self._patch.restore)
+            self._contexts.callback(patch.restore)
             # each once, so that no phase fails when it begins
             for phase in reversed(phases):
-                self._attend(phase)
+                self._attend(patch, phase)
         except ValueError as error:
             raise SettingError(str(error)) from None
+        return patch
 
-    def _attend(self, phase: Phase) -> None:
-        assert self._patch is not None
-        self._patch.attend(
+    def _attend(self, patch: Patch, phase: Phase) -> None:
+        patch.attend(
             phase.layer_types,
             config=phase.attention or self._settings.attention,
             window=phase.window,
@@ -250,7 +256,7 @@ class PhasedFit:
             patch.dense()
             return
         if number != self._attending:
-            self._attend(self._settings.all_phases[number])
+            self._attend(patch, self._settings.all_phases[number])
             self._attending = number
         patch.set_step(self._step)
         patch.on()
@@ -306,7 +312,7 @@ class PhasedFit:
         if steps_done:
             self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
         totals.steps += steps_done
-        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * _num_shares(trainer))
+        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * num_shares(trainer))
         self._events.publish(BatchEnd(trainer.global_step, self._phase, next_phase))
 
     def begin_validation(self) -> None:
@@ -391,9 +397,3 @@ class PhasedFit:
             if self._settings.on_unroutable == "raise":
                 raise
             rank_zero_warn(f"Lighthouse: {error}", category=LighthouseWarning)
-
-
-def _num_shares(trainer: Trainer) -> int:
-    """Into how many shares the data is split; ranks that split a model read the same one."""
-    shares = trainer.distributed_sampler_kwargs
-    return int(shares["num_replicas"]) if shares else 1

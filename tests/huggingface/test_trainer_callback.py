@@ -318,3 +318,22 @@ def test_several_phases_and_a_resume_in_the_second(tmp_path):
     assert whole.seen == [["chunk", "chunk"]] * 2 + [["window", "lighthouse"]] * 3 + [["stock", "stock"]] * 2
     assert resumed.seen == whole.seen[3:]
     assert later.train == losses.train[3:]
+
+
+def packed(count=4):
+    """Rows of two documents, as a collator that flattens has them."""
+    positions = torch.cat([torch.arange(40), torch.arange(TOKENS - 40)])
+    return [{**row, "position_ids": positions} for row in rows(count)]
+
+
+@pytest.mark.parametrize("part", ["train", "evaluation"])
+def test_a_packed_batch_is_refused_unless_it_is_to_be_ignored(tmp_path, part):
+    settings = {"steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    given = {"data": packed()} if part == "train" else {"evaluated": packed()}
+    given.setdefault("evaluated", rows(2, seed=1))
+    with (
+        LighthouseTrainerCallback(1, CONFIG) as callback,
+        pytest.raises(ValueError, match=r"position_ids restart.*documents=True"),
+    ):
+        trained(tmp_path, callback, **given, **settings)
+    trained(tmp_path, LighthouseTrainerCallback(1, CONFIG, documents="ignore"), **given, **settings)

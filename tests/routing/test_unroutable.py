@@ -60,15 +60,15 @@ def test_a_padding_mask_keeps_the_layers_dense_and_is_named():
     assert torch.equal(out.logits, dense)
     assert f"{LAYERS} of {LAYERS} attention layers" in line
     assert "model.layers.1.self_attn, model.layers.2.self_attn" in line
-    assert "attn_mask was given (call the model without attention_mask, or with one of ones" in line
+    assert "attn_mask was given (call the model without attention_mask: padding cannot be routed" in line
     assert unrouted(model, x, attention_mask=torch.ones_like(mask))[1] == ""
 
 
 def test_packed_documents_are_named():
     model = llama().model
     positions = torch.cat([torch.arange(40), torch.arange(TOKENS - 40)]).expand(2, -1)
-    _, line = unrouted(model, tokens(), position_ids=positions, use_cache=False)
-    assert "nor documents packed by position_ids can be routed" in line
+    with pytest.raises(ValueError, match=r"packs documents \(position_ids restart\).* set documents=True"):
+        unrouted(model, tokens(), position_ids=positions, use_cache=False)
 
 
 @pytest.mark.slow

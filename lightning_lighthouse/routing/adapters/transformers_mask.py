@@ -16,34 +16,43 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.routing.adapters.transformers_inputs import FIELD, config_of
+from lightning_lighthouse.routing.packing import IGNORE, DocumentsSetting
 
 NAME = "lighthouse_sdpa"
 ORDINARY = "sdpa"
-# Where transformers keeps the name of the attention; never written to a saved config.
-_FIELD = "_attn_implementation_internal"
 
 _statements: list[CausalStatement] = []
 
 
 class CausalStatement:
-    """That every mask which a model's training batches lead to is plain causal.
+    """What is known of the masks which a model's training batches lead to.
 
     Args:
         model: Searched for transformers models.
-        assume: Whether the user says so of a model made with "sdpa"; one made with "lighthouse_sdpa" says so itself.
+        assume: Whether the user says of a model made with "sdpa" that all of them are plain causal; one made with
+            "lighthouse_sdpa" says so itself.
+        documents: What was said of packed documents. "ignore": masks that keep documents apart are not built. True:
+            neither, because the attention keeps them apart.
 
     Raises:
         SettingError: `assume` without a transformers model whose attention is "sdpa".
     """
 
-    def __init__(self, model: nn.Module, assume: bool) -> None:
+    def __init__(self, model: nn.Module, assume: bool, documents: DocumentsSetting = False) -> None:
         self.holds = False
-        found = {id(config): config for config in map(_config_of, model.modules()) if config is not None}
-        named = [config for config in found.values() if getattr(config, _FIELD) == NAME]
-        self._renamed = [config for config in found.values() if assume and getattr(config, _FIELD) == ORDINARY]
+        self.ignores_documents = documents == IGNORE
+        # where documents begin in the batch that runs, [batch, tokens] bool on the host, while they are set
+        self.starts: Tensor | None = None
+        found = {id(config): config for config in map(config_of, model.modules()) if config is not None}
+        named = [config for config in found.values() if getattr(config, FIELD) == NAME]
+        ordinary = [config for config in found.values() if getattr(config, FIELD) == ORDINARY]
+        # those of which every mask is said to be causal
+        self.assumed = named + (ordinary if assume else [])
+        self._renamed = ordinary if assume or documents else []
         self.configs = named + self._renamed
         if assume and not self.configs:
-            others = sorted({str(getattr(config, _FIELD)) for config in found.values()})
+            others = sorted({str(getattr(config, FIELD)) for config in found.values()})
             found_instead = f"attn_implementation={', '.join(others)}" if others else "none"
             raise SettingError(
                 f"hf_assume_causal=True needs a transformers model made with attn_implementation='sdpa' in "
@@ -53,17 +62,22 @@ class CausalStatement:
             return
         register_lighthouse_sdpa()
         for config in self._renamed:
-            setattr(config, _FIELD, NAME)
+            setattr(config, FIELD, NAME)
         _statements.append(self)
+
+    def speaks_of(self, config: Any) -> bool:
+        """Whether it says something now of the masks of a model with this config."""
+        says = self.starts is not None or (self.holds and (self.ignores_documents or _is_among(config, self.assumed)))
+        return says and _is_among(config, self.configs)
 
     def withdraw(self) -> None:
         """Give every config its former name. Harmless when done before."""
-        self.holds = False
+        self.holds, self.starts = False, None
         if self in _statements:
             _statements.remove(self)
         for config in self._renamed:
-            if getattr(config, _FIELD) == NAME:
-                setattr(config, _FIELD, ORDINARY)
+            if getattr(config, FIELD) == NAME:
+                setattr(config, FIELD, ORDINARY)
         self._renamed = []
 
 
@@ -103,17 +117,19 @@ def mask_or_none(*args: Any, **settings: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     config = settings.get("config")
-    stated = any(statement.holds and _is_among(config, statement.configs) for statement in _statements)
-    if args or not stated or not _covers_whole_sequence(settings):
+    speaking = [statement for statement in _statements if statement.speaks_of(config)]
+    if args or not speaking or not _covers_whole_sequence(settings):
         return sdpa_mask(*args, **settings)
-    _check_padding(settings.get("attention_mask"))
-    _check_pattern(settings)
+    statement, attention_mask = speaking[-1], settings.get("attention_mask")
+    if statement.starts is not None:
+        _check_documents(settings, statement.starts)
+        return None
+    if not _is_among(config, statement.assumed) and attention_mask is not None:
+        # documents are looked for only without one: all that it can mean is padding
+        return sdpa_mask(*args, **settings)
+    _check_padding(attention_mask)
+    _check_pattern(settings, ignores_documents=statement.ignores_documents)
     return None
-
-
-def _config_of(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
-    return config if hasattr(config, _FIELD) else None
 
 
 def _is_among(config: Any, configs: list[Any]) -> bool:
@@ -152,34 +168,82 @@ def _check_padding(attention_mask: Tensor | None) -> None:
         _require(attention_mask.bool().all(), "the attention_mask of this batch masks tokens (padding)")
 
 
-def _check_pattern(settings: dict[str, Any]) -> None:
+def _check_pattern(settings: dict[str, Any], *, ignores_documents: bool) -> None:
     """Look along the first column, the diagonal and both its neighbours, which costs N and not N x N.
 
     Packed documents do not see the first token; tokens of a bidirectional block see the next.
+    """
+    seen = _seen(settings)
+    if seen is None:
+        return
+    first, itself, before, behind = seen
+    fits = itself.all() & ~behind.any()
+    if not ignores_documents:
+        fits = fits & first.all() & before.all()
+    _require(
+        fits,
+        "this batch's mask differs from the causal one (documents packed by restarting position_ids, or blocks)",
+    )
+
+
+def _check_documents(settings: dict[str, Any], starts_BN: Tensor) -> None:
+    """Look along the diagonal whether tokens see the one before them exactly inside the documents that are set.
+
+    Padding is no more than a document, or several, as long as none of them holds both it and text.
+    """
+    batch, tokens = settings["batch_size"], settings["kv_length"]
+    if tuple(starts_BN.shape) != (batch, tokens):
+        # the attention says so, and has the names of the layers
+        return
+    starts_BN = starts_BN.to(settings.get("device", "cpu"))
+    mask = settings.get("attention_mask")
+    if mask is not None:
+        real = mask.bool()
+        _require_documents(
+            (starts_BN[:, 1:] | (real[:, 1:] == real[:, :-1])).all(),
+            "its attention_mask masks tokens of a document and not others of it",
+        )
+    seen = _seen(settings)
+    if seen is None:
+        return
+    _, itself, before, behind = seen
+    fits = itself.all() & ~behind.any() & (before[:, 1:] == ~starts_BN[:, 1:]).all()
+    _require_documents(fits, "its mask, as by position_ids, keeps other tokens apart than the documents do")
+
+
+def _seen(settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Whether each token sees the first, itself, the one before it (`[B, N]` each), and the next (`[B, N - 1]`).
+
+    None for the plain causal mask.
     """
     from transformers.masking_utils import causal_mask_function
 
     sees = settings.get("mask_function", causal_mask_function)
     if sees is causal_mask_function:
-        return
+        return None
     device = settings.get("device", "cpu")
     row = torch.arange(settings["batch_size"], device=device)[:, None]
     head = torch.zeros(1, 1, dtype=torch.long, device=device)
     token = torch.arange(settings["kv_length"], device=device)[None, :]
-    past = sees(row, head, token, torch.zeros_like(token)) & sees(row, head, token, token)
-    past = past & sees(row, head, token, (token - 1).clamp(min=0))
-    next_ones = sees(row, head, token[:, :-1], token[:, 1:])
-    _require(
-        past.all() & ~next_ones.any(),
-        "this batch's mask differs from the causal one (documents packed by restarting position_ids, or blocks)",
-    )
+    first, itself = sees(row, head, token, torch.zeros_like(token)), sees(row, head, token, token)
+    before = sees(row, head, token, (token - 1).clamp(min=0))
+    return first, itself, before, sees(row, head, token[:, :-1], token[:, 1:])
+
+
+def _require_documents(condition: Tensor, fault: str) -> None:
+    _raise_unless(condition, f"documents are set for this batch, but {fault}: let both say the same")
 
 
 def _require(condition: Tensor, fault: str) -> None:
     line = (
         f"masks were stated to be plain causal (hf_assume_causal=True, or attn_implementation={NAME!r}), but {fault}: "
-        "train without padding and with positions that do not restart, or drop the statement; no mask was ignored"
+        "train without padding and with positions that do not restart, or drop the statement, and set documents=True "
+        "where documents are packed; no mask was ignored"
     )
+    _raise_unless(condition, line)
+
+
+def _raise_unless(condition: Tensor, line: str) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async(condition, line)
     elif not bool(condition):

@@ -103,10 +103,10 @@ def test_a_whole_model_is_compiled_without_a_mask_once_it_is_stated_causal(call,
     ("call", "words"),
     [
         ({"attention_mask": PADDING}, "masks tokens"),
-        ({"position_ids": RESTARTING, "use_cache": False}, "packed by restarting position_ids"),
+        ({"position_ids": RESTARTING, "use_cache": False}, "restarting position_ids|position_ids restart"),
         (
             {"position_ids": RESTARTING, "use_cache": False, "attention_mask": PADDING},
-            "masks tokens",
+            "masks tokens|position_ids restart",
         ),
     ],
     ids=["padding", "packed", "both"],

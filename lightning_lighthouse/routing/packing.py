@@ -1,0 +1,218 @@
+"""What in a batch shows that it packs documents, and the refusal to attend across them without a word.
+
+Batches are told by the names that the field gives to such tensors. A tensor in host memory is looked at there, each of
+them. What lies on a GPU is looked at by the GPU: the host waits for the first verdict of a check, because whoever packs
+does so from the first batch on as a rule, and for none after it. Later verdicts are copied while the batch trains and
+are read with the batch behind it, so that the host can run ahead as ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lighthouse.checks import SettingError, shown
+
+# True: attention stays inside documents. False: a packed batch is an error. "ignore": it attends across documents.
+DocumentsSetting = bool | Literal["ignore"]
+IGNORE: Literal["ignore"] = "ignore"
+
+DOCUMENTS = "documents"
+# Numbers that change where a document begins
+IDS = ("document_ids", "seq_idx")
+# Where documents begin in the tokens of all rows together, and at last how many tokens there are
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
+POSITIONS = "position_ids"
+MASK = "attention_mask"
+# How deep batches are searched: dictionaries in lists in a dictionary of several loaders
+DEPTH = 3
+
+
+class PackedBatchError(ValueError):
+    """A batch packs documents, and nobody said what to do about it."""
+
+
+def check_documents(value: DocumentsSetting) -> None:
+    """Raise ValueError if `documents` is no setting of it."""
+    if type(value) is not bool and value != IGNORE:
+        raise ValueError(f"documents must be true, false or {IGNORE!r}, got {shown(repr(value))}")
+
+
+def exclude_assumption(documents: DocumentsSetting, hf_assume_causal: bool) -> None:
+    """Raise SettingError where one setting says that there are documents, and the other that there are none."""
+    if documents is True and hf_assume_causal:
+        raise SettingError(
+            "documents=True and hf_assume_causal=True exclude each other: the one says that batches hold documents, "
+            "the other that they hold none; leave hf_assume_causal out, for documents=True builds no mask either"
+        )
+
+
+def refusal(sign: str) -> str:
+    """The line that a batch is refused with.
+
+    Args:
+        sign: How it shows that it is packed.
+    """
+    return (
+        f"this batch packs documents ({sign}), and attention would go across them: set documents=True to keep it "
+        f"inside each of them, or documents={IGNORE!r} to let it go across"
+    )
+
+
+def restarts(positions: Tensor) -> Tensor:
+    """Where a token has no higher position than the one before it: `[..., N] -> [..., N - 1]` bool."""
+    return positions[..., 1:] <= positions[..., :-1]
+
+
+def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
+    """What could show that a batch is packed: each sign with whether it does, a 0-dim bool tensor where data decides.
+
+    Args:
+        batch: Named tensors, or the keyword arguments of a model's forward. `documents` is a `Documents`; ids and
+            positions are `[batch, tokens]`; positions of several axes, `[3, batch, tokens]`, show nothing.
+    """
+    documents: Any = batch.get(DOCUMENTS)
+    if hasattr(documents, "num_documents"):
+        yield "documents of a sequence are several", documents.num_documents > documents.batch_size
+    for name in IDS:
+        ids = _integers(batch.get(name))
+        if ids is not None:
+            yield f"{name} of a sequence differ", (ids[..., 1:] != ids[..., :-1]).any()
+    mask = _integers(batch.get(MASK))
+    for name in BOUNDARIES:
+        boundaries = batch.get(name)
+        if isinstance(boundaries, Tensor) and boundaries.ndim == 1:
+            yield f"{name} name several documents", boundaries.numel() > 2
+    positions = _integers(batch.get(POSITIONS))
+    if positions is not None:
+        found = restarts(positions)
+        if mask is not None and mask.shape == positions.shape:
+            # padding has whatever positions it was given
+            real = mask.to(positions.device) != 0
+            found = found & real[..., 1:] & real[..., :-1]
+        yield f"{POSITIONS} restart", found.any()
+    if mask is not None and mask.dtype != torch.bool:
+        yield f"{MASK} numbers several segments", (mask > 1).any()
+
+
+def _integers(value: Any) -> Tensor | None:
+    """A tensor of whole numbers for each token, or None."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.ndim not in (1, 2) or not value.numel():
+        return None
+    return value
+
+
+def named_parts(batch: Any, depth: int = DEPTH) -> Iterator[Mapping[str, Any]]:
+    """Every mapping in a batch."""
+    if isinstance(batch, Mapping):
+        yield batch
+    if depth:
+        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+        for value in values:
+            yield from named_parts(value, depth - 1)
+
+
+class PackingCheck:
+    """Raises PackedBatchError at a batch that shows packing; see above for when."""
+
+    def __init__(self) -> None:
+        self._has_waited = False
+        # what the GPU has been asked: the signs, its answers, and when they have arrived
+        self._asked: deque[tuple[list[str], Tensor, torch.cuda.Event]] = deque()
+        # a tensor that was looked at last, and its version: layers of a model pass the same one on
+        self._last: tuple[ref[Tensor], int] | None = None
+
+    # a module that keeps one is copied and pickled
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackingCheck:
+        return PackingCheck()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PackingCheck, ()
+
+    def look(self, batch: Any) -> None:
+        """Look at a batch, or at the keyword arguments of a forward."""
+        self._read()
+        on_gpu: list[tuple[str, Tensor]] = []
+        for part in named_parts(batch):
+            if self._is_known(part):
+                continue
+            for sign, found in signs(part):
+                if isinstance(found, Tensor) and found.device.type == "cuda":
+                    on_gpu.append((sign, found))
+                elif bool(found):
+                    raise PackedBatchError(refusal(sign))
+        if on_gpu:
+            self._ask(on_gpu)
+
+    def finish(self) -> None:
+        """Wait for what is not answered yet: no batch comes that would."""
+        self._read(waits=True)
+
+    def forget(self) -> None:
+        """Drop what is not answered yet."""
+        self._asked.clear()
+
+    def _is_known(self, part: Mapping[str, Any]) -> bool:
+        """Whether the positions are those that were looked at last, handed on by a model to its parts."""
+        positions = part.get(POSITIONS)
+        if not isinstance(positions, Tensor) or any(name in part for name in (DOCUMENTS, *IDS, *BOUNDARIES)):
+            return False
+        known, version = self._last or (None, 0)
+        if known is not None and known() is positions and version == _version(positions):
+            return True
+        self._last = ref(positions), _version(positions)
+        return False
+
+    def _ask(self, found: list[tuple[str, Tensor]]) -> None:
+        names, flags = [sign for sign, _ in found], torch.stack([flag for _, flag in found])
+        answers = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        answers.copy_(flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._asked.append((names, answers, arrived))
+        if not self._has_waited:
+            self._has_waited = True
+            self._read(waits=True)
+
+    def _read(self, waits: bool = False) -> None:
+        while self._asked and (waits or self._asked[0][2].query()):
+            names, answers, arrived = self._asked.popleft()
+            arrived.synchronize()
+            for sign, is_so in zip(names, answers.tolist(), strict=True):
+                if is_so:
+                    self._asked.clear()
+                    raise PackedBatchError(refusal(sign))
+
+
+def _version(tensor: Tensor) -> int:
+    # inference tensors count no versions
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# What the user has said of documents, by module; a module that is not here belongs to no patch and no callback.
+_told: WeakKeyDictionary[nn.Module, DocumentsSetting] = WeakKeyDictionary()
+
+
+@contextmanager
+def told(model: nn.Module, documents: DocumentsSetting) -> Iterator[None]:
+    """Let every module of `model` know inside what was said of documents."""
+    modules = list(model.modules())
+    before = {module: _told[module] for module in modules if module in _told}
+    _told.update(dict.fromkeys(modules, documents))
+    try:
+        yield
+    finally:
+        for module in modules:
+            _told.pop(module, None)
+        _told.update(before)
+
+
+def said_of_documents(module: nn.Module) -> DocumentsSetting | None:
+    """What was said of documents to a patch or callback that has this module; None where there is none."""
+    return _told.get(module)
