@@ -163,7 +163,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
                 documents=self.documents,
             )
             self._contexts.callback(self._patch.restore)
-            self._patch.watches_evaluation = True
+            self._patch.documents.watches_evaluation = True
             self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
             # each once, so that no phase fails when it begins
             for phase in reversed(self._phases_asked):

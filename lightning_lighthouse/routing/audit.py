@@ -22,6 +22,8 @@ from lightning_lighthouse.routing.reasons import (
     ENTERED,
     ENTERED_WITHOUT_GRADIENTS,
     EXITED,
+    INFERENCE,
+    INSIDE,
     NO_CALL,
     NOT_RUN,
     ROUTED,
@@ -30,21 +32,32 @@ from lightning_lighthouse.routing.reasons import (
 )
 from lightning_lighthouse.routing.score_spread import ScoreSpread
 
-_seen_routed: WeakSet[nn.Module] = WeakSet()
-# Code of layers that lay inside a traced frame, and of those that ran in eager code around one.
-_routed_inside: WeakSet[Any] = WeakSet()
-_routed_around: WeakSet[Any] = WeakSet()
+
+class _Memory:
+    """What was once seen to be as it should be."""
+
+    def __init__(self) -> None:
+        self.layers: WeakSet[nn.Module] = WeakSet()
+        # Code of layers that lay inside a traced frame, and of those that ran in eager code around one.
+        self.inside: WeakSet[Any] = WeakSet()
+        self.around: WeakSet[Any] = WeakSet()
+
+
+_routed, _in_documents = _Memory(), _Memory()
 
 
 class Audit:
-    """Notes of the first routed batch.
+    """Notes of the first routed batch, or of the first one with documents.
 
     Args:
-        targets: The routed layers by name.
+        targets: The layers by name that should be routed, or stay inside documents.
+        of_documents: Ask for a call inside documents, routed or dense.
     """
 
-    def __init__(self, targets: dict[str, nn.Module]) -> None:
+    def __init__(self, targets: dict[str, nn.Module], *, of_documents: bool = False) -> None:
         self._targets = targets
+        self._of_documents = of_documents
+        self._memory = _in_documents if of_documents else _routed
         self._by_layer: dict[nn.Module, set[str]] = defaultdict(set)
         self._traced: set[str] = set()
         # what was traced inside a layer that itself runs in eager code, by its class: such layers share frames
@@ -67,12 +80,19 @@ class Audit:
         trace = torch._guards.TracingContext.try_get()
         if trace is not None:
             note = self._follow(trace, note)
-            if layer is not None:
-                self._traced_in[type(layer)].add(note)
+        note = self._judged(note)
+        if trace is not None and layer is not None:
+            self._traced_in[type(layer)].add(note)
         if layer is None:
             self._traced.add(note)
         else:
             self._by_layer[layer].add(note)
+
+    def _judged(self, note: str) -> str:
+        """What a note means here: a dense call inside documents is all that documents ask for, and else is none."""
+        if self._of_documents and note in (INSIDE, INFERENCE, ENTERED_WITHOUT_GRADIENTS):
+            return ROUTED if note == INSIDE else ENTERED
+        return ENTERED if note == INSIDE else note
 
     def _follow(self, trace: Any, note: str) -> str:
         """Notice a layer that a trace leaves without a call; a graph break ends a trace inside the layer."""
@@ -105,22 +125,22 @@ class Audit:
             # routed forward, dense in the recompute of an outer reentrant checkpoint: wrong gradients
             doubtful |= CHECKPOINT_INSIDE in reasons
             if ROUTED in reasons and not doubtful:
-                _seen_routed.add(layer)
+                self._memory.layers.add(layer)
                 if layer not in self._by_layer:
-                    _routed_inside.add(_code(layer))
+                    self._memory.inside.add(_code(layer))
                 elif ROUTED in self._traced_in[type(layer)]:
-                    _routed_around.add(_code(layer))
+                    self._memory.around.add(_code(layer))
             elif reasons:
                 missing[name] = "; ".join(_explained(reason, layer) for reason in sorted(reasons - {ROUTED}))
-            elif layer not in _seen_routed and not self._uses_old_frames(layer, notes):
+            elif layer not in self._memory.layers and not self._uses_old_frames(layer, notes):
                 missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
         return missing
 
     def _uses_old_frames(self, layer: nn.Module, notes: set[str]) -> bool:
         """Whether nothing was traced because frames of a former model of the same code serve this one."""
         if notes:
-            return not self._traced_in[type(layer)] and _code(layer) in _routed_around
-        return not self.saw_a_layer and _code(layer) in _routed_inside
+            return not self._traced_in[type(layer)] and _code(layer) in self._memory.around
+        return not self.saw_a_layer and _code(layer) in self._memory.inside
 
 
 def _code(layer: nn.Module) -> Any:
@@ -134,6 +154,15 @@ def _code(layer: nn.Module) -> Any:
 def _explained(reason: str, layer: nn.Module) -> str:
     advice = remedy(reason, layer)
     return f"{reason} ({advice})" if advice else reason
+
+
+def explain_documents(missing: dict[str, str], num_layers: int) -> str:
+    """One line that names every layer which was not seen to stay inside documents, and why."""
+    by_reason = defaultdict(list)
+    for name, reason in missing.items():
+        by_reason[reason].append(name or "the module itself")
+    parts = [f"{', '.join(found)}: {reason}" for reason, found in by_reason.items()]
+    return f"{len(missing)} of {num_layers} attention layers were not seen inside documents: {' | '.join(parts)}"
 
 
 def explain(missing: dict[str, str], num_targets: int) -> str:

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lighthouse.attention.layer_types import CHUNK, WINDOW
+from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
+from lightning_lighthouse.attention.inputs import autocast
+from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
@@ -24,14 +26,18 @@ from lightning_lighthouse.routing.reasons import (
     CHECKPOINT_INSIDE,
     DROPOUT,
     HEADS,
+    INSIDE,
     LAYOUT,
     LENGTHS,
     MASK,
     NOT_CAUSAL,
     ROUTED,
     SIZES,
+    crossing,
+    name_of,
+    refuse,
 )
-from lightning_lighthouse.routing.scope import Scope, autograd_mark, note, scopes
+from lightning_lighthouse.routing.scope import UNSELECTED, Scope, autograd_mark, note, scopes
 from lightning_lighthouse.routing.targets import SDPA
 
 _bare_copies: list[tuple[dict[str, Any], str]] = []
@@ -68,33 +74,68 @@ def causal_attention(
     """
     scope = None
     for candidate in scopes:
-        if candidate.layer_type and candidate.is_on:
+        if candidate.layer_type and (candidate.is_on or candidate.documents is not None):
             scope = candidate
     reason = _why_dense(scope, query, key, value, attn_mask, dropout_p, is_causal) if scope is not None else ""
-    if scope is None or reason != ROUTED:
-        if scope is not None:
+    if scope is not None and scope.documents is not None and not _is_left_out(scope, query, reason):
+        return _attend_inside(scope, query, key, value, scale, reason)
+    if scope is None or reason != ROUTED or scope.layer_type == UNSELECTED:
+        if scope is not None and scope.layer_type != UNSELECTED:
             note(reason)
         return stock_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     note(ROUTED)
     return _attend(scope, query, key, value, scale)
 
 
+def _is_left_out(scope: Scope, query: Tensor, reason: str) -> bool:
+    """Whether a call of a layer that `select` leaves out is none that documents could be set for."""
+    return scope.layer_type == UNSELECTED and (reason != ROUTED or not _has_sizes(scope, query))
+
+
+def _has_sizes(scope: Scope, query: Tensor) -> bool:
+    """Whether the documents are those of as many sequences, as long."""
+    documents = scope.documents
+    return documents is None or (documents.batch_size, documents.num_tokens) == (query.shape[0], query.shape[2])
+
+
+def _attend_inside(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None, reason: str) -> Tensor:
+    """Attention inside the documents that are set, or an error: never across them."""
+    documents = scope.documents
+    assert documents is not None
+    if reason != ROUTED:
+        refuse(crossing(reason, scope.layer))
+    if not _has_sizes(scope, q):
+        refuse(
+            f"documents cover {documents.batch_size} x {documents.num_tokens} tokens, attention in "
+            f"{name_of(scope.layer)} sees {q.shape[0]} x {q.shape[2]}; for targets shifted by one pass "
+            "document_ids[:, :-1]"
+        )
+    if scope.layer_type in (DENSE, UNSELECTED):
+        note(INSIDE)
+        q, k, v = autocast(q, k, v)
+        return documents_sdpa(q, k, v, documents, scale=scale, backend=scope.settings.config.sdpa)
+    note(ROUTED)
+    return _attend(scope, q, k, v, scale)
+
+
 def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Attention as the type of the layer asks."""
-    settings = scope.settings
+    """Attention as the type of the layer asks, inside documents where some are set."""
+    settings, documents = scope.settings, scope.documents
     config = settings.config
     if scope.layer_type == WINDOW:
         assert settings.window is not None
         sink_tokens = settings.sink_tokens
-        return window_attention(q, k, v, settings.window, sink_tokens=sink_tokens, scale=scale, sdpa=config.sdpa)
+        return window_attention(
+            q, k, v, settings.window, sink_tokens=sink_tokens, scale=scale, sdpa=config.sdpa, documents=documents
+        )
     if scope.layer_type == CHUNK:
         assert settings.window is not None
-        return chunk_attention(q, k, v, settings.window, scale=scale, sdpa=config.sdpa)
+        return chunk_attention(q, k, v, settings.window, scale=scale, sdpa=config.sdpa, documents=documents)
     # a compiled frame holds nothing of this
     if not torch.compiler.is_compiling() and scope.audit is not None:
         scope.audit.spread.add(scope.layer, q, k, config)
     step = scope.step if config.selection == "random" else None
-    return lighthouse_attention(q, k, v, config, scale=scale, step=step)
+    return lighthouse_attention(q, k, v, config, scale=scale, step=step, documents=documents)
 
 
 def _why_dense(

@@ -17,19 +17,36 @@ from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.routing.adapters import multihead
 from lightning_lighthouse.routing.calls import causal_attention
-from lightning_lighthouse.routing.reasons import ENTERED, ENTERED_WITHOUT_GRADIENTS, EXITED, INFERENCE
-from lightning_lighthouse.routing.scope import Scope, Shared, autograd_mark, is_without_gradients, note
+from lightning_lighthouse.routing.reasons import (
+    ENTERED,
+    ENTERED_WITHOUT_GRADIENTS,
+    EXITED,
+    INFERENCE,
+    crossing,
+    name_of,
+    refuse,
+)
+from lightning_lighthouse.routing.scope import (
+    UNSELECTED,
+    Scope,
+    Shared,
+    autograd_mark,
+    is_without_gradients,
+    note,
+)
 
 
 class Route(Shared):
     """The way of one routed module's calls.
 
     Args:
+        name: The module's.
         layer_type: How they attend while the patch is on: one of LAYER_TYPES.
+        is_selected: Whether each of them must stay inside documents where some are set, or be an error.
     """
 
-    def __init__(self, layer_type: str = LIGHTHOUSE) -> None:
-        self.layer_type = layer_type
+    def __init__(self, name: str = "", layer_type: str = LIGHTHOUSE, is_selected: bool = True) -> None:
+        self.name, self.layer_type, self.is_selected = name, layer_type, is_selected
 
 
 def scope_of(module: nn.Module) -> Scope | None:
@@ -37,13 +54,13 @@ def scope_of(module: nn.Module) -> Scope | None:
     return module.__dict__.get("_lighthouse_scope")
 
 
-def bind(module: nn.Module, scope: Scope) -> None:
+def bind(module: nn.Module, scope: Scope, route: Route) -> None:
     """Give `module` an instance forward that enters `scope`, and replace copies of SDPA that it keeps."""
     if scope_of(module) is not None:
         # a copy made while the original was patched, which has been restored since
         unbind(module)
     module.__dict__["_lighthouse_scope"] = scope
-    module.__dict__["_lighthouse_route"] = Route()
+    module.__dict__["_lighthouse_route"] = route
     module.__dict__["_lighthouse_chained"] = module.__dict__.get("forward")
     module.__dict__["forward"] = MethodType(forward, module)
     kept = {name: value for name, value in vars(module).items() if _keeps_sdpa(value)}
@@ -70,6 +87,16 @@ def _replaced(value: Any) -> Any:
     return partial(causal_attention, *value.args, **value.keywords) if isinstance(value, partial) else causal_attention
 
 
+SET_THEM = "call patch.set_documents before the forward, to hold until its backward is done"
+
+
+def _may_lack_documents(layer: nn.Module) -> bool:
+    """Whether a call without documents is nobody's mistake: one of a layer left out, or one that trains nothing."""
+    if not layer._lighthouse_route.is_selected:  # type: ignore[union-attr]
+        return True
+    return not torch.compiler.is_compiling() and not layer.training and is_without_gradients()
+
+
 # Named `forward` so that pickle, which stores a bound method by its name, finds the class's own on loading.
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The instance forward of a routed module: its former forward, with the scope entered."""
@@ -78,7 +105,11 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # only there: a dense frame must not depend on the type, which would be a frame for each
     layer_type = self._lighthouse_route.layer_type if scope.is_on else DENSE
     is_routed = layer_type != DENSE
-    scope.layer_type = layer_type if is_routed else ""
+    has_documents = scope.documents is not None
+    dense_type = ""
+    if has_documents:
+        dense_type = DENSE if self._lighthouse_route.is_selected else UNSELECTED
+    scope.layer_type = layer_type if is_routed else dense_type
     entry, is_inference = ENTERED, False
     if not torch.compiler.is_compiling():
         outer = scope.layer, scope.autograd_mark
@@ -86,14 +117,16 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not scope.with_inference and is_without_gradients():
             is_inference = not self.training
             entry = INFERENCE if is_inference else ENTERED_WITHOUT_GRADIENTS
-    if is_routed:
-        note(entry)
+    if is_routed or has_documents:
+        note(entry if is_routed else ENTERED)
     if is_inference:
-        scope.layer_type = ""
+        scope.layer_type = dense_type
     try:
+        if not has_documents and scope.demands_documents and not _may_lack_documents(self):
+            refuse(f"{name_of(scope.layer)} was told of no documents: with documents=True, {SET_THEM}")
         out = _run(self, scope, args, kwargs)
         # while tracing no layer is known, so the audit counts calls between entry and exit
-        if torch.compiler.is_compiling() and is_routed:
+        if torch.compiler.is_compiling() and (is_routed or has_documents):
             note(EXITED)
         return out
     finally:
@@ -106,10 +139,13 @@ def _run(layer: Any, scope: Scope, args: Any, kwargs: Any) -> Any:
     """The former forward of a layer in scope."""
     if layer._lighthouse_chained is not None:
         return layer._lighthouse_chained(*args, **kwargs)
-    if scope.layer_type and scope.is_on and multihead.is_served(layer):
+    is_looked_at = scope.layer_type and (scope.is_on or scope.documents is not None)
+    if is_looked_at and multihead.is_served(layer):
         reason = multihead.why_dense(layer, *args, **kwargs)
         if not reason:
             return multihead.forward(layer, *args, **kwargs)
+        if scope.documents is not None and scope.layer_type != UNSELECTED:
+            refuse(crossing(reason, scope.layer))
         note(reason)
         # dense in eager code too, as it is when compiled
         scope.layer_type = ""

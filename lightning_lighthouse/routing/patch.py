@@ -7,28 +7,23 @@ call is routed is in `routing`. No parameter is added and no module renamed: `st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, check_layer_types, spread_over
 from lightning_lighthouse.checks import quoted, warn
 from lightning_lighthouse.routing.adapters import generation
-from lightning_lighthouse.routing.adapters.transformers_inputs import look_before_forward
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain
 from lightning_lighthouse.routing.calls import swap, unswap
-from lightning_lighthouse.routing.layers import bind, scope_of, unbind
-from lightning_lighthouse.routing.packing import (
-    DocumentsSetting,
-    PackingCheck,
-    check_documents,
-    exclude_assumption,
-    told,
-)
+from lightning_lighthouse.routing.kept_documents import KeptDocuments, find_others
+from lightning_lighthouse.routing.layers import Route, bind, scope_of, unbind
+from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents, exclude_assumption
 from lightning_lighthouse.routing.reasons import NO_REASONS
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
@@ -43,10 +38,12 @@ class Patch(Shared):
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[str],
+        layers: dict[str, nn.Module],
         targets: dict[str, nn.Module],
         settings: Settings,
         statement: CausalStatement,
+        others: dict[str, nn.Module],
+        documents: DocumentsSetting,
     ) -> None:
         self.model = model
         self.targets = targets
@@ -56,10 +53,9 @@ class Patch(Shared):
         self._layer_types = dict.fromkeys(targets, LIGHTHOUSE)
         self._missing: dict[str, str] | None = None
         self._statement = statement
-        self._packing = PackingCheck()
-        # whether what runs while the patch is off is refused too where it packs documents
-        self.watches_evaluation = False
-        self._contexts = ExitStack()
+        # patched for documents alone
+        self._others = others
+        self.documents = KeptDocuments(model, documents, self.scope, statement, layers)
 
     @property
     def is_on(self) -> bool:
@@ -95,11 +91,16 @@ class Patch(Shared):
             self.scope.audit = Audit(self.targets)
             self.scope.audit.excuse(set(self.targets) - set(self.routed))
         self.scope.is_on = self._statement.holds = True
+        self.documents.demand(training=True)
         self.scope.with_inference = inference
 
     def off(self) -> None:
-        """Leave every call to stock SDPA: for validation and whatever else is not training."""
+        """Leave every call to stock SDPA: for validation and whatever else is not training.
+
+        Where documents are set, attention stays inside them all the same.
+        """
         self.scope.is_on = self._statement.holds = False
+        self.documents.demand(training=False)
 
     def dense(self) -> None:
         """Train dense: every call goes to stock SDPA, but `hf_assume_causal` holds on.
@@ -109,6 +110,24 @@ class Patch(Shared):
         """
         self._require_patched()
         self.scope.is_on, self._statement.holds = False, True
+        self.documents.demand(training=True)
+
+    def set_documents(self, documents: Documents | None) -> None:
+        """Keep attention inside these documents from the next call on, in every layer, also while the patch is off.
+
+        To be told before the forward, and to hold until its backward is done: what is computed again there must see
+        the same.
+
+        Args:
+            documents: Of the batch that comes; None: of a forward that has none, as `generate`.
+
+        Raises:
+            TypeError: Not `Documents`.
+            ValueError: The model was patched without documents=True.
+            RuntimeError: The patch was restored.
+        """
+        self._require_patched()
+        self.documents.set(documents)
 
     @property
     def routed(self) -> list[str]:
@@ -140,8 +159,11 @@ class Patch(Shared):
         """
         types = spread_over(check_layer_types(layer_types, window, sink_tokens), len(self._layers))
         by_name = dict(zip(self._layers, types, strict=True))
+        asked = config or self.scope.settings.config
+        if LIGHTHOUSE in types:
+            self.documents.check_config(asked)
         self._layer_types = {name: by_name[name] for name in self.targets}
-        self.scope.settings = Settings(config or self.scope.settings.config, window, sink_tokens)
+        self.scope.settings = Settings(asked, window, sink_tokens)
         self.hand_back(())
 
     def hand_back(self, layers: Collection[str]) -> None:
@@ -201,6 +223,7 @@ class Patch(Shared):
             RuntimeError: Layers stayed dense, or were routed without gradients beside layers that train; the message
                 names each with the reason.
         """
+        self.documents.check()
         missing = self.unrouted() if self.scope.audit is not None else {}
         if not missing:
             return
@@ -232,26 +255,14 @@ class Patch(Shared):
     def paused(self) -> Iterator[None]:
         """Off inside, and as before after it."""
         before = self.scope.is_on, self._statement.holds
-        self.off()
-        try:
-            yield
-        finally:
-            if self.is_patched:
-                self.scope.is_on, self._statement.holds = before
-
-    def watch_inputs(self, documents: DocumentsSetting) -> None:
-        """Refuse packed inputs of transformers models that train, where `documents` is False, until restored."""
-        self._contexts.enter_context(told(self.model, documents))
-        if documents is False:
-            self._contexts.enter_context(look_before_forward(self.model, self._look, self._refuses))
-
-    def _refuses(self) -> bool:
-        # off it is the user's model as it was, with all that transformers makes of its inputs
-        return self._statement.holds or self.watches_evaluation
-
-    def _look(self, inputs: Mapping[str, Any]) -> None:
-        if self._refuses():
-            self._packing.look(inputs)
+        # those of a batch are not those of what runs inside
+        with self.documents.none():
+            self.off()
+            try:
+                yield
+            finally:
+                if self.is_patched:
+                    self.scope.is_on, self._statement.holds = before
 
     def restore(self) -> None:
         """Undo the patch: the model is as it was. Harmless when already restored."""
@@ -261,10 +272,9 @@ class Patch(Shared):
         if not self.is_patched:
             return
         scopes.remove(scope)
-        self._contexts.close()
-        self._packing.forget()
+        self.documents.end()
         self._statement.withdraw()
-        for module in self.targets.values():
+        for module in (*self.targets.values(), *self._others.values()):
             unbind(module)
         generation.unbind(self.model)
         if not scopes:
@@ -279,7 +289,7 @@ class Patch(Shared):
         missing = self.unrouted() if unchecked else {}
         try:
             if kind is None:
-                self._packing.finish()
+                self.documents.finish()
         finally:
             self.restore()
         if missing:
@@ -328,8 +338,9 @@ def patch_attention(
         layer_types: How each attention layer attends, or a pattern that is repeated over them: see `Patch.attend`.
         window: Of the types "window" and "chunk", in tokens.
         sink_tokens: Of the type "window".
-        documents: Of batches that pack several, where a transformers model is told so by its inputs: False refuses
-            them, "ignore" lets attention go across documents.
+        documents: Of batches that pack several. True: attention stays inside those that `Patch.set_documents` is told,
+            in every layer, dense ones too; a call that cannot is an error. False: what shows in the inputs of a
+            transformers model that they are packed is an error. "ignore": attention goes across documents.
 
     Returns:
         The handle, off: `on()`, `off()`, `dense()`, `check()`, `restore()`. As a context manager it is on, and an
@@ -346,18 +357,26 @@ def patch_attention(
     layers = find_targets(model, select)
     targets = choose_routed(layers, dense_layers)
     settings = Settings(config or LighthouseConfig(), window, sink_tokens)
-    taken = [name for name, module in targets.items() if scope_of(module) in scopes]
+    others = find_others(model, layers, targets) if documents is True else {}
+    taken = [name for name, module in {**targets, **others}.items() if scope_of(module) in scopes]
     if taken:
         raise ValueError(f"{type(model).__name__} is patched already ({taken[0]}); restore the first patch before")
     check_layer_types(layer_types, window, sink_tokens)
     spread_over(layer_types, len(layers))
-    patch = Patch(model, list(layers), targets, settings, CausalStatement(model, hf_assume_causal, documents))
+    patch = Patch(
+        model, layers, targets, settings, CausalStatement(model, hf_assume_causal, documents), others, documents
+    )
     if not scopes:
         swap()
     scopes.append(patch.scope)
-    for module in targets.values():
-        bind(module, patch.scope)
+    for name, module in targets.items():
+        bind(module, patch.scope, Route(name))
+    for name, module in others.items():
+        bind(module, patch.scope, Route(name, DENSE, name in layers))
     generation.bind(model, patch)
-    patch.watch_inputs(documents)
-    patch.attend(layer_types, window=window, sink_tokens=sink_tokens)
+    try:
+        patch.attend(layer_types, window=window, sink_tokens=sink_tokens)
+    except BaseException:
+        patch.restore()
+        raise
     return patch

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lighthouse.checks import quoted
@@ -17,7 +18,9 @@ ENTERED = "entered"
 EXITED = "exited"
 # as ENTERED, in train mode under no_grad: routed all the same
 ENTERED_WITHOUT_GRADIENTS = "entered without gradients"
-NO_REASONS = frozenset({ENTERED, EXITED, ENTERED_WITHOUT_GRADIENTS})
+# a call that is not routed, and stays inside documents
+INSIDE = "dense inside documents"
+NO_REASONS = frozenset({ENTERED, EXITED, ENTERED_WITHOUT_GRADIENTS, INSIDE})
 
 MASK = "attn_mask was given"
 NOT_CAUSAL = "is_causal is False"
@@ -63,6 +66,19 @@ REMEDIES = {
     NOT_SELF: f"pass one tensor as query, key and value; cross-attention cannot be routed, {LEAVE_DENSE}",
     NOT_BATCHED: "pass [batch, tokens, dim], or [tokens, batch, dim] with batch_first=False",
     EXTRA_KEYS: f"such a layer cannot be routed: make it without, or {LEAVE_DENSE}",
+}
+
+# Remedies while documents are set, where leaving a layer dense is none
+SELECT = "leave it out with select"
+IN_DOCUMENTS = {
+    MASK: "a mask is never ignored: pass attn_mask=None and is_causal=True, and no padding but as documents of its own",
+    NOT_CAUSAL: f"pass is_causal=True if the layer is causal, else {SELECT}",
+    LENGTHS: f"cross-attention or a cache knows no documents: {SELECT}",
+    SIZES: f"q, k and v must have one batch size and one head dim: {SELECT}",
+    HEADS: SELECT,
+    EXTRA_KEYS: f"make it without, or {SELECT}",
+    NOT_SELF: f"pass one tensor as query, key and value, or {SELECT}",
+    PADDING: "pass padding as documents of its own, at the end of each sequence",
 }
 
 # Fields of a transformers config that hold the dropout of the attention weights.
@@ -132,3 +148,33 @@ def _has_sdpa(layer: nn.Module) -> bool:
     kinds = vars(sys.modules[type(layer).__module__]).values()
     answers = [kind._supports_sdpa for kind in kinds if isinstance(kind, type) and hasattr(kind, "_supports_sdpa")]
     return any(answers) or not answers
+
+
+class CrossingError(ValueError):
+    """A call of attention would go across the documents that are set."""
+
+
+# While compiling it runs at trace time; an error raised in traced code itself would be told as one of the compiler's.
+@torch.compiler.assume_constant_result
+def refuse(line: str) -> None:
+    """Raise CrossingError."""
+    raise CrossingError(line)
+
+
+def crossing(reason: str, layer: nn.Module | None) -> str:
+    """The line for a call that cannot stay inside the documents which are set.
+
+    Args:
+        reason: The first rule that it breaks.
+        layer: The patched module that runs; None while a frame is traced.
+    """
+    advice = remedy(reason, layer) if layer is not None else REMEDIES.get(reason, "")
+    # documents are set already
+    advice = IN_DOCUMENTS.get(reason, advice)
+    return f"{name_of(layer)} would attend across documents: {reason}" + (f"; {advice}" if advice else "")
+
+
+def name_of(layer: nn.Module | None) -> str:
+    """How a message calls a patched module."""
+    route = None if layer is None else vars(layer).get("_lighthouse_route")
+    return getattr(route, "name", "") or ("an attention layer" if layer is None else type(layer).__name__)

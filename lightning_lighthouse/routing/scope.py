@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.documents import Documents
 
 if TYPE_CHECKING:
     from lightning_lighthouse.routing.audit import Audit
@@ -61,8 +62,15 @@ class Scope(Shared):
         self.with_inference = False
         # Collects notes from the first `on` until the patch is checked.
         self.audit: Audit | None = None
-        # The type of the routed module that runs, "" outside of one; set and reset by it. A plain value that returns to
-        # what it was: Dynamo refuses any other side effect inside activation checkpointing.
+        # Those of the batch that runs, until its backward is done; None: a sequence is one.
+        self.documents: Documents | None = None
+        # Whether a call without them would be a mistake: training under documents=True.
+        self.demands_documents = False
+        # Collects notes from the first documents on.
+        self.documents_audit: Audit | None = None
+        # The type of the routed module that runs, "" outside of one; while documents are set, that of each module that
+        # is patched, DENSE or UNSELECTED too. Set and reset by it. A plain value that returns to what it was: Dynamo
+        # refuses any other side effect inside activation checkpointing.
         self.layer_type = ""
         # What became of the calls since they were last counted: in eager code of each, in compiled code when traced.
         self.calls: Counter[str] = Counter()
@@ -71,6 +79,10 @@ class Scope(Shared):
         self.autograd_mark: Any = None
         # A tensor: compiled frames read it anew each time. On the CPU: kernels get its value without a synchronisation.
         self.step = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+# The type of a layer that `select` leaves out: what it can keep inside documents it does, and the rest is as it was.
+UNSELECTED = "unselected"
 
 
 def is_without_gradients() -> bool:
@@ -96,9 +108,10 @@ def autograd_mark() -> tuple[bool, Any]:
 @torch.compiler.assume_constant_result
 def note(reason: str) -> None:
     """Leave a note in the scope that is entered. Runs at trace time while compiling, on every call in eager."""
-    noting = [scope for scope in scopes if scope.is_on]
+    noting = [scope for scope in scopes if scope.is_on or scope.documents is not None]
     # while a frame is traced, what is entered is Dynamo's alone: no scope shows it
     for scope in [scope for scope in noting if scope.layer_type] or noting:
         scope.calls[reason] += 1
-        if scope.audit is not None:
-            scope.audit.add(scope.layer, reason)
+        for audit in (scope.audit if scope.is_on else None, scope.documents_audit):
+            if audit is not None:
+                audit.add(scope.layer, reason)
