@@ -18,6 +18,7 @@ from litdata.streaming.sampler import ChunkedIndex
 from litdata.utilities.env import _DistributedEnv
 from torch.utils.data import SequentialSampler
 
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.data.manifest import Manifest
 from lightning_lighthouse.data.position import Topology, is_shared_anew, move_position
 from lightning_lighthouse.data.workers import shield_from_group, shield_workers
@@ -83,7 +84,9 @@ SIGNED = {2: np.int16, 4: np.int32}
 UNSIGNED = {torch.int16: np.uint16, torch.int32: np.uint32}
 
 
-def locate_documents(tokens: np.ndarray, end_of_document: int, document_ids: np.ndarray, positions: np.ndarray) -> None:
+def locate_documents(
+    tokens: np.ndarray, end_of_document: int, document_ids: np.ndarray, positions: np.ndarray
+) -> list[int]:
     """Where documents lie in a sequence. An end-of-document token belongs to the document that it ends.
 
     Args:
@@ -91,6 +94,9 @@ def locate_documents(tokens: np.ndarray, end_of_document: int, document_ids: np.
         end_of_document: The id behind each document.
         document_ids: `[n]`, filled with the document of each token, counted from 0.
         positions: `[n]`, filled with the position within that document, or within what the sequence holds of it.
+
+    Returns:
+        The tokens of each document.
     """
     starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == end_of_document) + 1))
     lengths = np.diff(starts, append=tokens.size)
@@ -99,17 +105,20 @@ def locate_documents(tokens: np.ndarray, end_of_document: int, document_ids: np.
     positions[:] = 1
     positions[starts] -= np.concatenate(([1], lengths[:-1]))
     np.cumsum(positions, out=positions)
+    listed: list[int] = lengths.tolist()
+    return listed
 
 
 class SequenceLoader(StreamingDataLoader):
     """litdata's loader, resumed so that the epochs after the resumed one are those of an unbroken run.
 
-    Batches are dicts: `tokens` `[batch_size, seq_len + 1]` int64, and on request `document_ids` and `positions` alike.
+    Batches are dicts: `tokens` `[batch_size, seq_len + 1]` int64, and on request `document_ids` and `positions` alike,
+    and `documents`.
     Workers hand over what is stored: int64 would be four times the bytes, and with documents twelve times.
 
     Args:
         dataset: What to load.
-        end_of_document: The id behind each document, where `document_ids` and `positions` are wanted; else None.
+        end_of_document: The id behind each document, where documents are wanted; else None.
         limit: Batches of an epoch (int) or share of them (float), as Trainer's `limit_train_batches`.
         epochs_done: Epochs that other loaders of this data have shown.
         options: Those of litdata's loader.
@@ -171,24 +180,24 @@ class SequenceLoader(StreamingDataLoader):
             yield widen(batch, self._end_of_document)
 
 
-def widen(stored: torch.Tensor, end_of_document: int | None) -> dict[str, torch.Tensor]:
+def widen(stored: torch.Tensor, end_of_document: int | None) -> dict[str, torch.Tensor | Documents]:
     """Stored sequences as a model takes them.
 
     Args:
         stored: `[batch_size, n]`, from `SequenceDataset`.
-        end_of_document: Where `document_ids` and `positions` are wanted; else None.
+        end_of_document: Where documents are wanted; else None.
 
     Returns:
         `tokens`, and on request `document_ids` and `positions`: `[batch_size, n]` int64 each, in pinned memory where
-        there is a GPU.
+        there is a GPU; then `documents` too, of the same n tokens.
     """
     names = ("tokens",) if end_of_document is None else ("tokens", "document_ids", "positions")
     pinned = torch.cuda.is_available()
     batch = {name: torch.empty(stored.shape, dtype=torch.int64, pin_memory=pinned) for name in names}
     rows = stored.numpy().view(UNSIGNED[stored.dtype])
     np.copyto(batch["tokens"].numpy(), rows)
-    if end_of_document is not None:
-        document_ids, positions = batch["document_ids"].numpy(), batch["positions"].numpy()
-        for i, row in enumerate(rows):
-            locate_documents(row, end_of_document, document_ids[i], positions[i])
-    return batch
+    if end_of_document is None:
+        return {**batch}
+    document_ids, positions = batch["document_ids"].numpy(), batch["positions"].numpy()
+    lengths = [locate_documents(row, end_of_document, document_ids[i], positions[i]) for i, row in enumerate(rows)]
+    return {**batch, "documents": Documents(lengths)}

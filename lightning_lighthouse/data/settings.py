@@ -66,7 +66,8 @@ class DataOptions:
         num_workers: Processes that read batches on each rank, and that tokenize during preparation; 0 for none. The
             prepared data are the same with any number.
         document_ids: Add "document_ids" and "positions", each `[batch, seq_len + 1]`: the document of a token, counted
-            from 0 in each sequence, and the position within that document.
+            from 0 in each sequence, and the position within that document; and "documents", which attention stays
+            inside with documents=True.
         sources: Several sources instead of `source`, each a path and a weight: their shares of the training sequences.
             Nothing comes twice: the data ends where the first of them runs out.
         test_source: Where test documents come from, like `source`; None: there is no test data.

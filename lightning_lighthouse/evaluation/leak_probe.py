@@ -214,7 +214,8 @@ class FutureLeakProbe(Callback):
             return
         if batch_idx == 0:
             self._texts = []
-        self._texts.append(read_text(batch))
+        keeps_documents = getattr(self._lighthouse, "documents", False) is True
+        self._texts.append(read_text(batch, pl_module if keeps_documents else None))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe at each validation, unless `every_n_steps` says otherwise."""
@@ -223,8 +224,7 @@ class FutureLeakProbe(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the text."""
-        self._was_routed = False
-        self._texts = []
+        self._was_routed, self._texts = False, []
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no more."""
@@ -307,6 +307,7 @@ class FutureLeakProbe(Callback):
             for index, text in enumerate(texts):
                 if index and ranks.is_late(0.5 * self.max_seconds):
                     break
+                patch.set_documents(text.documents)
                 patch.on(inference=True)
                 lighthouse = token_losses(module, text.inputs, text.targets)[:, : text.num_targets]
                 patch.off()
@@ -330,6 +331,7 @@ class FutureLeakProbe(Callback):
                     break
                 rounds, index = divmod(trial_index, num_batches)
                 text, (positions, part) = texts[index], drawn[index]
+                patch.set_documents(text.documents)
                 trial = draw_trial(text, other_text(texts, index, rounds), positions[rounds], part, generator)
                 first, second = (token_losses(module, version, text.targets) for version in trial.versions)
                 found = trial.differences(first, second).double()

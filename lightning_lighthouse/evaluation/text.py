@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.routing.given_documents import documents_of
+
 # Tokens whose logits are turned into float32 at a time
 CHUNK = 8192
 
@@ -24,19 +27,22 @@ class Text:
         inputs: `[B, N]` token ids that the model reads.
         targets: `[B, N]`, the token that follows each of them.
         num_targets: How many of the N targets are real, from the left.
+        documents: Of the N tokens, where attention stays inside them.
     """
 
     inputs: Tensor
     targets: Tensor
     num_targets: int
+    documents: Documents | None = None
 
 
-def read_text(batch: Any) -> Text:
+def read_text(batch: Any, module: nn.Module | None = None) -> Text:
     """The text of a batch: a tensor or a mapping.
 
     Args:
         batch: `[B, N + 1]` token ids, or a mapping that holds them as "tokens": the last N are predicted from the
             first N. Or a mapping with "input_ids" `[B, N]`, as transformers has it, whose last token predicts nothing.
+        module: Reads the batch; its documents are wanted too. None: they are not.
 
     Raises:
         TypeError: The batch holds no token ids.
@@ -55,10 +61,13 @@ def read_text(batch: Any) -> Text:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and not bool((mask == 1).all()):
         raise ValueError("FutureLeakProbe needs validation batches without padding, got an attention_mask with zeros")
+    documents = None if module is None else documents_of(module, batch)
     tokens = tokens.detach().clone()
     if has_ids:
-        return Text(tokens, tokens.roll(-1, dims=1), tokens.shape[1] - 1)
-    return Text(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tokens.shape[1] - 1)
+        return Text(tokens, tokens.roll(-1, dims=1), tokens.shape[1] - 1, documents)
+    if documents is not None and documents.num_tokens == tokens.shape[1]:
+        documents = documents.drop_last()
+    return Text(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tokens.shape[1] - 1, documents)
 
 
 def token_losses(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

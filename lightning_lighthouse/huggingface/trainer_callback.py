@@ -18,7 +18,7 @@ from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, Fit
 from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
 from lightning_lighthouse.phases.plan import PhasePlan, PlannedPhase, describe_switch, resolve_phases, resume_phases
 from lightning_lighthouse.phases.schedule import DENSE, SwitchState, resume_switch
-from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents, exclude_assumption
+from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 
@@ -89,8 +89,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         check_type("allow_return", allow_return, bool)
         check_type("hf_assume_causal", hf_assume_causal, bool)
         check_layers(dense_layers)
-        check_documents(documents)
-        exclude_assumption(documents, hf_assume_causal)
+        check_documents(documents, hf_assume_causal)
         self.phases = None if phases is None else [_phase(phase) for phase in phases]
         self._phases_asked = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at

@@ -13,8 +13,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
-from lightning_lighthouse.model.network import PRESETS, Block, Head, Shape, chunked_loss, recompute, rotary_tables
+from lightning_lighthouse.model.network import (
+    PRESETS,
+    Block,
+    Head,
+    Shape,
+    chunked_loss,
+    recompute,
+    rotary_tables,
+    rotary_tables_at,
+)
+from lightning_lighthouse.routing.given_documents import read_documents
+from lightning_lighthouse.routing.layers import scope_of
 from lightning_lighthouse.routing.packing import PackingCheck, said_of_documents
 
 
@@ -22,6 +34,7 @@ class Decoder(LanguageModel):
     """A Llama-style language model with its loss, optimizer and schedule.
 
     A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
+    Where it holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of the N lie.
     The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data module
     has `bytes_per_token`, `val/bits_per_byte`.
 
@@ -46,6 +59,7 @@ class Decoder(LanguageModel):
         loss_chunk: Tokens whose logits are in memory at a time.
         compile: Compile each block, and the head, with torch.compile; worth it on a GPU.
         checkpoint: What is computed again in the backward pass to save memory: "none", or every "block".
+        restart_positions: Rotate by the position within the document, not within the sequence.
 
     Raises:
         ValueError: A value is out of range, or two do not fit together.
@@ -71,6 +85,7 @@ class Decoder(LanguageModel):
         loss_chunk: int = 8192,
         compile: bool = False,
         checkpoint: Literal["none", "block"] = "none",
+        restart_positions: bool = False,
     ) -> None:
         super().__init__()
         check("preset", preset, preset in PRESETS, "one of " + ", ".join(map(repr, PRESETS)))
@@ -109,13 +124,21 @@ class Decoder(LanguageModel):
         """Scores of the next token: `[B, N] -> [B, N, V]`, all of them in memory."""
         return self.head.logits(self.hidden(tokens))
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the last block leaves, before the last norm: `[B, N] -> [B, N, W]`."""
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the last block leaves, before the last norm: `[B, N] -> [B, N, W]`.
+
+        Args:
+            tokens: `[B, N]`.
+            positions: `[B, N]`, of each token; None: from 0 on.
+        """
         x_BNW = self.embedding(tokens)
         # the stream is as wide as the products that feed it: half the memory traffic of a float32 one
         if torch.is_autocast_enabled(x_BNW.device.type):
             x_BNW = x_BNW.to(torch.get_autocast_dtype(x_BNW.device.type))
-        cos, sin = rotary_tables(tokens.shape[1], self.shape.head_dim, self.shape.rope_theta, tokens.device)
+        if positions is None:
+            cos, sin = rotary_tables(tokens.shape[1], self.shape.head_dim, self.shape.rope_theta, tokens.device)
+        else:
+            cos, sin = rotary_tables_at(positions, self.shape.head_dim, self.shape.rope_theta)
         saves_memory = self.hparams["checkpoint"] == "block" and torch.is_grad_enabled()
         for block in self.blocks:
             x_BNW = recompute(block, x_BNW, cos, sin) if saves_memory else block(x_BNW, cos, sin)
@@ -131,13 +154,43 @@ class Decoder(LanguageModel):
         # neither a patch nor a callback was told what to do
         if not said_of_documents(self):
             self._packing.look(batch)
-        return chunked_loss(self.head, self.hidden(tokens[:, :-1]), tokens[:, 1:], self.hparams["loss_chunk"])
+        x_BNW = self.hidden(tokens[:, :-1], self._positions(batch, tokens[:, :-1]))
+        return chunked_loss(self.head, x_BNW, tokens[:, 1:], self.hparams["loss_chunk"])
+
+    def documents(self, batch: Mapping[str, Any] | Tensor) -> Documents | None:
+        """Where the documents of the N tokens lie that are read; None where the batch does not say it."""
+        if not isinstance(batch, Mapping):
+            return None
+        documents = read_documents(batch)
+        is_whole = documents is not None and documents.num_tokens == tokens_of(batch).shape[1]
+        return documents.drop_last() if documents is not None and is_whole else documents
+
+    def _positions(self, batch: Mapping[str, Any] | Tensor, inputs: Tensor) -> Tensor | None:
+        """The positions of the tokens within their documents, or None where they do not restart."""
+        if not self.hparams["restart_positions"]:
+            return None
+        if isinstance(batch, Mapping) and "positions" in batch:
+            return batch["positions"][:, : inputs.shape[1]]
+        documents = self.documents(batch)
+        if documents is None:
+            raise ValueError(
+                "restart_positions=True, but the batch holds no documents: add them, as LighthouseRecipe does with "
+                "document_ids=True"
+            )
+        return documents.position_ids(inputs.device)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
         chunk = self.hparams["loss_chunk"]
-        chunks = zip(self.hidden(inputs).flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        # there is no batch here: those that attention stays inside
+        documents = self._documents_set() if self.hparams["restart_positions"] else None
+        x_BNW = self.hidden(inputs, None if documents is None else documents.position_ids(inputs.device))
+        chunks = zip(x_BNW.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
         return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
+
+    def _documents_set(self) -> Documents | None:
+        scopes = map(scope_of, self.modules())
+        return next((scope.documents for scope in scopes if scope is not None), None)
 
     def configure_model(self) -> None:
         """Compile the blocks and the head in place; shard under ModelParallelStrategy. Parameters keep their names."""

@@ -51,12 +51,16 @@ PRESETS = {
 
 
 def rotary_tables(num_tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions, each `[N, 1, 1, D / 2]` float32, to broadcast over heads and halves."""
+    """Cosines and sines of N positions from 0 on, each `[N, 1, 1, D / 2]` float32: see `rotary_tables_at`."""
+    return rotary_tables_at(torch.arange(num_tokens, device=device), head_dim, theta)
+
+
+def rotary_tables_at(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions, `[..., N] -> [..., N, 1, 1, D / 2]` float32, for all heads and both halves."""
     # float32 angles are off by 0.03 rad at a million tokens; MPS has nothing wider
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    positions = torch.arange(num_tokens, device=device, dtype=dtype)
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
-    angles = (positions[:, None] * theta**-exponents)[:, None, None]
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angles = (positions.to(dtype)[..., None] * theta**-exponents)[..., None, None, :]
     return angles.cos().float(), angles.sin().float()
 
 

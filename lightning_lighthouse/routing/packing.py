@@ -38,14 +38,10 @@ class PackedBatchError(ValueError):
     """A batch packs documents, and nobody said what to do about it."""
 
 
-def check_documents(value: DocumentsSetting) -> None:
-    """Raise ValueError if `documents` is no setting of it."""
-    if type(value) is not bool and value != IGNORE:
-        raise ValueError(f"documents must be true, false or {IGNORE!r}, got {shown(repr(value))}")
-
-
-def exclude_assumption(documents: DocumentsSetting, hf_assume_causal: bool) -> None:
-    """Raise SettingError where one setting says that there are documents, and the other that there are none."""
+def check_documents(documents: DocumentsSetting, hf_assume_causal: bool) -> None:
+    """Raise ValueError if `documents` is no setting; SettingError if the other one says that there are none."""
+    if type(documents) is not bool and documents != IGNORE:
+        raise ValueError(f"documents must be true, false or {IGNORE!r}, got {shown(repr(documents))}")
     if documents is True and hf_assume_causal:
         raise SettingError(
             "documents=True and hf_assume_causal=True exclude each other: the one says that batches hold documents, "

@@ -23,7 +23,7 @@ from lightning_lighthouse.routing.audit import Audit, explain
 from lightning_lighthouse.routing.calls import swap, unswap
 from lightning_lighthouse.routing.kept_documents import KeptDocuments, find_others
 from lightning_lighthouse.routing.layers import Route, bind, scope_of, unbind
-from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents, exclude_assumption
+from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.reasons import NO_REASONS
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
@@ -352,8 +352,7 @@ def patch_attention(
     """
     if type(hf_assume_causal) is not bool:
         raise TypeError(f"hf_assume_causal must be a bool, got {quoted(hf_assume_causal)}")
-    check_documents(documents)
-    exclude_assumption(documents, hf_assume_causal)
+    check_documents(documents, hf_assume_causal)
     layers = find_targets(model, select)
     targets = choose_routed(layers, dense_layers)
     settings = Settings(config or LighthouseConfig(), window, sink_tokens)

@@ -1,4 +1,4 @@
-"""The documents of every batch of a Trainer, whatever trains it: looked at before the step that gets the batch.
+"""The documents of every batch of a Trainer, whatever trains it: read before the step that gets the batch.
 
 Lightning hands a batch to the strategy twice, to move it to the device and to run a step of the module on it. Both are
 listened to there, and not in hooks of a callback, so that the trials of a search for the learning rate, which runs
@@ -8,46 +8,133 @@ without callbacks, are seen too. What is still in host memory before the move is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_lighthouse.phases.events import FitEnd, phase_events
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.phases.events import BatchEnd, FitEnd, phase_events
+from lightning_lighthouse.routing.given_documents import documents_of
 from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, told
+from lightning_lighthouse.routing.patch import Patch, patch_attention
 
-STEPS = ("training_step", "validation_step", "test_step")
+TRAINING = "training_step"
+STEPS = (TRAINING, "validation_step", "test_step")
 MOVE = "batch_to_device"
 # Hooks that may make another batch of it while it is moved
 CHANGES = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 
+class Settings(Protocol):
+    """What `LighthouseCallback` is told of documents, and of the layers that must heed them."""
+
+    attention: LighthouseConfig
+    select: str | None
+    documents: DocumentsSetting
+
+
 @contextmanager
-def watched_batches(trainer: Trainer, module: LightningModule, documents: DocumentsSetting) -> Iterator[None]:
-    """Look at each batch that the Trainer runs a step on inside.
+def watched_batches(
+    trainer: Trainer, module: LightningModule, settings: Settings, patch: Patch | None
+) -> Iterator[None]:
+    """Do with the documents of each batch, inside, as was said: keep attention within them, or refuse such batches.
 
     Args:
         trainer: Its strategy runs the steps.
-        module: In training.
-        documents: What the user has said of them; False refuses a batch that packs several.
+        module: In training, validation or test.
+        settings: Of the callback.
+        patch: Of the module. None: it is patched at the first step if documents are to be kept, with no layer routed.
     """
-    check = PackingCheck()
     batches = _Batches(trainer, module)
-
-    def before_step(batch: Any) -> None:
-        if documents is False:
-            for part in batches.parts(batch):
-                check.look(part)
-
-    unsubscribe = phase_events(trainer).subscribe(FitEnd, lambda event: check.finish())
-    try:
-        with told(module, documents), _before_steps(trainer.strategy, batches.keep, before_step):
+    with ExitStack() as contexts:
+        contexts.enter_context(told(module, settings.documents))
+        if settings.documents is False:
+            check = PackingCheck()
+            contexts.callback(check.forget)
+            contexts.callback(phase_events(trainer).subscribe(FitEnd, lambda event: check.finish()))
+            around: _Around = lambda name, batch: _looked_at(check, batches.parts(batch))  # noqa: E731
+        elif settings.documents is True:
+            keeper = contexts.enter_context(_keeper(trainer, module, settings, patch))
+            around = lambda name, batch: keeper.inside(name, batches.whole(batch))  # noqa: E731
+        else:
             yield
+            return
+        contexts.enter_context(_around_steps(trainer.strategy, batches.keep, around))
+        yield
+
+
+# Given the name of a step and its batch
+_Around = Callable[[str, Any], AbstractContextManager[None]]
+
+
+@contextmanager
+def _looked_at(check: PackingCheck, parts: list[Any]) -> Iterator[None]:
+    for part in parts:
+        check.look(part)
+    yield
+
+
+@contextmanager
+def _keeper(
+    trainer: Trainer, module: LightningModule, settings: Settings, patch: Patch | None
+) -> Iterator[_DocumentKeeper]:
+    keeper = _DocumentKeeper(module, settings, patch)
+    unsubscribe = phase_events(trainer).subscribe(BatchEnd, lambda event: keeper.clear())
+    try:
+        yield keeper
     finally:
         unsubscribe()
-        check.forget()
+        keeper.close()
+
+
+class _DocumentKeeper:
+    """Sets the documents of each batch, and sees to it that the first of each kind was heeded by every layer."""
+
+    def __init__(self, module: LightningModule, settings: Settings, patch: Patch | None) -> None:
+        self._module, self._settings, self._patch = module, settings, patch
+        self._is_own = patch is None
+        self._checked: set[bool] = set()
+
+    @contextmanager
+    def inside(self, step: str, batch: Any) -> Iterator[None]:
+        """Documents hold within a step; those of a training batch until it has ended, its backward included."""
+        patch, trains = self._patched(), step == TRAINING
+        patch.set_documents(documents_of(self._module, batch))
+        if trains not in self._checked:
+            patch.documents.audit()
+        try:
+            yield
+            if trains not in self._checked:
+                patch.documents.check()
+                self._checked.add(trains)
+        finally:
+            if not trains:
+                patch.set_documents(None)
+
+    def _patched(self) -> Patch:
+        """Not before the first step: by then the model is built, wrapped and sharded, whatever runs it."""
+        if self._patch is None:
+            settings = self._settings
+            try:
+                self._patch = patch_attention(self._module, settings.attention, select=settings.select, documents=True)
+            except ValueError as error:
+                raise SettingError(str(error)) from None
+        return self._patch
+
+    def clear(self) -> None:
+        """A batch has ended."""
+        if self._patch is not None and self._patch.is_patched:
+            self._patch.set_documents(None)
+
+    def close(self) -> None:
+        """Leave the module as it was, or to whom it is patched for."""
+        self.clear()
+        if self._is_own and self._patch is not None:
+            self._patch.restore()
 
 
 class _Batches:
@@ -62,14 +149,26 @@ class _Batches:
         """A batch was moved."""
         self._host, self._moved = host, moved
 
+    def _taken(self, batch: Any) -> Any:
+        """The batch on the host, or None where it is not known to be the same."""
+        host, moved, self._host, self._moved = self._host, self._moved, None, None
+        return None if moved is not batch or self._is_changed_on_the_way() else host
+
     def parts(self, batch: Any) -> list[Any]:
         """What to look at: the batch where it still is in host memory, and what has come to it since."""
-        host, moved, self._host, self._moved = self._host, self._moved, None, None
-        if host is None or moved is not batch or self._is_changed_on_the_way():
+        host = self._taken(batch)
+        if host is None:
             return [batch]
         if isinstance(batch, Mapping) and isinstance(host, Mapping):
             return [host, {name: value for name, value in batch.items() if _is_new(value, host.get(name))}]
         return [host]
+
+    def whole(self, batch: Any) -> Any:
+        """The batch, in host memory as far as it is known there."""
+        host = self._taken(batch)
+        if isinstance(batch, Mapping) and isinstance(host, Mapping):
+            return {name: value if _is_new(value, host.get(name)) else host[name] for name, value in batch.items()}
+        return batch if host is None else host
 
     def _is_changed_on_the_way(self) -> bool:
         data = getattr(self._trainer, "datamodule", None)
@@ -80,14 +179,14 @@ class _Batches:
 
 def _is_new(value: Any, before: Any) -> bool:
     """Whether a hook has put a value into the batch, or another in the place of the one before."""
-    return isinstance(value, Tensor) and not (isinstance(before, Tensor) and before.shape == value.shape)
+    if isinstance(value, Tensor):
+        return not (isinstance(before, Tensor) and before.shape == value.shape)
+    return before is None
 
 
 @contextmanager
-def _before_steps(
-    strategy: Any, moved: Callable[[Any, Any], None], before_step: Callable[[Any], None]
-) -> Iterator[None]:
-    """Call `moved(host, device)` when a batch has been moved, and `before_step(batch)` before each step on one."""
+def _around_steps(strategy: Any, moved: Callable[[Any, Any], None], around: _Around) -> Iterator[None]:
+    """Call `moved(host, device)` when a batch has been moved, and run each step on one inside `around(step, batch)`."""
     own = {name: value for name, value in vars(strategy).items() if name in (MOVE, *STEPS)}
     move = getattr(strategy, MOVE)
 
@@ -96,14 +195,14 @@ def _before_steps(
         moved(batch, out)
         return out
 
-    def heard(step: Callable[..., Any]) -> Callable[..., Any]:
+    def heard(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         def run(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            before_step(batch)
-            return step(batch, *args, **kwargs)
+            with around(name, batch):
+                return step(batch, *args, **kwargs)
 
         return run
 
-    listening = {MOVE: batch_to_device, **{name: heard(getattr(strategy, name)) for name in STEPS}}
+    listening = {MOVE: batch_to_device, **{name: heard(name, getattr(strategy, name)) for name in STEPS}}
     vars(strategy).update(listening)
     try:
         yield

@@ -18,10 +18,11 @@ from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phase
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE
-from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents, exclude_assumption
+from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 from lightning_lighthouse.runs.step_boundary import StepBoundary
+from lightning_lighthouse.training.batch_documents import watched_batches
 from lightning_lighthouse.training.phased_fit import PhasedFit
 from lightning_lighthouse.training.rate_search import routed_searches
 
@@ -105,8 +106,7 @@ class LighthouseCallback(Callback):
         for name, flag in (flags | {"hf_assume_causal": hf_assume_causal}).items():
             check_type(name, flag, bool)
         check_layers(dense_layers)
-        check_documents(documents)
-        exclude_assumption(documents, hf_assume_causal)
+        check_documents(documents, hf_assume_causal)
         phases_asked(switch_at, layer_types, window, sink_tokens, phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
         self.layer_types = layer_types
@@ -133,7 +133,7 @@ class LighthouseCallback(Callback):
         self._is_fitting = True
         self._trainer: ReferenceType[Trainer] | None = None
         self._fit: PhasedFit | None = None
-        self._searches = ExitStack()
+        self._stage = ExitStack()
         # also behind an exception, which closes the fit before checkpoints are written
         self._boundary: StepBoundary | None = None
 
@@ -174,14 +174,14 @@ class LighthouseCallback(Callback):
             yield patch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Know what a checkpoint is loaded for; let a search for the learning rate attend as the training will."""
-        self._is_fitting = stage == "fit"
-        self._loaded = None
-        self._searches.close()
+        """Know what a checkpoint is loaded for; see documents outside of a fit too, and in a search for the rate."""
+        self._is_fitting, self._loaded = stage == "fit", None
+        self._stage.close()
+        if stage in ("validate", "test"):
+            self._stage.enter_context(watched_batches(trainer, pl_module, self, None))
         if self._is_fitting:
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]
             trial = partial(self._trial, trainer, pl_module)
-            self._searches.enter_context(routed_searches(callbacks, trial))
+            self._stage.enter_context(routed_searches(trainer.callbacks, trial))  # type: ignore[attr-defined]
 
     # Fit start comes after wrapping and sharding, and before anything is traced.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,10 +265,11 @@ class LighthouseCallback(Callback):
         if self._boundary is not None:
             self._boundary.break_off(exception)
         self._close()
+        self._stage.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the model."""
-        self._searches.close()
+        self._stage.close()
         self._close()
 
     @contextmanager

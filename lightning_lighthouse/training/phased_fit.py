@@ -120,7 +120,7 @@ class PhasedFit:
             self._contexts.enter_context(context)
         if settings.enabled:
             self._patch = self._patched()
-        self._contexts.enter_context(watched_batches(trainer, module, settings.documents))
+        self._contexts.enter_context(watched_batches(trainer, module, settings, self._patch))
 
     def _patched(self) -> Patch:
         settings, module, phases = self._settings, self._module, self._settings.all_phases

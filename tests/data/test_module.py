@@ -86,10 +86,14 @@ def test_an_epoch_is_a_permutation_of_the_stored_sequences(prepared: str, num_wo
     assert set(batch) == {"tokens"}
 
 
-def test_document_ids_and_positions_restart_with_each_document(prepared: str) -> None:
-    data = recipe(prepared, document_ids=True)
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_document_ids_and_positions_restart_with_each_document(prepared: str, num_workers: int) -> None:
+    data = recipe(prepared, document_ids=True, num_workers=num_workers)
     data.setup("fit")
     for batch in data.val_dataloader():
+        documents = batch.pop("documents")
+        assert torch.equal(documents.position_ids("cpu"), batch["positions"])
+        assert torch.equal(documents.document_ids("cpu"), batch["document_ids"])
         for tokens, document_ids, positions in zip(*(batch[name].tolist() for name in batch), strict=True):
             document, position = 0, 0
             for i, token in enumerate(tokens):
@@ -118,12 +122,13 @@ def test_sequences_full_of_ends_and_without_any(tokens: list[int]) -> None:
     from lightning_lighthouse.data.loading import locate_documents
 
     found = np.full((2, len(tokens)), -1)
-    locate_documents(np.array(tokens, dtype=np.uint16), END, *found)
+    lengths = locate_documents(np.array(tokens, dtype=np.uint16), END, *found)
     document, position, expected = 0, 0, []
     for token in tokens:
         expected.append([document, position])
         document, position = (document + 1, 0) if token == END else (document, position + 1)
     assert found.T.tolist() == expected
+    assert [number for number, length in enumerate(lengths) for _ in range(length)] == found[0].tolist()
 
 
 def test_ids_of_every_size_are_delivered_as_they_are_stored() -> None:
@@ -136,6 +141,7 @@ def test_ids_of_every_size_are_delivered_as_they_are_stored() -> None:
         assert batch["tokens"].tolist() == stored.tolist()
         assert batch["document_ids"].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
         assert batch["positions"].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
+        assert batch["documents"].lengths == [[4], [1, 3]]
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

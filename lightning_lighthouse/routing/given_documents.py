@@ -1,0 +1,103 @@
+"""Where the documents of a batch lie, from whatever form the batch says it in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.routing.packing import BOUNDARIES, DOCUMENTS, IDS, MASK, POSITIONS
+
+# What batches call their token ids, `[batch, tokens]`
+TOKENS = ("tokens", "input_ids", "inputs_embeds")
+
+
+def read_documents(given: Any) -> Documents | None:
+    """The documents that `given` tells, or None where it tells nothing.
+
+    A batch on the host costs no wait. Of one on a GPU the numbers are copied to the host, once.
+
+    Args:
+        given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, of which the first that exists counts:
+            "documents", `Documents`; "document_ids" or "seq_idx", `[batch, tokens]`; "cu_seq_lens_q", the boundaries
+            of documents in the tokens of one row; "position_ids", `[batch, tokens]`. Of positions, tokens that
+            "attention_mask" masks are a document of their own for each run of them.
+    """
+    if isinstance(given, Documents):
+        return given
+    if isinstance(given, Tensor):
+        return Documents.from_ids(_rows(given)) if _is_for_tokens(given) else None
+    if not isinstance(given, Mapping):
+        return None
+    if isinstance(given.get(DOCUMENTS), Documents):
+        return given[DOCUMENTS]
+    ids = next((given[name] for name in IDS if _is_for_tokens(given.get(name))), None)
+    if ids is not None:
+        return Documents.from_ids(_rows(ids))
+    sizes = _sizes(given)
+    boundaries = next((given[name] for name in BOUNDARIES if isinstance(given.get(name), Tensor)), None)
+    if boundaries is not None and sizes is not None and sizes[0] == 1:
+        return Documents.from_cu_seqlens(boundaries, sizes[1])
+    positions: Any = given.get(POSITIONS)
+    if not _is_for_tokens(positions):
+        return None
+    positions = _rows(positions)
+    # some hand in one row for all
+    if sizes is not None and positions.shape[0] == 1 < sizes[0]:
+        positions = positions.expand(sizes[0], -1)
+    mask = given.get(MASK)
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        return Documents.from_ids(_apart_from_padding(positions, mask.to(positions.device) != 0))
+    return Documents.from_positions(positions)
+
+
+def documents_of(module: nn.Module, batch: Any) -> Documents:
+    """The documents of a batch that `module` is about to get.
+
+    Args:
+        module: Its method `documents(batch)`, if it has one, goes before all that the batch says by itself. It returns
+            any form that a batch may have, or None.
+        batch: On the host, where it can be.
+
+    Raises:
+        SettingError: There are none.
+    """
+    own = getattr(module, DOCUMENTS, None)
+    documents = read_documents(own(batch)) if callable(own) else None
+    documents = documents if documents is not None else read_documents(batch)
+    if documents is None:
+        raise SettingError(
+            'documents=True, but the batch holds none: add "document_ids" [batch, tokens], as LighthouseRecipe does '
+            'with document_ids=True, "documents" (lightning_lighthouse.Documents), or a method documents(batch) to '
+            f"{type(module).__name__}"
+        )
+    return documents
+
+
+def _apart_from_padding(positions_BN: Tensor, is_text_BN: Tensor) -> Tensor:
+    """Numbers of documents, where those of padding, whatever its positions, hold no text."""
+    jumps = positions_BN[:, 1:] != positions_BN[:, :-1] + 1
+    in_text = is_text_BN[:, 1:] & is_text_BN[:, :-1]
+    starts = torch.where(in_text, jumps, is_text_BN[:, 1:] != is_text_BN[:, :-1])
+    return torch.nn.functional.pad(starts.long(), (1, 0)).cumsum(1)
+
+
+def _is_for_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim in (1, 2) and value.numel() > 0
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value[None] if value.ndim == 1 else value
+
+
+def _sizes(batch: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Sequences of a batch, and tokens of each."""
+    for name in (*TOKENS, POSITIONS):
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return value.shape[0], value.shape[1]
+    return None

@@ -1,0 +1,87 @@
+"""Every form in which a batch can say where its documents lie gives the same documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.routing.given_documents import read_documents
+
+LENGTHS = [[40, 57], [1, 13, 83]]
+SAME = [[40, 57], [40, 57]]
+PACKED = Documents(LENGTHS)
+TOKENS = torch.zeros(2, 97, dtype=torch.long)
+IDS, POSITIONS = PACKED.document_ids("cpu"), PACKED.position_ids("cpu")
+
+FORMS = {
+    "documents": {"documents": PACKED},
+    "documents themselves": PACKED,
+    "ids": {"tokens": TOKENS, "document_ids": IDS},
+    "ids themselves": IDS,
+    "ids that come again": {"document_ids": IDS % 2},
+    "indices": {"seq_idx": IDS.int()},
+    "positions": {"input_ids": TOKENS, "position_ids": POSITIONS},
+    "positions from one on": {"position_ids": POSITIONS + 2},
+    "positions under a mask of ones": {"position_ids": POSITIONS, "attention_mask": torch.ones(2, 97)},
+    "positions under segments": {"position_ids": POSITIONS, "attention_mask": IDS + 1},
+    "documents before ids before positions": {
+        "documents": PACKED,
+        "document_ids": torch.zeros_like(IDS),
+        "position_ids": torch.arange(97).expand(2, -1),
+    },
+    "ids before boundaries and positions": {
+        "document_ids": IDS,
+        "cu_seq_lens_q": torch.tensor([0, 97]),
+        "position_ids": torch.arange(97).expand(2, -1),
+    },
+}
+
+
+@pytest.mark.parametrize("given", FORMS.values(), ids=FORMS)
+def test_every_form_gives_the_same_lengths(given):
+    assert read_documents(given).lengths == LENGTHS
+
+
+ONE_ROW = {
+    "boundaries": {"input_ids": TOKENS[:1], "cu_seq_lens_q": torch.tensor([0, 40, 97], dtype=torch.int32)},
+    "boundaries of keys": {"input_ids": TOKENS[:1], "cu_seq_lens_k": torch.tensor([0, 40, 97])},
+    "boundaries before positions": {"position_ids": torch.arange(97)[None], "cu_seq_lens_q": torch.tensor([0, 40, 97])},
+    "ids of one dimension": IDS[0],
+}
+
+
+@pytest.mark.parametrize("given", ONE_ROW.values(), ids=ONE_ROW)
+def test_forms_of_one_row(given):
+    assert read_documents(given).lengths == LENGTHS[:1]
+
+
+def test_one_row_of_positions_stands_for_all():
+    given = {"input_ids": TOKENS, "position_ids": POSITIONS[:1]}
+    assert read_documents(given).lengths == SAME
+
+
+@pytest.mark.parametrize("positions_of_padding", [0, 1, "on"])
+def test_padding_is_a_document_whatever_its_positions(positions_of_padding):
+    positions, mask = POSITIONS.clone(), torch.ones(2, 97)
+    mask[:, 90:] = 0
+    if positions_of_padding != "on":
+        positions[:, 90:] = positions_of_padding
+    found = read_documents({"position_ids": positions, "attention_mask": mask})
+    assert found.lengths == [[40, 50, 7], [1, 13, 76, 7]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tokens": TOKENS},
+        {"document_ids": "x", "documents": [3, 4]},
+        {"position_ids": POSITIONS.expand(3, 2, -1)},
+        {"document_ids": IDS.double()},
+        [TOKENS, IDS],
+        None,
+    ],
+    ids=["tokens", "other things", "axes", "floats", "list", "nothing"],
+)
+def test_what_says_nothing_gives_none(given):
+    assert read_documents(given) is None
