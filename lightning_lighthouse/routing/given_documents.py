@@ -24,7 +24,7 @@ def read_documents(given: Any) -> Documents | None:
     Args:
         given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, of which the first that exists counts:
             "documents", `Documents`; "document_ids" or "seq_idx", `[batch, tokens]`; "cu_seq_lens_q", the boundaries
-            of documents in the tokens of one row; "position_ids", `[batch, tokens]`. Of positions, tokens that
+            of documents in the tokens of all rows; "position_ids", `[batch, tokens]`. Of positions, tokens that
             "attention_mask" masks are a document of their own for each run of them.
     """
     if isinstance(given, Documents):
@@ -40,7 +40,7 @@ def read_documents(given: Any) -> Documents | None:
         return Documents.from_ids(_rows(ids))
     sizes = _sizes(given)
     boundaries = next((given[name] for name in BOUNDARIES if isinstance(given.get(name), Tensor)), None)
-    if boundaries is not None and sizes is not None and sizes[0] == 1:
+    if boundaries is not None and sizes is not None:
         return Documents.from_cu_seqlens(boundaries, sizes[1])
     positions: Any = given.get(POSITIONS)
     if not _is_for_tokens(positions):

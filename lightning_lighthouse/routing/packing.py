@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError, shown
 
 # True: attention stays inside documents. False: a packed batch is an error. "ignore": it attends across documents.
@@ -73,9 +74,9 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
         batch: Named tensors, or the keyword arguments of a model's forward. `documents` is a `Documents`; ids and
             positions are `[batch, tokens]`; positions of several axes, `[3, batch, tokens]`, show nothing.
     """
-    documents: Any = batch.get(DOCUMENTS)
-    if hasattr(documents, "num_documents"):
-        yield "documents of a sequence are several", documents.num_documents > documents.batch_size
+    documents = batch.get(DOCUMENTS)
+    if isinstance(documents, Documents):
+        yield "documents of a sequence are several", documents.is_packed
     for name in IDS:
         ids = _integers(batch.get(name))
         if ids is not None:

@@ -21,7 +21,7 @@ from places import DOCS, TESTS
 from recorded import Recorder, fit, name_of, trainer
 from warned import own_warnings
 
-from lightning_lighthouse import LighthouseRecipe
+from lightning_lighthouse import Documents, LighthouseRecipe
 from lightning_lighthouse.data.preparing import packing
 from lightning_lighthouse.data.preparing.prepare import prepare
 
@@ -141,7 +141,7 @@ def test_ids_of_every_size_are_delivered_as_they_are_stored() -> None:
         assert batch["tokens"].tolist() == stored.tolist()
         assert batch["document_ids"].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1]]
         assert batch["positions"].tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
-        assert batch["documents"].lengths == [[4], [1, 3]]
+        assert batch["documents"] == Documents([[4], [1, 3]])
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -35,9 +35,9 @@ def batch(names=("documents",), targets=1):
 def test_the_last_token_is_a_target_alone():
     model = decoder()
     for names in (["documents"], ["document_ids"]):
-        assert model.documents(batch(names)).lengths == READ
+        assert model.documents(batch(names)) == Documents(READ)
     # given for the tokens that are read
-    assert model.documents({**batch([]), "document_ids": Documents(READ).document_ids("cpu")}).lengths == READ
+    assert model.documents({**batch([]), "document_ids": Documents(READ).document_ids("cpu")}) == Documents(READ)
     assert model.documents(batch([])) is None
     assert model.documents(torch.stack(rows())) is None
 

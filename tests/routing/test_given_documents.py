@@ -25,6 +25,7 @@ FORMS = {
     "positions from one on": {"position_ids": POSITIONS + 2},
     "positions under a mask of ones": {"position_ids": POSITIONS, "attention_mask": torch.ones(2, 97)},
     "positions under segments": {"position_ids": POSITIONS, "attention_mask": IDS + 1},
+    "boundaries through all rows": {"input_ids": TOKENS, "cu_seq_lens_q": torch.tensor([0, 40, 97, 98, 111, 194])},
     "documents before ids before positions": {
         "documents": PACKED,
         "document_ids": torch.zeros_like(IDS),
@@ -40,7 +41,7 @@ FORMS = {
 
 @pytest.mark.parametrize("given", FORMS.values(), ids=FORMS)
 def test_every_form_gives_the_same_lengths(given):
-    assert read_documents(given).lengths == LENGTHS
+    assert read_documents(given) == PACKED
 
 
 ONE_ROW = {
@@ -53,12 +54,12 @@ ONE_ROW = {
 
 @pytest.mark.parametrize("given", ONE_ROW.values(), ids=ONE_ROW)
 def test_forms_of_one_row(given):
-    assert read_documents(given).lengths == LENGTHS[:1]
+    assert read_documents(given) == Documents(LENGTHS[:1])
 
 
 def test_one_row_of_positions_stands_for_all():
     given = {"input_ids": TOKENS, "position_ids": POSITIONS[:1]}
-    assert read_documents(given).lengths == SAME
+    assert read_documents(given) == Documents(SAME)
 
 
 @pytest.mark.parametrize("positions_of_padding", [0, 1, "on"])
@@ -68,7 +69,7 @@ def test_padding_is_a_document_whatever_its_positions(positions_of_padding):
     if positions_of_padding != "on":
         positions[:, 90:] = positions_of_padding
     found = read_documents({"position_ids": positions, "attention_mask": mask})
-    assert found.lengths == [[40, 50, 7], [1, 13, 76, 7]]
+    assert found == Documents([[40, 50, 7], [1, 13, 76, 7]])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from families import CONFIG, GROUPED, build_transformers
 from foreign import GPT, VOCABULARY
 
-from lightning_lighthouse import patch_attention
+from lightning_lighthouse import Documents, patch_attention
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.routing.packing import PackedBatchError, PackingCheck, said_of_documents
 
@@ -25,6 +25,7 @@ SEGMENTS = 1 + SEVERAL
 RIGHT_PADDED = (torch.arange(TOKENS) < 90).long().expand(2, -1)
 
 PACKED = {
+    "documents": ({"documents": Documents([[40, 57], [97]])}, "documents of a sequence are several"),
     "ids": ({"document_ids": SEVERAL}, "document_ids of a sequence differ"),
     "indices of a collator": ({"seq_idx": SEVERAL}, "seq_idx of a sequence differ"),
     "positions": ({"position_ids": RESTARTING}, "position_ids restart"),
@@ -38,6 +39,7 @@ PACKED = {
 UNPACKED = {
     "tokens alone": {"tokens": RESTARTING},
     "a tensor": SEVERAL,
+    "one document a row": {"documents": Documents([[97], [97]])},
     "one id": {"document_ids": ONE},
     "other ids in other rows": {"document_ids": torch.stack([ONE[0], ONE[0] + 1])},
     "positions": {"position_ids": PLAIN},

@@ -316,11 +316,11 @@ def test_a_search_for_the_rate_stays_inside_documents(tmp_path):
         learning_rate = 1e-3
 
         def training_step(self, batch, batch_idx):
-            learned.append(next(iter(scopes)).documents.lengths)
+            learned.append(next(iter(scopes)).documents)
             return super().training_step(batch, batch_idx)
 
     finder = LearningRateFinder(num_training_steps=3, update_attr=False)
     torch.manual_seed(0)
     model = Finds()
     fit(tmp_path, [finder, LighthouseCallback(2, CONFIG, documents=True)], model, data=given("documents"), max_steps=3)
-    assert learned == [[LENGTHS, LENGTHS]] * 6
+    assert learned == [Documents([LENGTHS, LENGTHS])] * 6
