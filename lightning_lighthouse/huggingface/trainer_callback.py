@@ -58,7 +58,9 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         window: Tokens, for the types "window" and "chunk".
         sink_tokens: First tokens that stay visible to every token of a "window" layer.
         phases: Several phases before the dense one, instead of the four others; also as dictionaries.
-        documents: Of batches that pack several: False refuses them, "ignore" lets attention go across documents.
+        documents: Of batches that pack several, as DataCollatorWithFlattening makes them: True keeps attention inside
+            each, by `cu_seq_lens_q` or restarting `position_ids`, in every phase and layer; False refuses them;
+            "ignore" lets attention go across documents.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -220,8 +222,10 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self._check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        """Tell the listeners."""
+        """Tell the listeners; let go of the documents of the step."""
         assert self._plan is not None
+        if self._patch is not None:
+            self._patch.set_documents(None)
         self._events.publish(BatchEnd(state.global_step, self._phase, self._plan.name(state.global_step)))
 
     def on_train_end(

@@ -11,12 +11,17 @@ from torch import nn
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError, shown
-from lightning_lighthouse.routing.adapters.transformers_inputs import look_before_forward
+from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inputs, require_unpacked
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain_documents
+from lightning_lighthouse.routing.given_documents import read_documents
 from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, told
-from lightning_lighthouse.routing.scope import Scope
+from lightning_lighthouse.routing.reasons import refuse
+from lightning_lighthouse.routing.scope import Scope, is_without_gradients
 from lightning_lighthouse.routing.targets import find_targets
+
+# What transformers calls keys and values of tokens before
+CACHES = ("past_key_values", "cache")
 
 
 class KeptDocuments:
@@ -47,16 +52,42 @@ class KeptDocuments:
         self._packing = PackingCheck()
         self._contexts = ExitStack()
         self._contexts.enter_context(told(model, setting))
-        if setting is False:
-            self._contexts.enter_context(look_before_forward(model, self._look, self._refuses))
+        # whether the documents that are set were told by the user, and are not read from what a model is called with
+        self._are_told = False
+        self._reads_inputs = self.are_kept
+        if setting in (True, False):
+            self._contexts.enter_context(heard_inputs(model, self))
+
+    def hear(self, inputs: Mapping[str, Any]) -> None:
+        """A transformers model is called: look whether it is packed, or read where documents lie."""
+        if not self.are_kept:
+            if self._refuses():
+                self._packing.look(inputs)
+        elif self._reads_inputs and not self._are_told:
+            # what a cache holds are no documents of these tokens
+            has_cache = any(inputs.get(name) is not None for name in CACHES)
+            self._set(None if has_cache else read_documents(inputs), is_checked=True)
+            if self._scope.documents is None and self._scope.demands_documents and not is_without_gradients():
+                raise SettingError(
+                    "documents=True, but the model is called without position_ids or cu_seq_lens_q that say where "
+                    "documents lie: let the collator return them, as DataCollatorWithFlattening does, or call "
+                    "patch.set_documents before the forward"
+                )
+
+    def trace(self, inputs: Mapping[str, Any]) -> None:
+        """The same in a frame that is traced: it checks by itself, and reads nothing."""
+        if not self.are_kept:
+            if self._refuses():
+                require_unpacked(inputs)
+        elif self._reads_inputs and not self._are_told and self._scope.demands_documents:
+            refuse(
+                "documents=True cannot read what a model is called with that torch.compile compiles as a whole: "
+                "compile its blocks, or call patch.set_documents before the forward"
+            )
 
     def _refuses(self) -> bool:
         # off it is the user's model as it was, with all that transformers makes of its inputs
         return self._statement.holds or self.watches_evaluation
-
-    def _look(self, inputs: Mapping[str, Any]) -> None:
-        if self._refuses():
-            self._packing.look(inputs)
 
     def set(self, documents: Documents | None) -> None:
         """See `Patch.set_documents`."""
@@ -64,9 +95,15 @@ class KeptDocuments:
             raise TypeError(f"documents must be Documents or None, got {shown(repr(documents))}")
         if documents is not None and not self.are_kept:
             raise ValueError("set_documents needs patch_attention(..., documents=True)")
+        self._are_told = documents is not None
+        self._set(documents)
+
+    def _set(self, documents: Documents | None, is_checked: bool = False) -> None:
         self._scope.documents = documents
         has_masks = bool(self._statement.configs)
         self._statement.starts = documents.position_ids("cpu") == 0 if documents is not None and has_masks else None
+        # read from the same inputs that the mask is made of
+        self._statement.fits_inputs = is_checked
         if documents is not None and self._scope.documents_audit is None and not self._has_audited:
             self.audit()
 
@@ -102,13 +139,15 @@ class KeptDocuments:
     def none(self) -> Iterator[None]:
         """Inside there are no documents, nor are any demanded; after it those of before."""
         scope, statement = self._scope, self._statement
-        before = scope.documents, statement.starts, scope.demands_documents
-        scope.documents, statement.starts, scope.demands_documents = None, None, False
+        before = scope.documents, statement.starts, scope.demands_documents, self._reads_inputs
+        scope.documents, statement.starts, scope.demands_documents, self._reads_inputs = None, None, False, False
+        are_told = self._are_told
         try:
             yield
         finally:
+            self._are_told = are_told
             if not self._is_over:
-                scope.documents, statement.starts, scope.demands_documents = before
+                scope.documents, statement.starts, scope.demands_documents, self._reads_inputs = before
 
     def finish(self) -> None:
         """Check what has not been checked yet, as nothing comes after it."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from families import CONFIG, GROUPED, LAYERS, build_transformers, transformers_by_hand
 from foreign import VOCABULARY
 
-from lightning_lighthouse import Phase, notices, register_lighthouse_sdpa
+from lightning_lighthouse import LighthouseConfig, Phase, notices, register_lighthouse_sdpa
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.routing.scope import scopes
@@ -66,7 +66,18 @@ class Losses(transformers.TrainerCallback):
             self.evaluation.append(logs["eval_loss"])
 
 
-def trained(folder, callback, model=None, data=None, resume=None, steps=8, callbacks=(), evaluated=None, **settings):
+def trained(
+    folder,
+    callback,
+    model=None,
+    data=None,
+    resume=None,
+    steps=8,
+    callbacks=(),
+    evaluated=None,
+    collator=None,
+    **settings,
+):
     """A model after transformers' Trainer, and the losses on the way."""
     model, losses = model or llama(), Losses()
     settings = {
@@ -88,6 +99,7 @@ def trained(folder, callback, model=None, data=None, resume=None, steps=8, callb
         transformers.TrainingArguments(output_dir=str(folder), **settings),
         train_dataset=InOrder(data or rows()),
         eval_dataset=evaluated,
+        data_collator=collator,
         callbacks=[losses, *([callback] if callback else []), *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -337,3 +349,36 @@ def test_a_packed_batch_is_refused_unless_it_is_to_be_ignored(tmp_path, part):
     ):
         trained(tmp_path, callback, **given, **settings)
     trained(tmp_path, LighthouseTrainerCallback(1, CONFIG, documents="ignore"), **given, **settings)
+
+
+def documents_of_rows(count=16):
+    """Rows of other lengths, for a collator that flattens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 60, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(VOCABULARY, (n,), generator=generator).tolist()} for n in lengths]
+
+
+@pytest.mark.parametrize("switch", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_flattened_batches_train_inside_documents(tmp_path, switch):
+    """Of batches of two rows; where a step is dense, as the rows one by one."""
+    collator = transformers.DataCollatorWithFlattening()
+    data = documents_of_rows()
+    # documents so short that nothing is compressed are dense
+    config = CONFIG if switch > 1 else LighthouseConfig(num_levels=2, pooling_factor=2, top_k=64)
+    settings = {"steps": 4, "evaluated": data[:4], "eval_strategy": "steps", "eval_steps": 2}
+    model, losses, _ = trained(
+        tmp_path, LighthouseTrainerCallback(switch, config, documents=True), data=data, collator=collator, **settings
+    )
+    by_hand = llama()
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=RATE, weight_decay=0.0)
+    for number in range(4):
+        parts = [torch.tensor([row["input_ids"]]) for row in data[2 * number : 2 * number + 2]]
+        weights = [part.shape[1] - 1 for part in parts]
+        for part, weight in zip(parts, weights, strict=True):
+            (by_hand(input_ids=part, labels=part).loss * weight / sum(weights)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    equal = torch.allclose(model.lm_head.weight, by_hand.lm_head.weight, rtol=1e-3, atol=1e-4)
+    assert equal == (switch == 1)
+    assert len(losses.evaluation) == 2
+    assert scopes == []

@@ -7,9 +7,9 @@ that torch.compile traces nothing can be read, and the frame carries the check.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from lightning_lighthouse.routing.packing import POSITIONS, refusal, restarts
 
 # Where transformers keeps the name of the attention; never written to a saved config
 FIELD = "_attn_implementation_internal"
-
-Look = Callable[[Mapping[str, Any]], None]
 
 
 def config_of(module: nn.Module) -> Any:
@@ -37,30 +35,45 @@ def find_models(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-@contextmanager
-def look_before_forward(model: nn.Module, look: Look, must_be_unpacked: Callable[[], bool]) -> Iterator[None]:
-    """Call `look` inside with the named arguments of each forward of a transformers model, before it.
+class Listener(Protocol):
+    """Whoever wants to know what transformers models are called with."""
 
-    Args:
-        model: Searched for such models.
-        look: Given the arguments by name; not called while a frame is traced.
-        must_be_unpacked: Whether a frame that is traced checks that positions do not restart.
+    def hear(self, inputs: Mapping[str, Any]) -> None:
+        """A model is about to run, in eager code, with these arguments by name; it runs in no other."""
+
+    def trace(self, inputs: Mapping[str, Any]) -> None:
+        """The same while torch.compile traces a frame, where no value can be read."""
+
+
+@contextmanager
+def heard_inputs(model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Tell `listener`, inside, of each forward of a transformers model within `model` before it runs.
+
+    A model within another, as a decoder under its head, is told of only where it is called by itself.
     """
     hooks = []
+    # how many of them run, one inside another
+    running = _Running()
     for module in find_models(model):
         # a wrapper of torch.compile takes anything
         inner = getattr(module, "_orig_mod", module)
         names = list(inspect.signature(type(inner).forward).parameters)[1:]
 
         def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] = names) -> None:
-            if torch.compiler.is_compiling():
-                if must_be_unpacked():
-                    _assert_unpacked(kwargs.get(POSITIONS))
+            running.count += 1
+            if running.count > 1:
                 return
-            look({**dict(zip(names, args, strict=False)), **kwargs})
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            if torch.compiler.is_compiling():
+                listener.trace(inputs)
+            else:
+                listener.hear(inputs)
+
+        def after(called: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            running.count = max(0, running.count - 1)
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-
+        hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
     try:
         yield
     finally:
@@ -68,6 +81,12 @@ def look_before_forward(model: nn.Module, look: Look, must_be_unpacked: Callable
             hook.remove()
 
 
-def _assert_unpacked(positions: Any) -> None:
+class _Running:
+    count = 0
+
+
+def require_unpacked(inputs: Mapping[str, Any]) -> None:
+    """Let the frame that is traced check that positions do not restart."""
+    positions = inputs.get(POSITIONS)
     if isinstance(positions, Tensor) and positions.ndim == 2 and not positions.is_floating_point():
         torch._assert_async(~restarts(positions).any(), refusal(f"{POSITIONS} restart"))

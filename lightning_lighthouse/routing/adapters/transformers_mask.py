@@ -44,6 +44,8 @@ class CausalStatement:
         self.ignores_documents = documents == IGNORE
         # where documents begin in the batch that runs, [batch, tokens] bool on the host, while they are set
         self.starts: Tensor | None = None
+        # whether they were read from what the model is called with, of which its mask is made
+        self.fits_inputs = False
         found = {id(config): config for config in map(config_of, model.modules()) if config is not None}
         named = [config for config in found.values() if getattr(config, FIELD) == NAME]
         ordinary = [config for config in found.values() if getattr(config, FIELD) == ORDINARY]
@@ -122,7 +124,7 @@ def mask_or_none(*args: Any, **settings: Any) -> Tensor | None:
         return sdpa_mask(*args, **settings)
     statement, attention_mask = speaking[-1], settings.get("attention_mask")
     if statement.starts is not None:
-        _check_documents(settings, statement.starts)
+        _check_documents(settings, statement.starts, fits_inputs=statement.fits_inputs)
         return None
     if not _is_among(config, statement.assumed) and attention_mask is not None:
         # documents are looked for only without one: all that it can mean is padding
@@ -186,7 +188,7 @@ def _check_pattern(settings: dict[str, Any], *, ignores_documents: bool) -> None
     )
 
 
-def _check_documents(settings: dict[str, Any], starts_BN: Tensor) -> None:
+def _check_documents(settings: dict[str, Any], starts_BN: Tensor, *, fits_inputs: bool) -> None:
     """Look along the diagonal whether tokens see the one before them exactly inside the documents that are set.
 
     Padding is no more than a document, or several, as long as none of them holds both it and text.
@@ -195,8 +197,10 @@ def _check_documents(settings: dict[str, Any], starts_BN: Tensor) -> None:
     if tuple(starts_BN.shape) != (batch, tokens):
         # the attention says so, and has the names of the layers
         return
-    starts_BN = starts_BN.to(settings.get("device", "cpu"))
     mask = settings.get("attention_mask")
+    if fits_inputs and mask is None:
+        return
+    starts_BN = starts_BN.to(settings.get("device", "cpu"))
     if mask is not None:
         real = mask.bool()
         _require_documents(
