@@ -1,4 +1,7 @@
-"""`lighthouse check`: parses and builds what `fit` would, notes every problem, and trains nothing."""
+"""`lighthouse check`: parses and builds what `fit` would, notes every problem, and trains nothing.
+
+Of data that is prepared it also says how long attention is inside its documents, and what Lighthouse can gain there.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_lighthouse.bench.document_estimate import describe, estimate
 from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
 from lightning_lighthouse.cli.recipe import HELP_ALL, SWITCHES, UsageError, asks_help
 from lightning_lighthouse.cli.recipes import require_recipe
+from lightning_lighthouse.data.document_lengths import sampled_documents
+from lightning_lighthouse.data.manifest import is_prepared
+from lightning_lighthouse.data.module import LighthouseRecipe
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.plan import resolve_phases
 from lightning_lighthouse.phases.schedule import check_return
@@ -58,6 +65,9 @@ class RecipeCheck(LighthouseCLI):
                 self._check_switch(callback)
             except SettingError as error:
                 self.refuse(str(error))
+        keeps_documents = isinstance(callback, LighthouseCallback) and callback.documents is True
+        if keeps_documents and isinstance(self.built.data, LighthouseRecipe) and not self.built.data.document_ids:
+            self.refuse("data.init_args.document_ids must be true where lighthouse.documents is, got False")
         if self.problems:
             raise UsageError(*self.problems)
 
@@ -75,6 +85,14 @@ class RecipeCheck(LighthouseCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train nothing."""
+
+    def describe_documents(self) -> list[str]:
+        """How long attention is inside the documents of data that is prepared already, and what Lighthouse gains."""
+        callback, data = self.built.lighthouse, self.built.data
+        if not isinstance(data, LighthouseRecipe) or not is_prepared(data.folder):
+            return []
+        sequences = sampled_documents(data.folder)
+        return describe(estimate(sequences, callback.attention), are_kept=callback.documents is True)
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -100,6 +118,8 @@ def check(arguments: Sequence[str]) -> int:
     require_recipe("check", given)
     # the model is built without memory
     with quiet_lightning(), torch.device("meta"):
-        RecipeCheck(given)
+        built = RecipeCheck(given)
+    for line in built.describe_documents():
+        print(line)
     print("ok")
     return 0

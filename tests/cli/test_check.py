@@ -122,3 +122,53 @@ def test_both_forms_at_once_are_refused(tmp_path, monkeypatch, capsys):
     Path("phases.yaml").write_text(PHASES)
     assert cli.main(["check", "recipe.yaml", "-c", "phases.yaml", "--lighthouse.switch_at", "0.5"]) == 2
     assert "phases and switch_at cannot both be given: a phase has its own" in capsys.readouterr().err
+
+
+DOCUMENTS = """
+lighthouse:
+  documents: true
+  attention: {num_levels: 2, pooling_factor: 2, top_k: 8}
+trainer: {accelerator: cpu, max_steps: 2}
+data:
+  class_path: lightning_lighthouse.LighthouseRecipe
+  init_args: {seq_len: 128, source: prepared, document_ids: true, num_workers: 0}
+"""
+
+
+def test_the_documents_of_prepared_data_are_described_before_anything_trains(capsys, folder):
+    Path("documents.yaml").write_text(DOCUMENTS)
+    text = [{"text": "word " * count} for count in (3, 9, 27, 60, 5, 90, 14, 2)]
+    Path("text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    # not prepared yet
+    assert cli.main(["check", "documents.yaml", "--data.source", "text.jsonl"]) == 0
+    assert capsys.readouterr() == ("ok\n", "")
+    made = ["--output_dir", "prepared", "--seq_len", "128", "--source", "text.jsonl", "--validation_fraction", "0"]
+    assert cli.main(["prepare", *made]) == 0
+    capsys.readouterr()
+    for keeps, last in (("true", None), ("ignore", "attention goes across documents, as lighthouse.documents")):
+        assert cli.main(["check", "documents.yaml", "--lighthouse.documents", keeps]) == 0
+        out, err = capsys.readouterr()
+        lines = out.splitlines()
+        assert err == ""
+        assert lines[0].startswith("documents: ")
+        assert "of 128 tokens (sum n^2 / N)" in lines[0]
+        assert lines[1].startswith("estimated for one layer")
+        assert lines[-1] == "ok"
+        if last:
+            assert lines[-2].startswith(last)
+
+
+def test_documents_need_data_that_says_where_they_lie(capsys, folder):
+    Path("documents.yaml").write_text(DOCUMENTS)
+    assert cli.main(["check", "documents.yaml", "--data.document_ids", "false"]) == 2
+    assert capsys.readouterr().err == (
+        "lighthouse: data.init_args.document_ids must be true where lighthouse.documents is, got False\n"
+    )
+
+
+@pytest.mark.parametrize("value", ["2", "yes please", "null"])
+def test_a_wrong_setting_of_documents_is_a_line(capsys, folder, value):
+    assert cli.main(["check", "recipe.yaml", "--lighthouse.documents", value]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lighthouse: lighthouse.documents must be ")
+    assert err.count("\n") == 1

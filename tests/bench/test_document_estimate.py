@@ -1,0 +1,63 @@
+"""The estimate of what attention inside documents costs: the measured rows, and the arithmetic of its definition."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_lighthouse import LighthouseConfig
+from lightning_lighthouse.bench.document_estimate import describe, estimate
+
+PAPER = LighthouseConfig(top_k=1536)
+
+
+# docs/numbers/benchmarks.md, "One layer"
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "dense_ms", "lighthouse_ms"),
+    [
+        (32_768, 1024, 14.3, 1.963),
+        (65_536, 1024, 56.7, 2.757),
+        (98_304, 1536, 130.3, 5.350),
+        (131_072, 1024, 233.5, 4.545),
+    ],
+)
+def test_one_document_costs_what_was_measured(num_tokens, top_k, dense_ms, lighthouse_ms):
+    found = estimate([[num_tokens]], LighthouseConfig(top_k=top_k, selection="published"))
+    assert found.dense_ms == pytest.approx(dense_ms, rel=0.05)
+    assert found.lighthouse_ms == pytest.approx(lighthouse_ms, rel=0.2)
+    assert (found.whole_dense_ms, found.whole_lighthouse_ms) == (found.dense_ms, found.lighthouse_ms)
+    assert (found.length, found.documents, found.most_documents) == (num_tokens, 1, 1)
+
+
+def test_the_length_is_that_of_the_documents_and_means_are_over_sequences():
+    found = estimate([[300, 700], [1000]], LighthouseConfig(2, 2, 8))
+    assert found.length == ((300**2 + 700**2) / 1000 + 1000) / 2
+    assert (found.documents, found.most_documents, found.num_sequences, found.num_tokens) == (1.5, 2, 2, 1000)
+
+
+def test_dense_attention_inside_documents_is_cheap_and_lighthouse_gains_less():
+    whole, halves, short = (estimate([[98_304 // n] * n], PAPER) for n in (1, 2, 128))
+    assert halves.dense_ms == pytest.approx(whole.dense_ms / 2)
+    gains = [found.dense_ms / found.lighthouse_ms for found in (whole, halves, short)]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[0] > 20
+    assert 0 < short.gathered < 0.3
+
+
+@pytest.mark.parametrize("lengths", [[256] * 385 + [98_304 - 256 * 385 + 0], [98_304 // 1024] * 1024])
+def test_more_documents_than_memory_is_kept_for_are_dense(lengths):
+    lengths = [n for n in lengths if n > 0]
+    lengths[-1] += 98_304 - sum(lengths)
+    found = estimate([lengths], PAPER)
+    assert found.gathered == 1
+    assert found.lighthouse_ms == found.dense_ms
+    assert describe(found, are_kept=True)[-1].startswith("Lighthouse gains nothing on documents as short as these")
+
+
+def test_the_lines_say_that_it_is_estimated_and_whether_documents_are_kept():
+    found = estimate([[40_000, 58_304]], PAPER)
+    length, times = describe(found, are_kept=True)
+    assert "2.0 a sequence, 2 at most" in length
+    assert "as long as 50,856 of 98,304 tokens (sum n^2 / N)" in length
+    assert times.startswith("estimated for one layer of 8 heads of 128 on an H200")
+    assert describe(found, are_kept=False)[-1] == "attention goes across documents, as lighthouse.documents is not true"
+    assert len(describe(estimate([[98_304]], PAPER), are_kept=False)) == 2
