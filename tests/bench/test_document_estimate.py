@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from places import DOCS
 
 from lightning_lighthouse import LighthouseConfig
 from lightning_lighthouse.bench.document_estimate import describe, estimate
@@ -61,3 +62,24 @@ def test_the_lines_say_that_it_is_estimated_and_whether_documents_are_kept():
     assert times.startswith("estimated for one layer of 8 heads of 128 on an H200")
     assert describe(found, are_kept=False)[-1] == "attention goes across documents, as lighthouse.documents is not true"
     assert len(describe(estimate([[98_304]], PAPER), are_kept=False)) == 2
+
+
+def test_the_page_has_the_rows_that_are_estimated():
+    page = (DOCS / "use" / "documents.md").read_text()
+    for count in (1, 2, 8, 24, 96, 384):
+        tokens = 98_304 // count
+        found = estimate([[tokens] * count], PAPER)
+        row = (
+            f"| {count} of {tokens:,} tokens | {found.length:,.0f} | {found.dense_ms:.3g} | {found.lighthouse_ms:.3g} |"
+        )
+        assert row in page
+
+
+def test_lighthouse_loses_below_a_length_of_about_600():
+    lengths = {}
+    for count in (150, 160, 170, 180):
+        sequence = [98_304 // count] * (count - 1)
+        found = estimate([[*sequence, 98_304 - sum(sequence)]], PAPER)
+        lengths[found.length] = found.dense_ms > found.lighthouse_ms
+    assert all(length > 550 for length, gains in lengths.items() if gains)
+    assert all(length < 650 for length, gains in lengths.items() if not gains)
