@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
@@ -171,10 +170,13 @@ class _Batches:
         return batch if host is None else host
 
     def _is_changed_on_the_way(self) -> bool:
-        data = getattr(self._trainer, "datamodule", None)
-        return any(
-            is_overridden(hook, owner) for owner in (self._module, data) if owner is not None for hook in CHANGES
-        )
+        owners = (self._module, getattr(self._trainer, "datamodule", None))
+        return any(_is_users(getattr(type(owner), hook, None)) for owner in owners for hook in CHANGES)
+
+
+def _is_users(hook: Any) -> bool:
+    """Whether a hook is not Lightning's own; by the name of its module, for Lightning has two."""
+    return hook is not None and hook.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _is_new(value: Any, before: Any) -> bool:

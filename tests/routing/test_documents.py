@@ -391,3 +391,23 @@ def test_a_compiled_call_that_cannot_stay_inside_raises_too():
     finally:
         patch.restore()
         torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_type", ["lighthouse", "window", "chunk"])
+@pytest.mark.parametrize("kind", [Relative, CheckpointedBlocks], ids=["plain", "checkpointed"])
+def test_compiled_routed_frames_serve_batches_with_other_documents(kind, layer_type):
+    network = model(kind, layers=2)
+    compiled, counter = counted(network)
+    sizes = {} if layer_type == "lighthouse" else {"window": 7}
+    patch = patch_attention(network, CONFIG, documents=True, layer_types=[layer_type], **sizes)
+    try:
+        patch.on()
+        for lengths in (LENGTHS, [[97], [96, 1]], [[1] * 10 + [87], [50, 47]]):
+            patch.set_documents(Documents(lengths))
+            assert_close(run(compiled, tokens()), run(network, tokens()))
+        patch.check()
+    finally:
+        patch.restore()
+        torch._dynamo.reset()
+    assert counter.frame_count == 1
