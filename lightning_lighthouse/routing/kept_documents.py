@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
-from lightning_lighthouse.checks import SettingError, shown
+from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inputs, require_unpacked
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain_documents
@@ -92,7 +92,7 @@ class KeptDocuments:
     def set(self, documents: Documents | None) -> None:
         """See `Patch.set_documents`."""
         if documents is not None and not isinstance(documents, Documents):
-            raise TypeError(f"documents must be Documents or None, got {shown(repr(documents))}")
+            raise TypeError(f"documents must be Documents or None, got {quoted(documents)}")
         if documents is not None and not self.are_kept:
             raise ValueError("set_documents needs patch_attention(..., documents=True)")
         self._are_told = documents is not None

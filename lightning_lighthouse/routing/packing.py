@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lighthouse.attention.documents import Documents
-from lightning_lighthouse.checks import SettingError, shown
+from lightning_lighthouse.checks import SettingError, quoted
 
 # True: attention stays inside documents. False: a packed batch is an error. "ignore": it attends across documents.
 DocumentsSetting = bool | Literal["ignore"]
@@ -42,7 +42,7 @@ class PackedBatchError(ValueError):
 def check_documents(documents: DocumentsSetting, hf_assume_causal: bool) -> None:
     """Raise ValueError if `documents` is no setting; SettingError if the other one says that there are none."""
     if type(documents) is not bool and documents != IGNORE:
-        raise ValueError(f"documents must be true, false or {IGNORE!r}, got {shown(repr(documents))}")
+        raise ValueError(f"documents must be true, false or {IGNORE!r}, got {quoted(documents)}")
     if documents is True and hf_assume_causal:
         raise SettingError(
             "documents=True and hf_assume_causal=True exclude each other: the one says that batches hold documents, "
