@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents_lighthouse import settle_documents
 from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inputs, require_unpacked
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
@@ -49,6 +50,7 @@ class KeptDocuments:
         self._is_over = False
         self._scope, self._statement, self._layers = scope, statement, layers
         self._has_audited = False
+        self._has_lighthouse = False
         self._packing = PackingCheck()
         self._contexts = ExitStack()
         self._contexts.enter_context(told(model, setting))
@@ -104,12 +106,27 @@ class KeptDocuments:
         self._statement.starts = documents.position_ids("cpu") == 0 if documents is not None and has_masks else None
         # read from the same inputs that the mask is made of
         self._statement.fits_inputs = is_checked
+        self._settle()
         if documents is not None and self._scope.documents_audit is None and not self._has_audited:
             self.audit()
+
+    def _settle(self) -> None:
+        # compiled frames cannot count documents: they read what is settled here
+        if self._scope.documents is not None and self._scope.is_on and self._has_lighthouse:
+            settle_documents(self._scope.documents, self._scope.settings.config)
+
+    def attend(self, config: LighthouseConfig, has_lighthouse: bool) -> None:
+        """Be told how layers attend from now on, when the scope knows it; SettingError where they could not inside."""
+        if has_lighthouse and self.are_kept and config.scorer == "dilated" and config.reads_scores:
+            raise SettingError(
+                'scorer=\'dilated\' does not know documents yet; use scorer="norm", or selection="strided"'
+            )
+        self._has_lighthouse = has_lighthouse
 
     def demand(self, training: bool) -> None:
         """From now on calls without documents are mistakes, or not."""
         self._scope.demands_documents = training and self.are_kept
+        self._settle()
 
     def audit(self) -> None:
         """Make sure at the next `check` that each layer attended inside documents, if any ran until then."""
@@ -127,13 +144,6 @@ class KeptDocuments:
         self._scope.documents_audit, self._has_audited = None, True
         if missing := audit.unrouted():
             raise RuntimeError(explain_documents(missing, len(self._layers)))
-
-    def check_config(self, config: LighthouseConfig) -> None:
-        """Raise SettingError if a Lighthouse layer could not stay inside documents."""
-        if self.are_kept and config.scorer == "dilated" and config.reads_scores:
-            raise SettingError(
-                'scorer=\'dilated\' does not know documents yet; use scorer="norm", or selection="strided"'
-            )
 
     @contextmanager
     def none(self) -> Iterator[None]:

@@ -160,8 +160,7 @@ class Patch(Shared):
         types = spread_over(check_layer_types(layer_types, window, sink_tokens), len(self._layers))
         by_name = dict(zip(self._layers, types, strict=True))
         asked = config or self.scope.settings.config
-        if LIGHTHOUSE in types:
-            self.documents.check_config(asked)
+        self.documents.attend(asked, LIGHTHOUSE in types)
         self._layer_types = {name: by_name[name] for name in self.targets}
         self.scope.settings = Settings(asked, window, sink_tokens)
         self.hand_back(())
