@@ -2,8 +2,8 @@
 
 Batches are told by the names that the field gives to such tensors. A tensor in host memory is looked at there, each of
 them. What lies on a GPU is looked at by the GPU: the host waits for the first verdict of a check, because whoever packs
-does so from the first batch on as a rule, and for none after it. Later verdicts are copied while the batch trains and
-are read with the batch behind it, so that the host can run ahead as ever.
+does so from the first batch on as a rule, and for none after it. Later verdicts are copied while the batch trains, and
+are read when it has ended if they have arrived, else with the batch behind it, so that the host can run ahead as ever.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class PackingCheck:
 
     def look(self, batch: Any) -> None:
         """Look at a batch, or at the keyword arguments of a forward."""
-        self._read()
+        self.read()
         on_gpu: list[tuple[str, Tensor]] = []
         for part in named_parts(batch):
             if self._is_known(part):
@@ -149,7 +149,7 @@ class PackingCheck:
 
     def finish(self) -> None:
         """Wait for what is not answered yet: no batch comes that would."""
-        self._read(waits=True)
+        self.read(waits=True)
 
     def forget(self) -> None:
         """Drop what is not answered yet."""
@@ -175,9 +175,10 @@ class PackingCheck:
         self._asked.append((names, answers, arrived))
         if not self._has_waited:
             self._has_waited = True
-            self._read(waits=True)
+            self.read(waits=True)
 
-    def _read(self, waits: bool = False) -> None:
+    def read(self, waits: bool = False) -> None:
+        """Read the answers that have arrived, or wait for all of them."""
         while self._asked and (waits or self._asked[0][2].query()):
             names, answers, arrived = self._asked.popleft()
             arrived.synchronize()

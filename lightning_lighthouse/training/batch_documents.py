@@ -54,7 +54,10 @@ def watched_batches(
         if settings.documents is False:
             check = PackingCheck()
             contexts.callback(check.forget)
-            contexts.callback(phase_events(trainer).subscribe(FitEnd, lambda event: check.finish()))
+            events = phase_events(trainer)
+            # who has waited for the losses of a step, as FiniteGuard does, has its verdict then
+            contexts.callback(events.subscribe(BatchEnd, lambda event: check.read()))
+            contexts.callback(events.subscribe(FitEnd, lambda event: check.finish()))
             around: _Around = lambda name, batch: _looked_at(check, batches.parts(batch))  # noqa: E731
         elif settings.documents is True:
             keeper = contexts.enter_context(_keeper(trainer, module, settings, patch))
