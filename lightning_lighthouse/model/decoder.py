@@ -188,6 +188,11 @@ class Decoder(LanguageModel):
         chunks = zip(x_BNW.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
         return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
 
+    def _keeps_documents(self) -> bool:
+        """Whether a callback keeps attention inside documents: windows, and the reference, then leave a graph."""
+        callbacks = getattr(self._trainer, "callbacks", ())
+        return any(getattr(callback, "documents", False) is True for callback in callbacks)
+
     def _documents_set(self) -> Documents | None:
         scopes = map(scope_of, self.modules())
         return next((scope.documents for scope in scopes if scope is not None), None)
@@ -197,7 +202,7 @@ class Decoder(LanguageModel):
         if self.hparams["compile"]:
             for part in [*self.blocks, self.head]:
                 # fixed lengths: the sizes of the pyramid follow from N
-                part.compile(fullgraph=True, dynamic=False)
+                part.compile(fullgraph=not self._keeps_documents(), dynamic=False)
         if self.device_mesh is not None and not any(isinstance(p, DTensor) for p in self.parameters()):
             self._shard(self.device_mesh["data_parallel"])
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from documents_run import CONFIG, LENGTHS, decoder, rows, train
+from documents_run import CONFIG, LENGTHS, Batches, decoder, rows, train
 from places import HELPERS
 
 from lightning_lighthouse import Documents, FutureLeakProbe, LighthouseCallback, LighthouseRecipe, patch_attention
@@ -176,3 +176,19 @@ def test_two_ranks_with_other_documents_train_as_one(tmp_path):
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"rank{rank}.pt").items():
             torch.testing.assert_close(value, alone[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_types", [["lighthouse"], ["window", "lighthouse"]], ids="+".join)
+def test_a_compiled_decoder_trains_as_one_that_is_not(tmp_path, layer_types):
+    window = 7 if "window" in layer_types else None
+    found = []
+    for compile in (False, True):
+        model = decoder(restart_positions=True, compile=compile).float()
+        callback = LighthouseCallback(4, CONFIG, documents=True, layer_types=layer_types, window=window)
+        data = torch.utils.data.DataLoader(Batches([0, 1]), batch_size=None)
+        train(model, data, [callback], tmp_path, val_check_interval=None)
+        found.append([parameter.detach() for parameter in model.parameters()])
+    torch._dynamo.reset()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
