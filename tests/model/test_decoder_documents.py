@@ -127,7 +127,7 @@ def test_the_recipe_and_the_callback_must_both_know_of_documents(prepared, tmp_p
         train(model, recipe(prepared, document_ids=True), [lighthouse(documents=False)], tmp_path)
 
 
-@pytest.mark.parametrize("selection", ["causal", "published"])
+@pytest.mark.parametrize("selection", ["causal", pytest.param("published", marks=pytest.mark.slow)])
 def test_a_probe_replaces_text_and_leaves_the_documents(prepared, tmp_path, selection):
     seen = []
 

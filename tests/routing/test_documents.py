@@ -362,7 +362,9 @@ def counted(network, fullgraph=True):
     return torch.compile(network, backend=counter, fullgraph=fullgraph, dynamic=False), counter
 
 
-@pytest.mark.parametrize("kind", [Relative, CheckpointedBlocks], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "kind", [Relative, pytest.param(CheckpointedBlocks, marks=pytest.mark.slow)], ids=["plain", "checkpointed"]
+)
 def test_compiled_dense_frames_serve_batches_with_other_documents(kind):
     network = model(kind, layers=2)
     compiled, counter = counted(network)
