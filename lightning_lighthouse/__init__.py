@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_lighthouse.data.module import LighthouseRecipe
     from lightning_lighthouse.data.settings import WeightedSource
     from lightning_lighthouse.evaluation.leak_probe import FutureLeakProbe
+    from lightning_lighthouse.evaluation.long_context import LongContextEvaluation
     from lightning_lighthouse.huggingface.trainer_callback import LighthouseTrainerCallback
     from lightning_lighthouse.phases.phase import Phase
     from lightning_lighthouse.phases.plateau import PlateauRule
@@ -39,6 +40,7 @@ _HOMES = {
     "Phase": "phases.phase",
     "PlateauRule": "phases.plateau",
     "WeightedSource": "data.settings",
+    "LongContextEvaluation": "evaluation.long_context",
     "LighthouseTrainerCallback": "huggingface.trainer_callback",
     "causal_attention": "routing.calls",
     "lighthouse_attention": "attention.lighthouse",
@@ -55,6 +57,7 @@ __all__ = [
     "LighthouseRecipe",
     "LighthouseTrainerCallback",
     "LighthouseWarning",
+    "LongContextEvaluation",
     "Phase",
     "PlateauRule",
     "WeightedSource",

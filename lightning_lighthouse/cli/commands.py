@@ -34,6 +34,7 @@ COMMANDS = {
     "prepare": "Turn documents into packed tokens for training.",
     "verify": "Compare prepared data with its manifest.",
     "bench": "Measure Lighthouse and dense attention on this machine.",
+    "evaluate": "Measure what a model can do with long context: RUN_FOLDER | CHECKPOINT | MODEL_FOLDER | MODEL.gguf.",
     "compare": "Show runs side by side: seconds, speed, dense validation losses: RUN_FOLDER [...].",
 }
 # Commands with a main of their own, which returns the exit status
@@ -42,6 +43,7 @@ PROGRAMS = {
     "prepare": "lightning_lighthouse.cli.prepare",
     "verify": "lightning_lighthouse.cli.verify",
     "bench": "lightning_lighthouse.cli.bench",
+    "evaluate": "lightning_lighthouse.cli.evaluate",
     "compare": "lightning_lighthouse.cli.compare",
 }
 

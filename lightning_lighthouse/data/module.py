@@ -22,7 +22,7 @@ from lightning_lighthouse.data.position import Topology, check_same_data, descri
 from lightning_lighthouse.data.preparing.prepare import check_prepared, prepare
 from lightning_lighthouse.data.preparing.splits import TEST, TRAIN, VALIDATION
 from lightning_lighthouse.data.settings import RECORDED, DataOptions, settings_of
-from lightning_lighthouse.data.tokenizers import identify_tokenizer, load_tokenizer
+from lightning_lighthouse.data.tokenizers import Tokenizer, identify_tokenizer, load_tokenizer
 from lightning_lighthouse.data.workers import worker_context
 from lightning_lighthouse.notices import notice_once
 
@@ -79,6 +79,10 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
     def bytes_per_token(self) -> float | None:
         """Bytes of text that one token stands for; None before the data is prepared."""
         return self._load_manifest().bytes_per_token if is_prepared(self.folder) else None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """What turned the text into tokens; for evaluations that write sentences of their own."""
+        return load_tokenizer(self.tokenizer, self.end_of_document)
 
     def prepare_data(self) -> None:
         """Prepare the data if that has not been done, and log what there is, at level INFO."""

@@ -6,20 +6,20 @@ import csv
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_type, is_named
 from lightning_lighthouse.evaluation.leak import Sample, draw_positions, draw_trial, other_text
 from lightning_lighthouse.evaluation.text import Text, read_text, token_losses
+from lightning_lighthouse.evaluation.undisturbed import Ranks, undisturbed
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, Switch, phase_events
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
 from lightning_lighthouse.runs.run_folder import run_folder
@@ -298,8 +298,8 @@ class FutureLeakProbe(Callback):
         assert self._lighthouse is not None
         config = self._lighthouse.attention
         start = time.perf_counter()
-        with self._lighthouse.lend_patch(trainer) as patch, _evaluation(trainer, module):
-            ranks = _Ranks(trainer)
+        with self._lighthouse.lend_patch(trainer) as patch, undisturbed(trainer, module):
+            ranks = Ranks(trainer)
             num_batches = int(ranks.reduce([len(self._texts)], "min")[0])
             texts = self._texts[:num_batches]
 
@@ -348,47 +348,6 @@ class FutureLeakProbe(Callback):
             spike_nats=(dense_sum - lighthouse_sum) / num_tokens,
             seconds=trainer.strategy.broadcast(time.perf_counter() - start),
         )
-
-
-class _Ranks:
-    """What the ranks of a probe agree on, so that all of them do the same number of forwards."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._strategy = trainer.strategy
-        shares = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        # which share of the data this rank sees
-        self.share: int = shares["rank"]
-        # ranks that split a model see the same text
-        self._copies = trainer.world_size // shares["num_replicas"]
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        """Time counts from now."""
-        self._start = time.perf_counter()
-
-    def is_late(self, seconds: float) -> bool:
-        """Whether more than `seconds` have passed, by the clock of rank 0."""
-        return self._strategy.broadcast(time.perf_counter() - self._start > seconds)
-
-    def reduce(self, values: list[float], how: str = "sum") -> list[float]:
-        """The sums over the shares of the data, or the minima over the ranks."""
-        device = self._strategy.root_device
-        tensor = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        reduced: list[float] = self._strategy.reduce(tensor, reduce_op=how).tolist()
-        return [value / self._copies for value in reduced] if how == "sum" else reduced
-
-
-@contextmanager
-def _evaluation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """As in validation: no gradients, eval mode, the Trainer's precision; random numbers as if nothing had happened."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _table(results: list[ProbeResult]) -> str:

@@ -36,13 +36,14 @@ class Text:
     documents: Documents | None = None
 
 
-def read_text(batch: Any, module: nn.Module | None = None) -> Text:
+def read_text(batch: Any, module: nn.Module | None = None, asker: str = "FutureLeakProbe") -> Text:
     """The text of a batch: a tensor or a mapping.
 
     Args:
         batch: `[B, N + 1]` token ids, or a mapping that holds them as "tokens": the last N are predicted from the
             first N. Or a mapping with "input_ids" `[B, N]`, as transformers has it, whose last token predicts nothing.
         module: Reads the batch; its documents are wanted too. None: they are not.
+        asker: Who needs it, for messages.
 
     Raises:
         TypeError: The batch holds no token ids.
@@ -55,12 +56,12 @@ def read_text(batch: Any, module: nn.Module | None = None) -> Text:
         given = f"{tokens.dtype} {list(tokens.shape)}"
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim != 2 or tokens.shape[1] < 3:
         raise TypeError(
-            "FutureLeakProbe needs validation batches of token ids, [batch, at least 3 tokens], alone or in a mapping "
+            f"{asker} needs validation batches of token ids, [batch, at least 3 tokens], alone or in a mapping "
             f"as 'tokens' or 'input_ids', got {given}"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and not bool((mask == 1).all()):
-        raise ValueError("FutureLeakProbe needs validation batches without padding, got an attention_mask with zeros")
+        raise ValueError(f"{asker} needs validation batches without padding, got an attention_mask with zeros")
     documents = None if module is None else documents_of(module, batch)
     tokens = tokens.detach().clone()
     if has_ids:
@@ -70,7 +71,7 @@ def read_text(batch: Any, module: nn.Module | None = None) -> Text:
     return Text(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tokens.shape[1] - 1, documents)
 
 
-def token_losses(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def token_losses(module: nn.Module, inputs: Tensor, targets: Tensor, asker: str = "FutureLeakProbe") -> Tensor:
     """The cross-entropy of each target, in nats, from the module's `token_losses(inputs, targets)` or its logits.
 
     Args:
@@ -78,6 +79,7 @@ def token_losses(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
             `[B, N, V]` or an object that has them as `logits`.
         inputs: `[B, N]`.
         targets: `[B, N]`, the token after each input.
+        asker: Who needs them, for messages.
 
     Returns:
         `[B, N]` float32.
@@ -97,7 +99,7 @@ def token_losses(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != targets.shape:
         raise TypeError(
-            f"FutureLeakProbe needs the loss of each token: give {type(module).__name__} a method "
+            f"{asker} needs the loss of each token: give {type(module).__name__} a method "
             "token_losses(inputs, targets), all [batch, tokens], or a forward(inputs) that returns logits "
             f"[batch, tokens, vocabulary] or an object with such .logits; forward returned {_describe(output)}"
         )

@@ -180,7 +180,7 @@ class Decoder(LanguageModel):
         return documents.position_ids(inputs.device)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
+        """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` and others ask for."""
         chunk = self.hparams["loss_chunk"]
         # there is no batch here: those that attention stays inside
         documents = self._documents_set() if self.hparams["restart_positions"] else None
@@ -196,6 +196,10 @@ class Decoder(LanguageModel):
     def _documents_set(self) -> Documents | None:
         scopes = map(scope_of, self.modules())
         return next((scope.documents for scope in scopes if scope is not None), None)
+
+    def next_token_logits(self, inputs: Tensor) -> Tensor:
+        """Scores of the token after the last: `[B, N] -> [B, V]`; what `LongContextEvaluation` asks for."""
+        return self.head.logits(self.hidden(inputs)[:, -1])
 
     def configure_model(self) -> None:
         """Compile the blocks and the head in place; shard under ModelParallelStrategy. Parameters keep their names."""
@@ -220,6 +224,7 @@ class Decoder(LanguageModel):
         # Lightning calls the steps, which call `loss`, not the forward that FSDP2 knows of
         register_fsdp_forward_method(self, "loss")
         register_fsdp_forward_method(self, "token_losses")
+        register_fsdp_forward_method(self, "next_token_logits")
 
 
 def _check_shape(shape: Shape) -> None:

@@ -1,0 +1,363 @@
+"""`lighthouse evaluate`: what a model can do with long context, by the same code as `LongContextEvaluation`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lightning_lighthouse.attention.layer_types import DENSE, in_words
+from lightning_lighthouse.checks import warn
+from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
+from lightning_lighthouse.cli.parser import Parser
+from lightning_lighthouse.cli.recipe import UsageError, plain, read
+from lightning_lighthouse.cli.weights import VERSION, look_into
+from lightning_lighthouse.data.module import LighthouseRecipe
+from lightning_lighthouse.data.preparing.sources import find_files, read_documents
+from lightning_lighthouse.evaluation.long_context import LongContextEvaluation
+from lightning_lighthouse.evaluation.measures import lengths_up_to
+from lightning_lighthouse.evaluation.measuring import MEASURES
+from lightning_lighthouse.evaluation.plots import plot, require_matplotlib
+from lightning_lighthouse.huggingface.pretrained import PretrainedTokenizer, is_pretrained, load_pretrained
+from lightning_lighthouse.notices import quiet_lightning, shown_notices
+from lightning_lighthouse.routing.patch import Patch, patch_attention
+from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
+from lightning_lighthouse.runs.final_weights import FINAL
+from lightning_lighthouse.runs.record import REPORT
+from lightning_lighthouse.runs.saving import check_writable
+
+DESCRIPTION = (
+    "Measure what a model can do with long context: loss by position, gain from context, copies, passkey, key-value "
+    "lookups, and tasks of your own; written to evaluation.json. The model is that of a run's folder, a checkpoint, "
+    "final.pt, a folder that transformers saved, or a .gguf file; an evaluation.json is drawn with --plot. Flags with "
+    "a dot, --trainer.devices 1, change the recipe."
+)
+RECIPE = "config.yaml"
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Target(NamedTuple):
+    """What is evaluated.
+
+    Args:
+        weights: A checkpoint or final weights; None: `path` is a model of transformers.
+        recipe: That of its run, if it is known.
+        output: Where the rows belong, if it is a run.
+        step: Optimizer steps of the weights, where they are known.
+    """
+
+    weights: Path | None
+    recipe: Path | None
+    output: Path | None
+    step: int | None
+
+
+class AttendAs(Callback):
+    """Lets the layers attend in one way while the model is evaluated.
+
+    Args:
+        settings: Of `patch_attention`.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self._patch: Patch | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Patch the model, on."""
+        self._patch = patch_attention(pl_module, **self.settings)
+        self._patch.on(inference=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore it, and say which layers stayed dense."""
+        if self._patch is not None:
+            missing = self._patch.unrouted()
+            self._patch.restore()
+            if missing:
+                name, reason = next(iter(missing.items()))
+                raise RuntimeError(f"--layer_types: {len(missing)} layers stayed dense, the first is {name}: {reason}")
+
+
+class EvaluateCLI(LighthouseCLI):
+    """Builds what `validate` would, and validates with the evaluation alone, on as much text as it needs.
+
+    Args:
+        arguments: Recipes and flags.
+        callbacks: The evaluation, and what else is to happen.
+    """
+
+    def __init__(self, arguments: Sequence[str], callbacks: Sequence[Callback]) -> None:
+        self.callbacks = list(callbacks)
+        super().__init__("validate", arguments)
+
+    def before_instantiate_classes(self) -> None:
+        """Find the weights; log nothing, and keep no other callback of the recipe."""
+        super().before_instantiate_classes()
+        self.built.verbose = False
+        self.built.trainer.logger = False
+        self.built.trainer.callbacks = self.callbacks
+        self.built.trainer.enable_checkpointing = False
+        self.built.trainer.enable_progress_bar = False
+        self.built.trainer.enable_model_summary = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer, which validates no more than the evaluation needs."""
+        evaluation = next(callback for callback in self.callbacks if isinstance(callback, LongContextEvaluation))
+        seq_len, batch_size = (getattr(self.datamodule, name, None) for name in ("seq_len", "batch_size"))
+        if isinstance(seq_len, int) and isinstance(batch_size, int) and self.built.trainer.limit_val_batches is None:
+            longest = max(evaluation.lengths or lengths_up_to(seq_len))
+            needed = 2 * evaluation.num_samples * (longest + 1)
+            kwargs["limit_val_batches"] = math.ceil(needed / (seq_len + 1) / batch_size)
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `lighthouse evaluate`; returns the exit status."""
+    own, overrides = _split(argv)
+    arguments = _parser().parse_args(own)
+    target_path = Path(arguments.target)
+    if arguments.plot is not None:
+        require_matplotlib()
+    if target_path.name == EVALUATION and target_path.is_file():
+        if arguments.plot is None:
+            raise UsageError(f"{target_path} is evaluated already: --plot OUT.png draws it")
+        plot(read_evaluations(target_path), arguments.plot, str(target_path.parent))
+        return 0
+    target = _find(target_path)
+    attention = _attention(arguments)
+    output = arguments.output or target.output or Path()
+    if attention and target.output is not None and arguments.output is None:
+        raise UsageError(
+            "--layer_types measures another attention than the run's own rows: give --output FOLDER for these"
+        )
+    check_writable(output)
+    read_evaluations(output)
+    with _refused_as_usage():
+        evaluation = _evaluation(arguments, output)
+    evaluation.step = target.step
+    evaluation.notes = {"model": str(target_path), "attention": _in_words(attention)}
+    callbacks: list[Callback] = [evaluation, *([AttendAs(attention)] if attention else [])]
+    drop_notices()
+    with shown_notices(), _progress(evaluation):
+        if target.weights is None:
+            _evaluate_pretrained(target_path, arguments, overrides, evaluation, callbacks)
+        else:
+            _evaluate_recipe(target, arguments, overrides, callbacks)
+    print(f"{output / EVALUATION}: {len(evaluation.results)} evaluation of {target_path}")
+    if arguments.plot is not None:
+        plot(evaluation.results, arguments.plot, f"{target_path.name}, attention: {_in_words(attention)}")
+        print(arguments.plot)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="lighthouse evaluate", description=DESCRIPTION)
+    add = parser.add_argument
+    add("target", help=f"a run, a checkpoint, {FINAL}, a folder of transformers, a .gguf file, or {EVALUATION}")
+    add("-c", "--config", action="append", default=[], metavar="RECIPE", help="instead of the run's own config.yaml")
+    add("--output", type=Path, help=f"folder for {EVALUATION} (default: the run's, else the current folder)")
+    add("--text", help="file, folder or pattern of text, for a model of transformers (default: the recipe's)")
+    add("--text_field", default="text", help="the field that holds the text, in JSONL and tables (default: text)")
+    add("--lengths", type=int, nargs="+", help="tokens (default: 1024, 4096, ... up to the training length)")
+    add("--num_samples", type=int, default=10, help="of each place (default: 10)")
+    add("--measures", nargs="+", choices=MEASURES, help="(default: all)")
+    add("--own_tasks", nargs="+", metavar="FILE", help='JSON lines with "prompt" and "answer"')
+    add("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    add("--layer_types", nargs="+", help="evaluate with other attention than dense, as in phases: window, chunk, ...")
+    add("--window", type=int, help="tokens, for window and chunk")
+    add("--sink_tokens", type=int, default=0, help="for window")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of a model of transformers (default: float32)")
+    add("--accelerator", default="auto", help="for a model of transformers: cpu, gpu, ... (default: auto)")
+    add("--plot", type=Path, metavar="OUT.png", help="draw what was found; needs matplotlib")
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of this command, and the flags with a dot, which are the recipe's."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, _ = argument.partition("=")
+        if argument.startswith("--") and "." in key:
+            overrides += [argument] if equals or not rest else [argument, rest.pop(0)]
+        else:
+            own.append(argument)
+    return own, overrides
+
+
+def _find(path: Path) -> Target:
+    """What a path holds.
+
+    Raises:
+        FileNotFoundError: There is no such path, or a run has no weights yet.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such run, checkpoint or model")
+    if is_pretrained(path):
+        return Target(None, None, None, None)
+    is_run = path.is_dir() and not (path / ".metadata").is_file()
+    if not is_run:
+        folders = (path.parent, path.parent.parent)
+        recipe = next((folder / RECIPE for folder in folders if (folder / RECIPE).is_file()), None)
+        return Target(path, recipe, None, _step(path))
+    found = next((path / name for name in (FINAL, CHECKPOINT) if (path / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path} holds neither {FINAL} nor {CHECKPOINT}, as a run does, nor config.json, as a model of transformers"
+        )
+    recipe = path / RECIPE
+    return Target(found, recipe if recipe.is_file() else None, path, _step(found))
+
+
+def _step(weights: Path) -> int | None:
+    """Optimizer steps of a checkpoint, or of final weights by the report beside them; None where neither says."""
+    if weights.is_file() and weights.name != FINAL:
+        look_into(weights)
+        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+        step = content.get("global_step") if VERSION in content else None
+        return step if isinstance(step, int) else None
+    try:
+        step = json.loads((weights.parent / REPORT).read_text(encoding="utf-8")).get("steps")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _evaluation(arguments: argparse.Namespace, output: Path) -> LongContextEvaluation:
+    measures: dict[str, Any] = {name: name in (arguments.measures or MEASURES) for name in MEASURES}
+    return LongContextEvaluation(
+        lengths=arguments.lengths,
+        num_samples=arguments.num_samples,
+        own_tasks=arguments.own_tasks,
+        seed=arguments.seed,
+        output=str(output),
+        **measures,
+    )
+
+
+def _attention(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `patch_attention`; {} for dense."""
+    if arguments.layer_types is None:
+        if arguments.window is not None or arguments.sink_tokens:
+            raise UsageError("--window and --sink_tokens belong to --layer_types window")
+        return {}
+    with _refused_as_usage():
+        from lightning_lighthouse.attention.layer_types import check_layer_types
+
+        check_layer_types(arguments.layer_types, arguments.window, arguments.sink_tokens)
+    return {name: getattr(arguments, name) for name in ("layer_types", "window", "sink_tokens")}
+
+
+def _in_words(attention: dict[str, Any]) -> str:
+    return in_words(**attention) if attention else DENSE
+
+
+def _evaluate_recipe(
+    target: Target, arguments: argparse.Namespace, overrides: list[str], callbacks: Sequence[Callback]
+) -> None:
+    recipes = arguments.config or [target.recipe]
+    if recipes == [None]:
+        raise UsageError(f"{target.weights} names no recipe, and there is no {RECIPE} beside it: give -c RECIPE.yaml")
+    if arguments.text is not None:
+        raise UsageError("--text is for a model of transformers; that of a recipe is --data.source")
+    layers = [item for recipe in recipes for item in ("-c", str(recipe))]
+    EvaluateCLI([*layers, "--ckpt_path", str(target.weights), *overrides], callbacks)
+
+
+def _evaluate_pretrained(
+    path: Path,
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    evaluation: LongContextEvaluation,
+    callbacks: Sequence[Callback],
+) -> None:
+    if overrides:
+        raise UsageError(f"{overrides[0]} changes a recipe's model or Trainer, and {path} is a model of transformers")
+    if (arguments.text is None) == (not arguments.config):
+        raise UsageError("a model of transformers needs text: --text FILES, or -c RECIPE.yaml whose data is read")
+    model, tokenizer = load_pretrained(path, DTYPES[arguments.dtype])
+    evaluation.tokenizer = tokenizer
+    evaluation.training_length = model.training_length
+    if evaluation.lengths is None:
+        evaluation.lengths = lengths_up_to(model.training_length or 4096)
+    with quiet_lightning():
+        trainer = Trainer(
+            accelerator=arguments.accelerator,
+            devices=1,
+            logger=False,
+            callbacks=list(callbacks),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    if arguments.text is not None:
+        needed = 2 * evaluation.num_samples * (max(evaluation.lengths) + 1)
+        tokens = _tokens(arguments.text, arguments.text_field, tokenizer, needed)
+        one: Any = [{"tokens": tokens[None]}]
+        trainer.validate(model, DataLoader(one, batch_size=None), verbose=False)
+        return
+    data = _data(arguments.config)
+    if data.vocab_size > model.vocab_size:
+        raise ValueError(f"the recipe's data have {data.vocab_size} tokens, {path} knows {model.vocab_size}")
+    trainer.validate(model, datamodule=data, verbose=False)
+
+
+def _tokens(source: str, text_field: str, tokenizer: PretrainedTokenizer, needed: int) -> Tensor:
+    """The first tokens of a source, document after document."""
+    ids: list[int] = []
+    for document in read_documents(find_files(source), text_field):
+        # what one token stands for is not known, but hardly less than a byte or more than 16
+        ids += tokenizer.encode(document.text[: 16 * needed].decode(errors="ignore").encode())
+        if len(ids) >= needed:
+            break
+    else:
+        warn(f"{source} holds {len(ids):,} tokens; {needed:,} would give samples that hardly overlap")
+    return torch.tensor(ids[:needed])
+
+
+def _data(recipes: Sequence[str]) -> LighthouseRecipe:
+    """The data of recipes, later ones over earlier ones, for a model that no recipe describes."""
+    settings: dict[str, Any] = {}
+    for recipe in recipes:
+        group = plain(read(recipe)).get("data") or {}
+        class_path = group.get("class_path", "LighthouseRecipe")
+        if class_path.rpartition(".")[-1] != "LighthouseRecipe":
+            raise UsageError(f"{recipe}: data must be a LighthouseRecipe for a model of transformers, got {class_path}")
+        settings |= group.get("init_args") or {}
+    with _refused_as_usage():
+        return LighthouseRecipe(**settings)
+
+
+@contextmanager
+def _refused_as_usage() -> Iterator[None]:
+    """What a constructor refuses is a mistake in the arguments."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+@contextmanager
+def _progress(evaluation: LongContextEvaluation) -> Iterator[None]:
+    """Show how many of all samples are done."""
+    with tqdm(desc="evaluate", unit=" samples", dynamic_ncols=True, disable=None) as bar:
+
+        def step(total: int) -> None:
+            bar.total = total
+            bar.update()
+
+        evaluation.on_sample = step
+        yield

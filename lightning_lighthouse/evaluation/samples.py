@@ -1,0 +1,131 @@
+"""The text of an evaluation: the same tokens each time, from the validation data; and phrases in the model's tokens."""
+
+# N tokens, C candidates
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.evaluation.text import read_text
+
+# its multiples, modulo 1, lie far from one another however many they are
+GOLDEN = 0.6180339887498949
+DIGITS = "0123456789"
+
+
+class Tokenizer(Protocol):
+    """What phrases need of a tokenizer: that of the data has it."""
+
+    def encode(self, text: bytes) -> Any:
+        """Ids of one document, with one end-of-document id behind them."""
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Validation text in one piece.
+
+    Args:
+        tokens: `[N]` token ids, on the CPU.
+    """
+
+    tokens: Tensor
+
+    def draw(self, num_tokens: int, index: int) -> Tensor:
+        """The `index`-th sample of so many tokens, always the same; samples overlap only where the text is short.
+
+        Raises:
+            ValueError: The text is shorter.
+        """
+        room = len(self.tokens) - num_tokens
+        if room < 0:
+            raise ValueError(f"{num_tokens:,} tokens of text are needed, there are {len(self.tokens):,}")
+        start = round((index * GOLDEN) % 1.0 * room)
+        return self.tokens[start : start + num_tokens]
+
+
+class Collector:
+    """Keeps the text of validation batches, in their order.
+
+    Args:
+        limit: Tokens that are enough.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.num_tokens = 0
+        # of a sequence, as the model is trained on it
+        self.seq_len = 0
+        self._parts: list[Tensor] = []
+
+    def add(self, batch: Any) -> None:
+        """Keep a batch, unless there is enough.
+
+        Raises:
+            TypeError: It holds no token ids.
+            ValueError: It is padded or masked.
+        """
+        if self.num_tokens >= self.limit:
+            return
+        text = read_text(batch, "LongContextEvaluation")
+        self.seq_len = max(self.seq_len, text.inputs.shape[1])
+        is_whole = text.num_targets == text.inputs.shape[1]
+        rows = torch.cat([text.inputs, text.targets[:, -1:]], dim=1) if is_whole else text.inputs
+        self._parts.append(rows.flatten().cpu())
+        self.num_tokens += rows.numel()
+
+    def haystack(self) -> Haystack | None:
+        """All of it in one piece; None where there is none."""
+        return Haystack(torch.cat(self._parts)[: self.limit]) if self._parts else None
+
+
+def seeded(seed: int, *place: object) -> torch.Generator:
+    """A generator on the CPU that draws the same at the same place each time, in every process."""
+    # not hash(): Python's differs from one process to the next
+    return torch.Generator().manual_seed(zlib.crc32(repr((seed, *place)).encode()))
+
+
+class Phrases:
+    """Sentences as the model reads them.
+
+    Args:
+        tokenizer: That of the data.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.encode = lru_cache(maxsize=None)(self._encode)
+
+    def _encode(self, text: str) -> Tensor:
+        """Token ids `[N]` of a text, without an end of document."""
+        return torch.as_tensor([int(token) for token in self._tokenizer.encode(text.encode())][:-1])
+
+    def question(self, prompt: str, answers: Sequence[str] = DIGITS) -> tuple[Tensor, Tensor]:
+        """A prompt as the model reads it before one of several answers, and the token that each answer begins with.
+
+        How a tokenizer cuts " 7" is its own business: what all prompts with their answers begin with is the prompt.
+
+        Returns:
+            `[N]` token ids, and `[C]`, in the order of the answers.
+
+        Raises:
+            SettingError: The tokenizer does not tell the answers apart by one token.
+        """
+        whole = [self.encode(f"{prompt} {answer}").tolist() for answer in answers]
+        same = 0
+        while all(len(ids) > same + 1 for ids in whole) and len({ids[same] for ids in whole}) == 1:
+            same += 1
+        candidates = [ids[same] if len(ids) > same else -1 for ids in whole]
+        if len(set(candidates)) < len(candidates) or -1 in candidates or same == 0:
+            raise SettingError(
+                "LongContextEvaluation asks for digits, which must differ in their first token: the tokenizer writes "
+                f"{' '.join(answers)} as {candidates}; set passkey and lookups to false"
+            )
+        return torch.tensor(whole[0][:same]), torch.tensor(candidates)

@@ -1,0 +1,98 @@
+"""`evaluation.json`: what a model can do with long context, step by step; beside the `lighthouse.json` of its run.
+
+`version` is raised when a key changes its meaning or goes; new keys may come at any time. A number that is not finite
+is null. docs/use/evaluation.md lists the keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_lighthouse.runs.record import plain
+from lightning_lighthouse.runs.saving import is_remote, save_text
+
+EVALUATION = "evaluation.json"
+EVALUATION_VERSION = 1
+
+
+def write_evaluations(folder: str | Path, steps: Sequence[dict[str, Any]]) -> str:
+    """Write `folder/evaluation.json`, whole or not at all; returns its path.
+
+    Args:
+        folder: Made if missing; an address too.
+        steps: An evaluation each, in the order of their steps.
+    """
+    path = os.path.join(folder, EVALUATION)
+    content = {"version": EVALUATION_VERSION, "steps": list(steps)}
+    save_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n", path)
+    return path
+
+
+def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
+    """The evaluations in the order of their steps; none where there is no file.
+
+    Args:
+        folder: That holds `evaluation.json`, or the file.
+
+    Raises:
+        ValueError: It is no such file, or of another version.
+    """
+    if is_remote(folder):
+        return []
+    path = Path(folder) / EVALUATION if Path(folder).is_dir() else Path(folder)
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, steps = content["version"], [dict(step) for step in content["steps"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a file of LongContextEvaluation") from None
+    if version != EVALUATION_VERSION:
+        raise ValueError(f"{path}: its version must be {EVALUATION_VERSION}, got {version}")
+    return steps
+
+
+def merged(steps: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations with a new one, in the place of an older one of its step."""
+    others = [step for step in steps if step.get("step") != new["step"]]
+    return sorted([*others, new], key=lambda step: (step["step"] is not None, step["step"] or 0))
+
+
+def sum_up(evaluation: dict[str, Any]) -> dict[str, float | None]:
+    """One number a measure: the means over all places of passkey and lookups; of copies the longest distance; of the
+    gain from context the shortest text. None for what was not measured."""
+
+    def mean(name: str) -> float | None:
+        values = [row["value"] for row in evaluation.get(name) or [] if row["value"] is not None]
+        return sum(values) / len(values) if values else None
+
+    copies, gains = evaluation.get("copies") or [], evaluation.get("context_gain") or []
+    return {
+        "passkey": mean("passkey"),
+        "lookups": mean("lookups"),
+        "copies": max(copies, key=lambda row: row["distance"])["value"] if copies else None,
+        "context_gain": min(gains, key=lambda row: row["length"])["value"] if gains else None,
+    }
+
+
+def in_words(evaluation: dict[str, Any]) -> str:
+    """The same in a line."""
+    numbers = sum_up(evaluation)
+    parts = [f"{name} {numbers[name]:.2f}" for name in ("passkey", "lookups") if numbers[name] is not None]
+    if numbers["copies"] is not None:
+        distance = max(row["distance"] for row in evaluation["copies"])
+        parts.append(f"copies {numbers['copies']:+.2f} nats over {distance:,} tokens")
+    if numbers["context_gain"] is not None:
+        length = min(row["length"] for row in evaluation["context_gain"])
+        parts.append(f"whole context {numbers['context_gain']:+.3f} nats against the last {length:,} tokens")
+    for row in evaluation.get("own_tasks") or []:
+        match = row.get("exact_match")
+        parts.append(f"{row['task']} {row['value']:.3f} nats" + ("" if match is None else f", {match:.2f} exact"))
+    losses = evaluation.get("loss_by_position") or []
+    if losses:
+        parts.append(f"loss {losses[-1]['value']:.4f} at tokens {losses[-1]['position']:,}-{losses[-1]['until']:,}")
+    return "; ".join(parts)
