@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lighthouse.cli.parser import Parser
-from lightning_lighthouse.runs.comparison import Run, read_report, summarize
+from lightning_lighthouse.runs.comparison import Run, read_last_evaluation, read_report, summarize
+from lightning_lighthouse.runs.evaluation_record import sum_up
 from lightning_lighthouse.runs.record import REPORT
 
 DESCRIPTION = (
     "Compare runs: steps, training seconds, speed, dense validation losses, and the seconds that each needed to reach "
-    "the final loss of one of them. A run without a report is left out, with a line that says so."
+    "the final loss of one of them; and what its last evaluation of long context found, where it has one. A run without a report is left out, with a line that says so."
 )
 
 
@@ -36,6 +37,10 @@ def table(runs: Sequence[Run]) -> str:
         "to ref. s",
         "GiB",
     ]
+    # of runs that were evaluated: what they find, and how much less a passage costs the second time
+    evaluated = {"passkey": "passkey", "lookups": "lookups", "copies": "copy_gain", "context": "context_gain"}
+    shown = [(title, name) for title, name in evaluated.items() if any(getattr(run, name) is not None for run in runs)]
+    head += [title for title, _ in shown]
     rows = [head]
     for run in runs:
         speeds = [run.lighthouse_tokens_per_second, run.dense_tokens_per_second]
@@ -54,6 +59,7 @@ def table(runs: Sequence[Run]) -> str:
                 _shown(run.final_loss, ".4f"),
                 _shown(run.seconds_to_reference, ".1f"),
                 _shown(run.peak_gib, ".1f"),
+                *(_shown(getattr(run, name), "+.3f" if name.endswith("gain") else ".2f") for _, name in shown),
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -79,6 +85,17 @@ def _report(path: str) -> dict[str, Any] | None:
         return None
 
 
+def _evaluation(path: str) -> dict[str, Any]:
+    """The last evaluation of a run; {}, with a line that says why, where its file cannot be read."""
+    try:
+        found = read_last_evaluation(Path(path))
+        sum_up(found)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"lighthouse compare: the evaluation of {path} is left out: {error}", file=sys.stderr)
+        return {}
+
+
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -98,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     reference = reports.get(arguments.reference or shown[0])
     loss = summarize("", reference).final_loss if reference is not None else None
-    runs = [summarize(path, reports[path], loss) for path in shown]
+    runs = [summarize(path, reports[path], loss, _evaluation(path)) for path in shown]
     if not arguments.csv:
         print(table(runs))
         return 0

@@ -18,6 +18,7 @@ from lightning_lighthouse.evaluation.measuring import MEASURES, Asked, measure, 
 from lightning_lighthouse.evaluation.samples import Collector, Phrases, Tokenizer
 from lightning_lighthouse.evaluation.scoring import Scorer, offers_losses
 from lightning_lighthouse.evaluation.undisturbed import Ranks, undisturbed
+from lightning_lighthouse.evaluation.validation_count import validation_number
 from lightning_lighthouse.phases.events import BatchStart, FitEnd, Switch, phase_events
 from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.runs.evaluation_record import in_words, merged, read_evaluations, write_evaluations
@@ -114,7 +115,7 @@ class LongContextEvaluation(Callback):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if max_share is not None and not 0 < max_share <= 1:
             raise ValueError(f"max_share must be above 0 and at most 1, got {max_share}")
-        if tokenizer is not None and not callable(getattr(tokenizer, "encode", None)):
+        if isinstance(tokenizer, str) or (tokenizer and not callable(getattr(tokenizer, "encode", None))):
             raise TypeError(f"tokenizer must have a method encode(text), got {tokenizer!r}")
         if not self.measures and not own_tasks:
             raise ValueError("one of the measures must be on, or own_tasks given")
@@ -241,7 +242,8 @@ class LongContextEvaluation(Callback):
             self._evaluate(trainer, pl_module, is_last=True)
             return
         self._num_validations += 1
-        if self.every_n_validations and self._num_validations % self.every_n_validations == 0:
+        number = validation_number(trainer, self._num_validations)
+        if self.every_n_validations and number % self.every_n_validations == 0:
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -147,6 +147,8 @@ class Scorer:
             return None
         calls: list[tuple[nn.Linear, Tensor]] = []
         linears = [part for part in parts if isinstance(part, nn.Linear)]
+        if not linears:
+            return None
         hooks = [part.register_forward_hook(lambda part, args, out: calls.append((part, out))) for part in linears]
         try:
             logits = _logits(self._module(inputs[:, :SHORT]))

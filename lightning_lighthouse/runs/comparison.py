@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.runs.evaluation_record import read_evaluations, sum_up
 from lightning_lighthouse.runs.record import REPORT, REPORT_VERSION
 
 
@@ -41,6 +42,10 @@ class Run:
         device: Its name.
         lighthouse_waiting_share: Share of the last such phase's time that rank 0 waited for data; None if unknown.
         dense_waiting_share: The same of the dense phase.
+        passkey: Share of passkeys that the last evaluation found, over all lengths and depths; None without one.
+        lookups: The same of key-value lookups.
+        copy_gain: Loss of a passage the second time minus the first, at the longest distance, in nats per token.
+        context_gain: Loss with the whole context minus with the shortest, in nats per token.
     """
 
     run: str
@@ -60,6 +65,10 @@ class Run:
     device: str | None
     lighthouse_waiting_share: float | None
     dense_waiting_share: float | None
+    passkey: float | None = None
+    lookups: float | None = None
+    copy_gain: float | None = None
+    context_gain: float | None = None
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -85,19 +94,40 @@ def read_report(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
-def summarize(name: str, report: dict[str, Any], reference_loss: float | None = None) -> Run:
+def read_last_evaluation(path: Path) -> dict[str, Any]:
+    """The last evaluation of a run; {} where it has none.
+
+    Args:
+        path: As for `read_report`.
+
+    Raises:
+        ValueError: Its `evaluation.json` is none.
+    """
+    steps = read_evaluations(path if path.is_dir() else path.parent)
+    return steps[-1] if steps else {}
+
+
+def summarize(
+    name: str,
+    report: dict[str, Any],
+    reference_loss: float | None = None,
+    evaluation: dict[str, Any] | None = None,
+) -> Run:
     """One line of the comparison.
 
     Args:
         name: Of the run.
         report: From `read_report`.
         reference_loss: The loss to be reached.
+        evaluation: From `read_last_evaluation`.
 
     Raises:
         ValueError: What it tells is not of the shape that it should have.
     """
     try:
-        return _summarize(name, report, reference_loss)
+        numbers = sum_up(evaluation or {})
+        numbers["copy_gain"] = numbers.pop("copies")
+        return replace(_summarize(name, report, reference_loss), **numbers)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: not a report of LighthouseCallback: {type(error).__name__} {error}") from None
 
