@@ -17,7 +17,8 @@ from lightning_lighthouse.runs.record import REPORT
 
 DESCRIPTION = (
     "Compare runs: steps, training seconds, speed, dense validation losses, and the seconds that each needed to reach "
-    "the final loss of one of them; and what its last evaluation of long context found, where it has one. A run without a report is left out, with a line that says so."
+    "the final loss of one of them; and what the last evaluation of long context found, where a run has one. A run "
+    "without a report is left out, with a line that says so."
 )
 
 

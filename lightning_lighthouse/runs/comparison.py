@@ -125,9 +125,14 @@ def summarize(
         ValueError: What it tells is not of the shape that it should have.
     """
     try:
-        numbers = sum_up(evaluation or {})
-        numbers["copy_gain"] = numbers.pop("copies")
-        return replace(_summarize(name, report, reference_loss), **numbers)
+        found = sum_up(evaluation or {})
+        return replace(
+            _summarize(name, report, reference_loss),
+            passkey=found["passkey"],
+            lookups=found["lookups"],
+            copy_gain=found["copies"],
+            context_gain=found["context_gain"],
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: not a report of LighthouseCallback: {type(error).__name__} {error}") from None
 

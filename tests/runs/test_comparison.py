@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lightning_lighthouse import LighthouseCallback, LighthouseConfig, Phase
 from lightning_lighthouse.cli.commands import main
 from lightning_lighthouse.cli.compare import table
 from lightning_lighthouse.runs.comparison import read_report, summarize
+from lightning_lighthouse.runs.evaluation_record import write_evaluations
 
 ATTENTION = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
 
@@ -175,3 +177,31 @@ def test_several_phases_are_named_and_summed_up(tmp_path, capsys):
     assert run.loss_at_switch is not None
     assert main(["compare", str(tmp_path)]) == 0
     assert "4 + 2" in capsys.readouterr().out
+
+
+def test_what_an_evaluation_found_stands_beside_the_losses(runs, capsys):
+    step = {
+        "step": 6,
+        "passkey": [{"value": 1.0}, {"value": 0.5}],
+        "copies": [{"distance": 256, "value": -2.0}, {"distance": 512, "value": -1.5}],
+        "context_gain": [{"length": 1024, "value": -0.25}, {"length": 4096, "value": -0.1}],
+    }
+    assert main(["compare", *map(str, runs)]) == 0
+    assert "passkey" not in capsys.readouterr().out
+    path = write_evaluations(runs[0], [{"step": 4, "passkey": [{"value": 0.0}]}, step])
+    try:
+        assert main(["compare", *map(str, runs)]) == 0
+        head, first, second = (line.split() for line in capsys.readouterr().out.splitlines())
+        assert head[-3:] == ["passkey", "copies", "context"]
+        assert first[-3:] == ["0.75", "-1.500", "-0.250"]
+        assert second[-3:] == ["-", "-", "-"]
+        assert main(["compare", "--csv", str(runs[0])]) == 0
+        [row] = csv.DictReader(io.StringIO(capsys.readouterr().out))
+        assert (row["passkey"], row["lookups"], row["copy_gain"], row["context_gain"]) == ("0.75", "", "-1.5", "-0.25")
+        (runs[0] / "evaluation.json").write_text("{")
+        assert main(["compare", *map(str, runs)]) == 0
+        out, err = capsys.readouterr()
+        assert "passkey" not in out
+        assert "evaluation.json: not a file of LongContextEvaluation" in err
+    finally:
+        Path(path).unlink()

@@ -1,0 +1,165 @@
+"""`lighthouse evaluate`: runs, checkpoints, final weights, models of transformers; pictures; refusals in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_parts import refusal
+from lightning.pytorch import Trainer
+from long_contexts import Books, text_of
+
+from lightning_lighthouse import LongContextEvaluation
+from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.model import Decoder
+from lightning_lighthouse.runs.evaluation_record import read_evaluations, write_evaluations
+
+SIZES = {"num_layers": 1, "dim": 16, "num_heads": 2, "ffn_dim": 16}
+RECIPE = {
+    "model": {"class_path": "lightning_lighthouse.model.Decoder", "init_args": SIZES},
+    "data": {"class_path": "long_contexts.Books"},
+    "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 3},
+    # of a run with settings of its own
+    "lighthouse": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What a training leaves: a recipe, a report, final weights and a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    torch.manual_seed(0)
+    model = Decoder(**SIZES)
+    settings = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", max_steps=3, limit_val_batches=0, default_root_dir=folder, **settings)
+    trainer.fit(model, datamodule=Books())
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    torch.save(model.state_dict(), folder / "final.pt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "lighthouse.json").write_text(json.dumps({"version": 1, "steps": 3}))
+    return folder
+
+
+def evaluated(*arguments: object) -> None:
+    assert cli.main(["evaluate", *map(str, arguments), "--num_samples", "2"]) == 0
+
+
+def rows_of(step: dict) -> dict:
+    return {name: value for name, value in step.items() if name not in ("seconds", "seconds_of_all", "model")}
+
+
+def test_a_run_its_checkpoint_and_its_final_weights_give_the_same_rows(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # what the run has found before stays
+    write_evaluations(run, [{"step": 2, "passkey": []}, {"step": 3, "passkey": []}])
+    evaluated(run)
+    first, found = read_evaluations(run)
+    assert first == {"step": 2, "passkey": []}
+    assert (found["step"], found["attention"], found["training_length"]) == (3, "dense", 256)
+    assert found["passkey"]
+    assert found["copies"]
+    assert f"{run / 'evaluation.json'}: 1 evaluation of {run}" in capsys.readouterr().out
+    evaluated(run / "final.pt", "--output", "final")
+    evaluated(run / "checkpoints" / "last.ckpt")
+    [final], [checkpoint] = read_evaluations("final"), read_evaluations(Path())
+    assert rows_of(final) == rows_of(checkpoint) == rows_of(found)
+    assert not (run / "lightning_logs").exists()
+    # the callback finds the same: one code
+    model, callback = Decoder(**SIZES), LongContextEvaluation(num_samples=2, output=str(tmp_path / "callback"))
+    model.load_state_dict(torch.load(run / "final.pt", weights_only=True))
+    Trainer(accelerator="cpu", logger=False, callbacks=[callback]).validate(model, datamodule=Books(), verbose=False)
+    assert callback.results[0]["passkey"] == found["passkey"]
+
+
+def test_other_attention_is_measured_elsewhere_than_in_the_run(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "give --output FOLDER" in refusal(capsys, "evaluate", str(run), "--layer_types", "window", "--window", "8")
+    asked = ["--measures", "loss_by_position", "--lengths", "128"]
+    evaluated(run, *asked, "--output", "dense")
+    evaluated(run, *asked, "--output", "window", "--layer_types", "window", "--window", "64")
+    [dense], [window] = read_evaluations("dense"), read_evaluations("window")
+    assert window["attention"] == "window 64"
+    values = [[row["value"] for row in step["loss_by_position"]] for step in (dense, window)]
+    # the first 64 tokens see all that there is
+    assert values[0][0] == pytest.approx(values[1][0], rel=1e-6)
+    assert values[0][1] != pytest.approx(values[1][1], rel=1e-7)
+
+
+def test_a_picture_is_drawn_of_what_was_found_and_of_what_was_found_before(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    evaluated(run, "--output", ".", "--plot", "now.png", "--lengths", "256", "1024", "--own_tasks", _task(tmp_path))
+    assert cli.main(["evaluate", "evaluation.json", "--plot", "again.svg"]) == 0
+    assert Path("now.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in Path("again.svg").read_text()
+    assert not list(tmp_path.glob("*.partial"))
+    assert cli.main(["evaluate", "evaluation.json", "--plot", "no.kind"]) == 1
+
+
+def _task(folder: Path) -> Path:
+    path = folder / "task.jsonl"
+    path.write_text('{"prompt": "river ", "answer": "stone"}\n')
+    return path
+
+
+def test_without_matplotlib_one_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["evaluate", str(run), "--output", ".", "--plot", "a.png"]) == 1
+    line = "lighthouse: --plot needs matplotlib, which is not installed: pip install 'lightning_lighthouse[plots]'\n"
+    assert capsys.readouterr().err == line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_transformers_is_evaluated_as_it_is(tmp_path, monkeypatch, tokenizer_file, capsys):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained("model")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained("model")
+    Path("books.txt").write_bytes(bytes(text_of(20_000).tolist()))
+    capsys.readouterr()
+    asked = ["--lengths", "512", "1024", "--accelerator", "cpu"]
+    evaluated("model", "--text", "books.txt", *asked)
+    # the bars of transformers
+    capsys.readouterr()
+    [found] = read_evaluations(tmp_path)
+    assert (found["step"], found["training_length"]) == (None, 512)
+    assert {row["length"]: row["beyond_training"] for row in found["passkey"]} == {512: False, 1024: True}
+    # random weights: nothing is found, and nothing is copied
+    assert all(abs(row["score"]) < 0.02 for row in found["copies"])
+    assert "needs text: --text FILES, or -c RECIPE.yaml" in refusal(capsys, "evaluate", "model")
+    line = refusal(capsys, "evaluate", "model", "--text", "books.txt", "--trainer.devices", "2")
+    assert line.startswith("--trainer.devices changes a recipe's model or Trainer")
+    # a model of which a file is missing
+    Path("model/model.safetensors").unlink()
+    assert cli.main(["evaluate", "model", "--text", "books.txt"]) == 1
+    assert capsys.readouterr().err.startswith("lighthouse: model is no model that transformers loads: ")
+
+
+def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "lengths must be at least 8 tokens" in refusal(capsys, "evaluate", str(run), "--lengths", "4")
+    assert "own_tasks: none.jsonl cannot be read" in refusal(capsys, "evaluate", str(run), "--own_tasks", "none.jsonl")
+    assert "--windw is not an option; did you mean --window?" in refusal(capsys, "evaluate", str(run), "--windw", "3")
+    line = refusal(capsys, "evaluate", str(run), "--window", "8")
+    assert line == "--window and --sink_tokens belong to --layer_types window"
+    (tmp_path / "lone.pt").write_bytes((run / "final.pt").read_bytes())
+    assert "lone.pt names no recipe, and there is no config.yaml" in refusal(capsys, "evaluate", "lone.pt")
+    (tmp_path / "empty").mkdir()
+    for target, message in (("none", "no such run"), ("empty", "holds neither final.pt nor checkpoints/last.ckpt")):
+        assert cli.main(["evaluate", target]) == 1
+        assert message in capsys.readouterr().err
+    # a file of another kind is never written over
+    (tmp_path / "evaluation.json").write_text("[]")
+    assert cli.main(["evaluate", str(run), "--output", "."]) == 1
+    assert "not a file of LongContextEvaluation" in capsys.readouterr().err
