@@ -23,14 +23,14 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, caption: str = "") -> None:
     """Draw the loss by position, the copies, the passkeys and what else was measured; the file appears whole.
 
     Args:
         evaluations: In the order of their steps; of many, some between the first and the last. The passkey map is that
             of the last.
         path: A file whose ending matplotlib knows, as .png.
-        title: Above all.
+        caption: Above all.
 
     Raises:
         ModuleNotFoundError: matplotlib is absent.
@@ -50,9 +50,17 @@ def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     _lines(axes[0][0], shown, "loss_by_position", "until", "loss by position", "nats per token")
     _lines(axes[0][1], shown, "copies", "distance", "a passage of text, second time minus first", "nats per token")
     _passkeys(figure, axes[1][0], shown[-1])
-    _lines(axes[1][1], shown, "lookups", "length", "found: one of 8 numbers (lookups), passkey (dashed)", "share found")
+    _lines(
+        axes[1][1],
+        shown,
+        "lookups",
+        "length",
+        "found: one of 8 numbers (lookups), passkey (dashed)",
+        "share found",
+        ["passkey"],
+    )
     _passkey_means(axes[1][1], shown)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(caption, fontsize=10)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=80, format=path.suffix[1:].lower())
 
@@ -68,11 +76,23 @@ def _label(evaluation: Mapping[str, Any]) -> str | None:
     return None if evaluation.get("step") is None else f"step {evaluation['step']:,}"
 
 
-def _lines(axis: Any, shown: Sequence[Mapping[str, Any]], measure: str, place: str, title: str, unit: str) -> None:
+def _lines(
+    axis: Any,
+    shown: Sequence[Mapping[str, Any]],
+    measure: str,
+    place: str,
+    title: str,
+    unit: str,
+    beside: str | None = None,
+) -> None:
     axis.set_title(title, fontsize=9)
+    if not any(evaluation.get(name) for evaluation in shown for name in (measure, beside or measure)):
+        axis.set_axis_off()
+        return
     axis.set_ylabel(unit, fontsize=8)
     axis.set_xlabel("tokens" if measure != "copies" else "tokens from one to the other", fontsize=8)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     for number, evaluation in enumerate(shown):
@@ -103,6 +123,8 @@ def _passkeys(figure: Any, axis: Any, evaluation: Mapping[str, Any]) -> None:
 
 
 def _passkey_means(axis: Any, shown: Sequence[Mapping[str, Any]]) -> None:
+    if not axis.axison:
+        return
     axis.set_ylim(-0.05, 1.05)
     axis.axhline(0.1, color="0.5", linewidth=0.8)
     axis.annotate("chance", (1.0, 0.12), xycoords=("axes fraction", "data"), ha="right", fontsize=7, color="0.4")

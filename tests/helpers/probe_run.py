@@ -36,8 +36,8 @@ class Module(ForeignModule):
 class Recorded(Decoder):
     """Our own decoder, which FSDP2 shards; it keeps its losses."""
 
-    def __init__(self) -> None:
-        super().__init__(num_layers=4, dim=16, num_heads=2, ffn_dim=24, vocab_size=31)
+    def __init__(self, vocab_size: int = 31) -> None:
+        super().__init__(num_layers=4, dim=16, num_heads=2, ffn_dim=24, vocab_size=vocab_size)
         self.losses: list[float] = []
         self.validation_losses: list[float] = []
 
