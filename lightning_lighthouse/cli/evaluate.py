@@ -28,6 +28,7 @@ from lightning_lighthouse.evaluation.long_context import LongContextEvaluation
 from lightning_lighthouse.evaluation.measures import lengths_up_to
 from lightning_lighthouse.evaluation.measuring import MEASURES
 from lightning_lighthouse.evaluation.plots import plot, require_matplotlib
+from lightning_lighthouse.evaluation.samples import enough
 from lightning_lighthouse.huggingface.pretrained import PretrainedTokenizer, is_pretrained, load_pretrained
 from lightning_lighthouse.notices import quiet_lightning, shown_notices
 from lightning_lighthouse.routing.patch import Patch, patch_attention
@@ -117,7 +118,7 @@ class EvaluateCLI(LighthouseCLI):
         seq_len, batch_size = (getattr(self.datamodule, name, None) for name in ("seq_len", "batch_size"))
         if isinstance(seq_len, int) and isinstance(batch_size, int) and self.built.trainer.limit_val_batches is None:
             longest = max(evaluation.lengths or lengths_up_to(seq_len))
-            needed = 2 * evaluation.num_samples * (longest + 1)
+            needed = enough(longest, evaluation.num_samples)
             kwargs["limit_val_batches"] = math.ceil(needed / (seq_len + 1) / batch_size)
         return super().instantiate_trainer(**kwargs)
 
@@ -304,7 +305,7 @@ def _evaluate_pretrained(
             enable_model_summary=False,
         )
     if arguments.text is not None:
-        needed = 2 * evaluation.num_samples * (max(evaluation.lengths) + 1)
+        needed = enough(max(evaluation.lengths), evaluation.num_samples)
         tokens = _tokens(arguments.text, arguments.text_field, tokenizer, needed)
         one: Any = [{"tokens": tokens[None]}]
         trainer.validate(model, DataLoader(one, batch_size=None), verbose=False)

@@ -26,8 +26,6 @@ from lightning_lighthouse.runs.run_folder import run_folder
 
 STATE_VERSION = 1
 NEEDS_TOKENIZER = ("passkey", "lookups")
-# tokens of validation text that are kept where the training length is not known before its batches are
-UNKNOWN_LIMIT = 2**22
 
 
 class PhasedCallback(Protocol):
@@ -222,8 +220,8 @@ class LongContextEvaluation(Callback):
         """Collect text, once: later validations show the same."""
         # the sanity check sees less, and an evaluation of it would have other samples
         if self._collected is None and not trainer.sanity_checking and self._stage in ("fit", "validate"):
-            limit = 2 * self.num_samples * (max(self.lengths) + 1) if self.lengths else UNKNOWN_LIMIT
-            self._collecting = Collector(limit)
+            longest = max(self.lengths) if self.lengths else self._training_length(trainer)
+            self._collecting = Collector(self.num_samples, longest)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -57,7 +57,7 @@ def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, caption: str = ""
         "length",
         "found: one of 8 numbers (lookups), passkey (dashed)",
         "share found",
-        ["passkey"],
+        beside="passkey",
     )
     _passkey_means(axes[1][1], shown)
     figure.suptitle(caption, fontsize=10)

@@ -51,19 +51,34 @@ class Haystack:
         return self.tokens[start : start + num_tokens]
 
 
+def enough(longest: int, num_samples: int) -> int:
+    """Tokens of text for so many samples that hardly overlap; up to ten samples it is the same text.
+
+    Args:
+        longest: Tokens of a sample.
+        num_samples: Of each place.
+    """
+    return 2 * max(10, num_samples) * (longest + 1)
+
+
 class Collector:
     """Keeps the text of validation batches, in their order.
 
     Args:
-        limit: Tokens that are enough.
+        num_samples: Of each place.
+        longest: Tokens of a sample; None: those of a sequence.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, num_samples: int, longest: int | None) -> None:
+        self._num_samples, self._longest = num_samples, longest
         self.num_tokens = 0
         # of a sequence, as the model is trained on it
         self.seq_len = 0
         self._parts: list[Tensor] = []
+
+    @property
+    def _limit(self) -> int:
+        return enough(self._longest or self.seq_len, self._num_samples)
 
     def add(self, batch: Any) -> None:
         """Keep a batch, unless there is enough.
@@ -72,10 +87,11 @@ class Collector:
             TypeError: It holds no token ids.
             ValueError: It is padded or masked.
         """
-        if self.num_tokens >= self.limit:
+        if self._parts and self.num_tokens >= self._limit:
             return
         text = read_text(batch, "LongContextEvaluation")
-        self.seq_len = max(self.seq_len, text.inputs.shape[1])
+        # the first sequence says how long they are
+        self.seq_len = self.seq_len or text.inputs.shape[1]
         is_whole = text.num_targets == text.inputs.shape[1]
         rows = torch.cat([text.inputs, text.targets[:, -1:]], dim=1) if is_whole else text.inputs
         self._parts.append(rows.flatten().cpu())
@@ -83,7 +99,7 @@ class Collector:
 
     def haystack(self) -> Haystack | None:
         """All of it in one piece; None where there is none."""
-        return Haystack(torch.cat(self._parts)[: self.limit]) if self._parts else None
+        return Haystack(torch.cat(self._parts)[: self._limit]) if self._parts else None
 
 
 def seeded(seed: int, *place: object) -> torch.Generator:

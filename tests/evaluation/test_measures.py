@@ -15,7 +15,7 @@ from lightning_lighthouse.evaluation import context_gain, copies, lookups, loss_
 from lightning_lighthouse.evaluation.measures import Found, Material, lengths_up_to
 from lightning_lighthouse.evaluation.measuring import Alone, Asked, measure
 from lightning_lighthouse.evaluation.own_tasks import read_task
-from lightning_lighthouse.evaluation.samples import Haystack, Phrases, seeded
+from lightning_lighthouse.evaluation.samples import Collector, Haystack, Phrases, enough, seeded
 from lightning_lighthouse.evaluation.scoring import Scorer
 from lightning_lighthouse.model import Decoder
 
@@ -281,3 +281,22 @@ def test_a_wrong_file_of_tasks_is_refused_with_its_line(tmp_path, content, messa
         read_task(file)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_the_text_is_the_same_for_fewer_samples_and_however_much_is_shown():
+    batches = text_of(300 * 65).view(-1, 65).split(7)
+    kept = []
+    for num_samples, longest, shown in ((3, 64, 43), (10, 64, 43), (10, None, 43), (10, 64, 30)):
+        collector = Collector(num_samples, longest)
+        for batch in batches[:shown]:
+            collector.add({"tokens": batch})
+        kept.append(collector.haystack().tokens)
+        assert collector.seq_len == 64
+        assert collector.num_tokens < 20 * 65 + 7 * 65
+    assert len(kept[0]) == enough(64, 10) == 20 * 65
+    assert all(torch.equal(tokens, kept[0]) for tokens in kept)
+    # transformers' batches hold no token behind the last
+    collector = Collector(10, 64)
+    collector.add({"input_ids": batches[0]})
+    assert torch.equal(collector.haystack().tokens, batches[0].flatten())
+    assert Collector(10, 64).haystack() is None
