@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ GOLDEN = 0.6180339887498949
 DIGITS = "0123456789"
 
 
+# a recipe may name one by its class
+@runtime_checkable
 class Tokenizer(Protocol):
     """What phrases need of a tokenizer: that of the data has it."""
 

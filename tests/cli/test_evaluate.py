@@ -163,3 +163,16 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "evaluation.json").write_text("[]")
     assert cli.main(["evaluate", str(run), "--output", "."]) == 1
     assert "not a file of LongContextEvaluation" in capsys.readouterr().err
+
+
+def test_a_recipe_names_the_callback_and_a_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = {"class_path": "lightning_lighthouse.data.tokenizers.ByteTokenizer"}
+    callback = {"class_path": "lightning_lighthouse.LongContextEvaluation", "init_args": {"tokenizer": tokenizer}}
+    recipe = {**RECIPE, "trainer": {**RECIPE["trainer"], "callbacks": [callback]}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["check", "recipe.yaml"]) == 0
+    assert capsys.readouterr().out == "ok\n"
+    callback["init_args"]["num_samples"] = 0
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "num_samples must be at least 1, got 0" in refusal(capsys, "fit", "-c", "recipe.yaml")
