@@ -133,7 +133,8 @@ def main(argv: Sequence[str]) -> int:
     if target_path.name == EVALUATION and target_path.is_file():
         if arguments.plot is None:
             raise UsageError(f"{target_path} is evaluated already: --plot OUT.png draws it")
-        plot(read_evaluations(target_path), arguments.plot, str(target_path.parent))
+        found = read_evaluations(target_path)
+        plot(found, arguments.plot, _caption(found, target_path.absolute().parent.name))
         return 0
     target = _find(target_path)
     attention = _attention(arguments)
@@ -157,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
             _evaluate_recipe(target, arguments, overrides, callbacks)
     print(f"{output / EVALUATION}: {len(evaluation.results)} evaluation of {target_path}")
     if arguments.plot is not None:
-        plot(evaluation.results, arguments.plot, f"{target_path.name}, attention: {_in_words(attention)}")
+        plot(evaluation.results, arguments.plot, _caption(evaluation.results, target_path.name))
         print(arguments.plot)
     return 0
 
@@ -264,6 +265,13 @@ def _attention(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _in_words(attention: dict[str, Any]) -> str:
     return in_words(**attention) if attention else DENSE
+
+
+def _caption(evaluations: Sequence[dict[str, Any]], otherwise: str) -> str:
+    """What a picture is of: the model and its attention, where the last evaluation says so."""
+    last = evaluations[-1] if evaluations else {}
+    name = Path(last["model"]).name if last.get("model") else otherwise
+    return f"{name}, attention: {last.get('attention', DENSE)}"
 
 
 def _evaluate_recipe(
