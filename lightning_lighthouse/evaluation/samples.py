@@ -91,7 +91,7 @@ class Collector:
         """
         if self._parts and self.num_tokens >= self._limit:
             return
-        text = read_text(batch, "LongContextEvaluation")
+        text = read_text(batch, asker="LongContextEvaluation")
         # the first sequence says how long they are
         self.seq_len = self.seq_len or text.inputs.shape[1]
         is_whole = text.num_targets == text.inputs.shape[1]
