@@ -39,8 +39,8 @@ class Model(Decoder):
         self.losses: list[float] = []
         self.validation_losses: list[float] = []
 
-    def hidden(self, tokens):
-        return self.dropout(super().hidden(tokens))
+    def hidden(self, tokens, positions=None):
+        return self.dropout(super().hidden(tokens, positions))
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
