@@ -35,6 +35,8 @@ COMMANDS = {
     "verify": "Compare prepared data with its manifest.",
     "bench": "Measure Lighthouse and dense attention on this machine.",
     "evaluate": "Measure what a model can do with long context: RUN_FOLDER | CHECKPOINT | MODEL_FOLDER | MODEL.gguf.",
+    "export": "Write a trained model as a folder of transformers: RUN|CHECKPOINT|final.pt OUT.",
+    "generate": "Let a trained model go on with a text: RUN|FOLDER --prompt TEXT.",
     "compare": "Show runs side by side: seconds, speed, dense validation losses: RUN_FOLDER [...].",
 }
 # Commands with a main of their own, which returns the exit status
@@ -45,6 +47,8 @@ PROGRAMS = {
     "bench": "lightning_lighthouse.cli.bench",
     "evaluate": "lightning_lighthouse.cli.evaluate",
     "compare": "lightning_lighthouse.cli.compare",
+    "export": "lightning_lighthouse.cli.export",
+    "generate": "lightning_lighthouse.cli.generate",
 }
 
 

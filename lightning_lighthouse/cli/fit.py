@@ -215,6 +215,8 @@ class LighthouseCLI(LightningCLI):
         """Build one group after the other, so that a refused value can be named with its group."""
         built = self.built
         for group in ("lighthouse", "checkpoint", "data", "trainer", "model"):
+            if group == "model":
+                self._tell_length()
             with self._refusals(group):
                 alone = Namespace({"subcommand": self.command, self.command: Namespace({group: built[group]})})
                 built[group] = _instantiate(self.parser, alone)[self.command][group]
@@ -231,6 +233,12 @@ class LighthouseCLI(LightningCLI):
                     raise ValueError(f"{name} must be {allowed}, got {value}")
             self._check_callbacks(built.trainer.callbacks)
             self.trainer = self.instantiate_trainer()
+
+    def _tell_length(self) -> None:
+        """Give a model that asks for the length of its sequences that of the data, unless the recipe says another."""
+        settings = self.built.model.get("init_args")
+        if settings is not None and "sequence_length" in settings and settings.sequence_length is None:
+            settings.sequence_length = getattr(self.built.data, "seq_len", None)
 
     def _check_callbacks(self, given: Any) -> None:
         for callback in given if isinstance(given, list) else [given]:

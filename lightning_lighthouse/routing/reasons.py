@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lighthouse.checks import quoted
+from lightning_lighthouse.routing.own_windows import own_chunk, own_window
 
 ROUTED = "routed"
 ENTERED = "entered"
@@ -95,7 +96,7 @@ def remedy(reason: str, layer: nn.Module) -> str:
 
 def _remedy_of_transformers(reason: str, layer: nn.Module, config: Any) -> str:
     if reason == MASK:
-        windows = {"sliding_window": _window(layer, config), "attention_chunk_size": _chunk(config)}
+        windows = {"sliding_window": own_window(layer), "attention_chunk_size": own_chunk(layer)}
         windowed = [
             f"sequences longer than {name}={size} cannot be routed: {LEAVE_DENSE}; else "
             for name, size in windows.items()
@@ -126,21 +127,6 @@ def _remedy_of_transformers(reason: str, layer: nn.Module, config: Any) -> str:
                 f"the model was made with attn_implementation={quoted(name)}: make it with attn_implementation='sdpa'"
             )
     return ""
-
-
-def _window(layer: nn.Module, config: Any) -> int | None:
-    """How many tokens back the layer sees; None for all."""
-    if hasattr(layer, "sliding_window"):
-        return layer.sliding_window  # type: ignore[return-value]
-    kinds, number = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
-    if kinds and isinstance(number, int) and kinds[number] == "full_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _chunk(config: Any) -> int | None:
-    """Tokens of a chunk that attention does not look out of; None where there are none."""
-    return getattr(config, "attention_chunk_size", None)
 
 
 def _has_sdpa(layer: nn.Module) -> bool:

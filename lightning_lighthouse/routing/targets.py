@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.routing.own_windows import without_windowed
 
 # Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.
 SDPA = "scaled_dot_product_attention"
@@ -62,7 +63,7 @@ def find_targets(model: nn.Module, select: str | None = None) -> dict[str, nn.Mo
 
 
 def choose_routed(targets: dict[str, nn.Module], dense_layers: DenseLayers) -> dict[str, nn.Module]:
-    """The targets that are routed: all but the dense layers.
+    """The targets that are routed: all but the dense layers, and those that have windows of their own beside others.
 
     Args:
         targets: Attention modules by name, in order.
@@ -85,7 +86,7 @@ def choose_routed(targets: dict[str, nn.Module], dense_layers: DenseLayers) -> d
             if not -count <= layer < count:
                 raise SettingError(f"dense_layers must be from {-count} to {count - 1} for {count} layers, got {layer}")
         dense = {layer % count for layer in positions}
-    routed = {name: targets[name] for position, name in enumerate(names) if position not in dense}
+    routed = without_windowed({name: targets[name] for position, name in enumerate(names) if position not in dense})
     if not routed:
         raise SettingError(
             f"all {count} attention layers stay dense (dense_layers={quoted(dense_layers)}), nothing is left to route; "

@@ -89,13 +89,13 @@ def test_a_sliding_window_is_named_with_its_size():
     assert unrouted(wide, tokens())[1] == ""
 
 
-def test_only_the_layers_with_a_window_are_named():
+def test_layers_with_windows_beside_others_are_no_fault_and_stay_as_they_are():
     kinds = ["sliding_attention", "full_attention"] * 2
     model = build_transformers("Qwen2Config", **GROUPED, use_sliding_window=True, sliding_window=16, layer_types=kinds)
-    _, line = unrouted(model, tokens())
-    assert "2 of 4 attention layers" in line
-    assert "layers.0.self_attn, model.model.layers.2.self_attn: attn_mask was given (sequences longer than" in line
-    assert "layers.1" not in line
+    patch = patch_attention(model, CONFIG)
+    assert [name.split(".")[3] for name in patch.targets] == ["1", "3"]
+    patch.restore()
+    assert unrouted(model, tokens())[1] == ""
 
 
 def test_dropout_is_named_with_the_setting_and_its_value():

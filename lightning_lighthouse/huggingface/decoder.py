@@ -1,0 +1,223 @@
+"""`HuggingFaceDecoder`: a pretrained model of transformers to train on, at longer sequences, as a LightningModule."""
+
+# B batch, N tokens, W width of the model
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_lighthouse.checks import SettingError, check_type, quoted
+from lightning_lighthouse.data.tokenizers import identify_tokenizer
+from lightning_lighthouse.huggingface.head import check_head, logits_of
+from lightning_lighthouse.huggingface.reading import empty_model, read_config, read_weights
+from lightning_lighthouse.huggingface.rope import extend_positions
+from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
+from lightning_lighthouse.model.network import recompute
+
+
+class HuggingFaceDecoder(LanguageModel):
+    """A causal language model of transformers, trained further with `LighthouseCallback`, and handed back.
+
+    The model is built without memory, and its weights are read when the Trainer asks for the model: on each process
+    where each holds a copy, on the first alone where FSDP2 shards it. `lighthouse export` writes what became of it as a
+    folder of transformers.
+
+    Args:
+        model: A folder that transformers saved, a name that it can load, or a `.gguf` file, which is read as floats.
+        sequence_length: Tokens of a sequence; the command line takes the data's. None: the positions are not checked.
+        rope_theta: New base of the rotary frequencies; None: the model's.
+        rope_parameters: transformers' own, laid over the model's, such as `{"rope_type": "yarn", "factor": 4.0}`; at
+            most one of the two.
+        precision: Of the weights; the Trainer's `precision` is that of the arithmetic.
+        learning_rate: Peak learning rate of AdamW.
+        betas: Decay rates of AdamW's two averages.
+        eps: AdamW's term against division by zero.
+        weight_decay: Weight decay of the matrices; the rest has none.
+        warmup_steps: Optimizer steps of linear warm-up.
+        schedule: What follows the warm-up. "constant": the peak to the end. "wsd": the peak, then a linear decay
+            towards 0.
+        decay_fraction: Fraction of all steps that "wsd" decays over.
+        loss_chunk: Tokens whose logits are in memory at a time; computed again in the backward pass.
+        compile: Compile each block with torch.compile; worth it on a GPU.
+        activation_checkpointing: Compute every block again in the backward pass, to save memory.
+        freeze: Patterns of parameter names that are not trained, such as "*embed_tokens*".
+
+    Raises:
+        ValueError: A value is out of range, the model cannot be read, or its positions do not reach so far.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        sequence_length: int | None = None,
+        rope_theta: float | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        learning_rate: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+        schedule: Literal["constant", "wsd"] = "constant",
+        decay_fraction: float = 0.2,
+        loss_chunk: int = 4096,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        freeze: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        check_type("precision", precision, Literal["float32", "bfloat16", "float16"])
+        check("freeze", freeze, not isinstance(freeze, str), "a list of patterns")
+        if sequence_length is not None:
+            check("sequence_length", sequence_length, sequence_length >= 1, "at least 1")
+        self.save_hyperparameters()
+        self.check_hyperparameters()
+        self.config = read_config(model)
+        extend_positions(self.config.get_text_config(), sequence_length, rope_theta, rope_parameters)
+        self.config.use_cache = False
+        self.model = self._prepared(empty_model(self.config, self._weights_dtype))
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.hparams["precision"])
+        return dtype
+
+    @property
+    def num_vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def _prepared(self, model: Any) -> Any:
+        """With what the settings change about any copy of it."""
+        for pattern in self.hparams["freeze"]:
+            frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+            if not frozen:
+                raise ValueError(f"freeze must match names of parameters, got {quoted(pattern)}, which matches none")
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        if self.hparams["activation_checkpointing"]:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
+    def setup(self, stage: str) -> None:
+        """Refuse data whose tokens are not the model's."""
+        super().setup(stage)
+        given = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if isinstance(given, str):
+            self.check_tokenizer(given)
+
+    def check_tokenizer(self, tokenizer: str) -> None:
+        """Refuse the tokenizer of another model, as far as this one's folder has one to compare.
+
+        Args:
+            tokenizer: What `LighthouseRecipe` was told.
+
+        Raises:
+            SettingError: It is another one.
+        """
+        model = self.hparams["model"]
+        try:
+            own = identify_tokenizer(model)
+        except (OSError, ValueError):
+            # a name, a GGUF file, or a model that keeps its tokenizer elsewhere
+            return
+        if identify_tokenizer(tokenizer) != own:
+            raise SettingError(
+                f"tokenizer must be that of the model, got {quoted(tokenizer)}, which makes other tokens than "
+                f"{quoted(model)}: set data.tokenizer to the model's folder"
+            )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the next token: `[B, N] -> [B, N, V]`, all of them in memory."""
+        return logits_of(self.model, self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The last hidden states: `[B, N] -> [B, N, W]`."""
+        states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return states
+
+    def loss(self, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
+        tokens = tokens_of(batch)
+        targets = tokens[:, 1:]
+        sums = [recompute(self._chunk_loss, x, y, "sum") for x, y in self._chunks(self.hidden(tokens[:, :-1]), targets)]
+        return torch.stack(sums).sum() / targets.numel()
+
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
+        parts = [self._chunk_loss(x, y, "none") for x, y in self._chunks(self.hidden(inputs), targets)]
+        return torch.cat(parts).view_as(targets)
+
+    def _chunks(self, x_BNW: Tensor, targets_BN: Tensor) -> Any:
+        size = self.hparams["loss_chunk"]
+        return zip(x_BNW.flatten(0, 1).split(size), targets_BN.flatten().split(size), strict=True)
+
+    def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        logits = logits_of(self.model, x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction=reduction)
+
+    def configure_model(self) -> None:
+        """Read the weights, where none are there yet; shard under ModelParallelStrategy; compile the blocks in place.
+
+        Raises:
+            SettingError: They cannot be read.
+        """
+        if not any(parameter.is_meta for parameter in self.model.parameters()):
+            return
+        mesh = self.device_mesh
+        if mesh is None:
+            self.model = self._prepared(self._read())
+        else:
+            self._shard(mesh["data_parallel"])
+        if self.hparams["compile"]:
+            for block in blocks_of(self.model):
+                # fixed lengths: the sizes of the pyramid follow from N
+                block.compile(dynamic=False)
+
+    def _read(self) -> Any:
+        loaded = read_weights(self.hparams["model"], self.config, self._weights_dtype)
+        check_head(loaded)
+        return loaded
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        """FSDP2: a group of parameters for each block, and one for the rest; the first process reads for all."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for block in blocks_of(self.model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        # Lightning calls the steps, which call `loss`, not the forward that FSDP2 knows of
+        register_fsdp_forward_method(self, "loss")
+        register_fsdp_forward_method(self, "token_losses")
+        device = self.trainer.strategy.root_device
+        self.model.to_empty(device=device)
+        loaded = self._read() if self.trainer.is_global_zero else None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, {} if loaded is None else loaded.state_dict(), options=options)
+        # frequencies and the like are in no state dict
+        whole = {} if loaded is None else dict(loaded.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            if name in whole:
+                buffer.copy_(whole[name])
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The repeated blocks of a decoder: its longest list of modules.
+
+    Raises:
+        SettingError: It has none.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise SettingError(f"{type(model).__name__} has no list of blocks to compile or to shard")
+    return max(lists, key=len)

@@ -1,0 +1,52 @@
+"""What a trained model says to a prompt, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_lighthouse.huggingface.trained import Trained
+
+
+@torch.no_grad()
+def go_on(
+    trained: Trained, prompt: str, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 42
+) -> str:
+    """The text that follows a prompt; on the GPU where there is one.
+
+    Args:
+        trained: From `load_trained`.
+        prompt: Not empty; as long as the model's positions reach.
+        max_new_tokens: To write at most; an end of text ends it before.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Sample among this share of the mass.
+        seed: Of the sampling.
+
+    Raises:
+        ValueError: No tokenizer is known, or the prompt is empty, or too long for the model.
+    """
+    if trained.tokenizer is None:
+        raise ValueError(f"no tokenizer is known for {trained.weights}: export the run with its data's tokenizer")
+    tokens = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if tokens.shape[1] == 0:
+        raise ValueError("the prompt must hold at least one token, got none")
+    reach = getattr(trained.model.config.get_text_config(), "max_position_embeddings", None)
+    if reach is not None and tokens.shape[1] + max_new_tokens > reach:
+        raise ValueError(
+            f"the prompt and what follows must be at most the model's {reach:,} positions, got {tokens.shape[1]:,} "
+            f"tokens and {max_new_tokens:,} to come"
+        )
+    model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    end = trained.tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    written = model.generate(
+        tokens.to(model.device),
+        attention_mask=torch.ones_like(tokens).to(model.device),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=end,
+        use_cache=True,
+        **sampling,
+    )
+    text: str = trained.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,54 @@
+"""The output layer of a transformers model by itself, so that a loss never holds the logits of all tokens."""
+
+# W width of the model, V vocabulary
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lighthouse.checks import SettingError
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """What the model makes of the last hidden states: `[..., W] -> [..., V]`.
+
+    Its output layer, and the few things that families do behind it, which their configs name.
+    """
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    if getattr(config, "logit_scale", None) is not None:
+        # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:
+        # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        # Gemma
+        cap = config.final_logit_softcapping
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Make sure, on a few tokens, that `logits_of` is all that the model does behind its last hidden states.
+
+    Raises:
+        SettingError: It does more, so that its loss would be another one.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        whole = model(input_ids=tokens, use_cache=False).logits
+        parts = logits_of(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    finally:
+        model.train(was_training)
+    if whole.shape != parts.shape or not torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3):
+        raise SettingError(
+            f"{type(model).__name__} does something to its logits that is not known here, so its loss cannot be "
+            "computed in chunks: train it with a LightningModule of your own"
+        )

@@ -1,0 +1,82 @@
+"""How far a model's rotary positions reach, and how they are made to reach further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_lighthouse.checks import SettingError, quoted
+
+# The layers of a model with two kinds of positions that see the whole sequence; the others have windows of their own
+GLOBAL = "full_attention"
+# Their factor says how many times further they reach
+SCALED = ("linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def extend_positions(
+    config: Any, sequence_length: int | None, rope_theta: float | None, rope_parameters: Mapping[str, Any] | None
+) -> None:
+    """Let a model's config reach `sequence_length` tokens.
+
+    Args:
+        config: Of transformers; changed in place: `rope_parameters`, and `max_position_embeddings` where it grows.
+        sequence_length: Tokens of a sequence; None: not known yet, and not checked.
+        rope_theta: The new base of the frequencies. None: the model's.
+        rope_parameters: transformers' own, laid over the model's: `{"rope_type": "yarn", "factor": 4.0}`. None: the
+            model's. At most one of the two.
+
+    Raises:
+        SettingError: Both were given, the model has no rotary positions, they are wrong, or they do not reach so far.
+    """
+    if rope_theta is not None and rope_parameters is not None:
+        raise SettingError("rope_theta and rope_parameters say the same: give one of them, and theta inside the latter")
+    reach = getattr(config, "max_position_embeddings", None)
+    given = {"rope_theta": rope_theta} if rope_theta is not None else dict(rope_parameters or {})
+    if given:
+        _lay_over(config, given)
+    if reach is None or sequence_length is None or sequence_length <= reach:
+        return
+    if not given:
+        kind = "rope_theta or rope_parameters" if getattr(config, "rope_parameters", None) else "a model with them"
+        raise SettingError(
+            f"sequence_length must be at most the {reach:,} positions that the model was made for, got "
+            f"{sequence_length:,}: give {kind}"
+        )
+    parameters = _global(config)
+    if parameters.get("rope_type") in SCALED:
+        base = parameters.get("original_max_position_embeddings") or reach
+        furthest = int(base * parameters.get("factor", 1.0))
+        if sequence_length > furthest:
+            raise SettingError(
+                f"sequence_length must be at most {furthest:,} with rope_parameters {quoted(dict(given))} over "
+                f"{base:,} positions, got {sequence_length:,}: raise the factor"
+            )
+        parameters.setdefault("original_max_position_embeddings", base)
+    config.max_position_embeddings = sequence_length
+
+
+def _global(config: Any) -> dict[str, Any]:
+    parameters: dict[str, Any] = config.rope_parameters
+    return parameters.get(GLOBAL, parameters)
+
+
+def _lay_over(config: Any, given: dict[str, Any]) -> None:
+    if not getattr(config, "rope_parameters", None):
+        raise SettingError(f"a {config.model_type} has no rotary positions: leave out rope_theta and rope_parameters")
+    parameters = _global(config)
+    theta = given.get("rope_theta", parameters.get("rope_theta"))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise SettingError(f"rope_theta must be a number greater than 0, got {quoted(theta)}")
+    kind = given.get("rope_type", parameters.get("rope_type", "default"))
+    if kind not in ("default", *SCALED):
+        raise SettingError(f"rope_type must be one of default, {', '.join(SCALED)}, got {quoted(kind)}")
+    if given.get("rope_type", kind) != parameters.get("rope_type", "default"):
+        # what belonged to another type would be in the way
+        parameters.clear()
+    parameters.update({**given, "rope_theta": float(theta), "rope_type": kind})
+    if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in parameters:
+        parameters["original_max_position_embeddings"] = config.max_position_embeddings
+    try:
+        config.validate_rope()
+    except (KeyError, ValueError, TypeError) as error:
+        raise SettingError(f"rope_parameters: {' '.join(str(error).split())}") from None

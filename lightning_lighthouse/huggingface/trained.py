@@ -1,0 +1,178 @@
+"""What a training left, as a model of transformers: from a run's folder, a checkpoint, final weights, or their own."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor
+
+from lightning_lighthouse.checks import quoted
+from lightning_lighthouse.data.settings import BYTES
+from lightning_lighthouse.huggingface.decoder import HuggingFaceDecoder
+from lightning_lighthouse.huggingface.llama import byte_tokenizer, llama_of
+from lightning_lighthouse.huggingface.reading import GGUF, materialized, read_config, read_tokenizer, read_weights
+from lightning_lighthouse.model.decoder import Decoder
+from lightning_lighthouse.runs.final_weights import FINAL
+from lightning_lighthouse.runs.record import REPORT
+
+RECIPE = "config.yaml"
+LAST = Path("checkpoints") / "last.ckpt"
+# in the folder of every checkpoint of torch.distributed, and what Lightning calls the model in it
+SHARDED, STATE = ".metadata", "state_dict"
+# a checkpoint lies one folder below its run, a sharded one is a folder itself
+LEVELS = 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in memory, and where it comes from.
+
+    Args:
+        model: Of transformers, on the CPU, in eval mode.
+        tokenizer: Of transformers; None where none is known.
+        weights: The file or folder that was read.
+        recipe: What the run was told; {} for a model that no run of ours made.
+        report: Its `lighthouse.json`; {} where there is none.
+    """
+
+    model: Any
+    tokenizer: Any
+    weights: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def load_trained(path: Path, recipe: Path | None = None) -> Trained:
+    """Read what a training left.
+
+    Args:
+        path: The folder of a run, a checkpoint of Lightning, a sharded one, `final.pt`, a folder of transformers, or a
+            `.gguf` file.
+        recipe: The run's; None: the `config.yaml` beside the weights, or above them.
+
+    Raises:
+        ValueError: It holds no such model, or not the one of the recipe.
+        FileNotFoundError: There is nothing.
+    """
+    if path.suffix == GGUF or (path / "config.json").is_file():
+        config = read_config(str(path))
+        dtype = getattr(config, "dtype", None) or torch.float32
+        return Trained(read_weights(str(path), config, dtype).eval(), read_tokenizer(str(path)), path)
+    weights = _weights_in(path)
+    told = _recipe_of(weights, recipe)
+    state = _state_of(weights)
+    module = _module_of(told)
+    data = (told.get("data") or {}).get("init_args") or {}
+    if isinstance(module, Decoder):
+        model, tokenizer = llama_of(module, state, data.get("seq_len") or 2048), _tokenizer_of(data.get("tokenizer"))
+    else:
+        model = materialized(module.config, next(iter(state.values())).dtype)
+        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+        tokenizer = read_tokenizer(module.hparams["model"])
+    report = next((file for file in (parent / REPORT for parent in _above(weights)) if file.is_file()), None)
+    return Trained(model.eval(), tokenizer, weights, told, {} if report is None else json.loads(report.read_bytes()))
+
+
+def _weights_in(path: Path) -> Path:
+    if path.is_file() or (path / SHARDED).is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    for file in (path / FINAL, path / LAST):
+        if file.exists():
+            return file
+    raise ValueError(f"{path} holds neither {FINAL} nor {LAST}, nor the config.json of a model: give a file")
+
+
+def _above(weights: Path) -> list[Path]:
+    """The folders in which what belongs to the run may lie, the nearest first."""
+    return list(weights.resolve().parents)[:LEVELS]
+
+
+def _recipe_of(weights: Path, given: Path | None) -> dict[str, Any]:
+    file = given or next((file for file in (parent / RECIPE for parent in _above(weights)) if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{weights} has no {RECIPE} beside it, or above it: give the run's recipe with -c")
+    try:
+        told = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{file} is no recipe")
+    return told
+
+
+def _module_of(recipe: Mapping[str, Any]) -> Decoder | HuggingFaceDecoder:
+    """The module of a recipe, without its weights."""
+    told = recipe.get("model") or {}
+    path = told.get("class_path") or "lightning_lighthouse.model.Decoder"
+    home, _, name = path.rpartition(".")
+    # only ours are imported: a recipe of somebody else's could name anything
+    kind = getattr(import_module(home), name, None) if home.startswith("lightning_lighthouse") else None
+    settings = dict(told.get("init_args") or {})
+    if not isinstance(kind, type) or not issubclass(kind, Decoder | HuggingFaceDecoder):
+        raise ValueError(
+            "only a Decoder and a HuggingFaceDecoder are known as models of transformers, the recipe has "
+            f"{quoted(path)}"
+        )
+    if issubclass(kind, HuggingFaceDecoder) and settings.get("sequence_length") is None:
+        settings["sequence_length"] = ((recipe.get("data") or {}).get("init_args") or {}).get("seq_len")
+    with torch.device("meta"):
+        module: Decoder | HuggingFaceDecoder = kind(**settings)
+    return module
+
+
+def _state_of(weights: Path) -> dict[str, Tensor]:
+    """The state dict of the module, in memory; nothing in a file is run."""
+    if weights.is_dir():
+        return _gathered(weights)
+    try:
+        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{weights} holds more than tensors and plain values: loading it could run code") from None
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{weights} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    state = content.get(STATE, content) if isinstance(content, dict) else {}
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"{weights} holds no weights")
+    return state
+
+
+def _gathered(folder: Path) -> dict[str, Tensor]:
+    """The model in a sharded checkpoint, without what the optimizer kept."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(folder)
+    prefix = f"{STATE}."
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _tokenizer_of(name: str | None) -> Any:
+    """That of the data: bytes, a `tokenizer.json`, or a folder of transformers."""
+    if name in (None, BYTES):
+        return byte_tokenizer()
+    path = Path(str(name))
+    if path.is_dir():
+        return read_tokenizer(str(path))
+    if not path.is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(path))

@@ -1,0 +1,287 @@
+"""A run handed back as a folder of transformers: the same logits, whole or not there, and a text from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretrained import VOCABULARY, draw_tokens, save_model
+
+pytest.importorskip("transformers", reason="needs the extra hf")
+
+from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.huggingface.export import export
+from lightning_lighthouse.huggingface.llama import byte_tokenizer
+from lightning_lighthouse.huggingface.trained import load_trained
+
+RUN = Path("runs/recipe/version_0")
+TRAINER = "trainer: {accelerator: cpu, max_steps: 3, enable_progress_bar: false, limit_val_batches: 1}\n"
+DATA = """\
+data:
+  init_args: {seq_len: 64, source: text.txt, validation_source: text.txt, num_workers: 0TOKENIZER}
+lighthouse: {switch_at: 0.5, attention: {num_levels: 2, pooling_factor: 2, top_k: 8}}
+"""
+DECODER = """\
+model: {init_args: {num_layers: 2, dim: 48, num_heads: 4, num_kv_heads: 2, ffn_dim: 40, learning_rate: 0.1}}
+"""
+PRETRAINED = """\
+model:
+  class_path: lightning_lighthouse.huggingface.HuggingFaceDecoder
+  init_args: {model: base, rope_theta: 500000.0, learning_rate: 0.01, warmup_steps: 0}
+"""
+WORDS = ["the", "same", "text", "over", "and", "over", "again", "until", "it", "is", "known", "by", "heart"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate([*WORDS, "<unk>", "</s>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder each with a run of our decoder, and of a pretrained model that reaches 40 positions."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, model in (("decoder", DECODER), ("pretrained", PRETRAINED)):
+            folders[name] = tmp_path_factory.mktemp(name)
+            patch.chdir(folders[name])
+            Path("text.txt").write_text(" ".join(WORDS * 60))
+            tokenizer = ""
+            if name == "pretrained":
+                save_model(Path("base"), max_position_embeddings=40)
+                save_tokenizer(Path("base"))
+                tokenizer = ", tokenizer: base"
+            Path("recipe.yaml").write_text(TRAINER + DATA.replace("TOKENIZER", tokenizer) + model)
+            assert cli.main(["fit", "-c", "recipe.yaml"]) == 0
+    return folders
+
+
+@pytest.fixture(params=["decoder", "pretrained"])
+def name(request: pytest.FixtureRequest, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs where this run is."""
+    monkeypatch.chdir(runs[request.param])
+    return request.param
+
+
+def module_logits(name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """Those of the LightningModule itself, with the run's final weights."""
+    import yaml
+
+    from lightning_lighthouse.huggingface import HuggingFaceDecoder
+    from lightning_lighthouse.model import Decoder
+
+    settings = yaml.safe_load((RUN / "config.yaml").read_text())["model"]["init_args"]
+    if name == "pretrained":
+        settings["sequence_length"] = 64
+    module = Decoder(**settings) if name == "decoder" else HuggingFaceDecoder(**settings)
+    module.configure_model()
+    module.load_state_dict(torch.load(RUN / "final.pt", weights_only=True))
+    with torch.no_grad():
+        return module.eval()(tokens)
+
+
+LOAD = """
+import sys, torch
+sys.modules["lightning_lighthouse"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+print(tokenizer(sys.argv[4])["input_ids"])
+"""
+
+
+def test_a_process_without_this_package_loads_the_same_model(name: str, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["export", str(RUN), str(tmp_path / "out")]) == 0
+    assert "LlamaForCausalLM, from" in capsys.readouterr().out
+    tokens = draw_tokens(2, 64)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    text = "the same text" if name == "pretrained" else "thé\n"
+    command = [sys.executable, "-c", LOAD, *(str(tmp_path / file) for file in ("out", "tokens.pt", "logits.pt")), text]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    logits, expected = torch.load(tmp_path / "logits.pt"), module_logits(name, tokens)
+    if name == "pretrained":
+        assert torch.equal(logits, expected)
+        assert json.loads(done.stdout) == [0, 1, 2]
+    else:
+        # three products there where one is here
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert json.loads(done.stdout) == list(text.encode())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 64
+    assert config["rope_parameters"]["rope_theta"] == (500000.0 if name == "pretrained" else 10000.0)
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_checkpoint_the_final_weights_and_the_run_are_one(name: str, tmp_path: Path) -> None:
+    paths = [RUN, RUN / "final.pt", RUN / "checkpoints" / "last.ckpt"]
+    states = [load_trained(path).model.state_dict() for path in paths]
+    for state in states[1:]:
+        assert all(torch.equal(value, state[key]) for key, value in states[0].items())
+    # alone somewhere else it says what is missing, and takes it
+    shutil.copy(RUN / "final.pt", tmp_path / "lone.pt")
+    with pytest.raises(ValueError, match=r"has no config.yaml beside it, or above it: give the run's recipe with -c"):
+        load_trained(tmp_path / "lone.pt")
+    lone = load_trained(tmp_path / "lone.pt", RUN / "config.yaml").model.state_dict()
+    assert all(torch.equal(value, lone[key]) for key, value in states[0].items())
+
+
+def test_a_sharded_checkpoint_is_gathered(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.checkpoint import save
+
+    monkeypatch.chdir(runs["pretrained"])
+    state = torch.load(RUN / "final.pt", weights_only=True)
+    # as Lightning's ModelParallelStrategy keeps it
+    folder = Path("runs/sharded/checkpoints/last.ckpt")
+    save({"state_dict": state, "optimizer_0": {"state": torch.ones(3)}}, checkpoint_id=folder, no_dist=True)
+    shutil.copy(RUN / "config.yaml", "runs/sharded/config.yaml")
+    gathered = load_trained(folder).model.state_dict()
+    assert all(torch.equal(value, gathered[key.removeprefix("model.")]) for key, value in state.items())
+
+
+def test_the_readme_says_how_it_was_trained(name: str, tmp_path: Path) -> None:
+    text = (export(load_trained(RUN), tmp_path / "out") / "README.md").read_text()
+    assert "- sequences of 64 tokens" in text
+    assert "- phase lighthouse: 2 steps" in text or "- phase lighthouse: 1 steps" in text
+    assert "dense validation loss at step 3: " in text
+    assert ("- trained on from: `base`" in text) == (name == "pretrained")
+
+
+def test_the_weights_are_in_the_type_asked_for(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(runs["pretrained"])
+    assert cli.main(["export", str(RUN), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    from safetensors.torch import load_file
+
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_nothing_is_written_where_something_is_or_no_room(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(runs["decoder"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert cli.main(["export", str(RUN), str(tmp_path / "full")]) == 1
+    assert capsys.readouterr().err.endswith("full exists and is not empty: choose another folder, or remove it\n")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    assert cli.main(["export", str(RUN), str(tmp_path / "out")]) == 1
+    assert "out needs 0.05 GiB, and the disk has 0.00 GiB left" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(runs["decoder"])
+    trained = load_trained(RUN)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(trained.tokenizer, "save_pretrained", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        export(trained, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_what_cannot_be_exported_is_one_line(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(runs["decoder"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"a": 1}, tmp_path / "none.pt")
+    own = (RUN / "config.yaml").read_text().replace("lightning_lighthouse.model.Decoder", "os.path.Model")
+    (tmp_path / "own.yaml").write_text(own)
+    cases = {
+        (str(tmp_path / "gone"),): "gone: no such file or folder",
+        (str(tmp_path / "empty"),): "holds neither final.pt nor checkpoints/last.ckpt, nor the config.json of a model",
+        (str(tmp_path / "junk.pt"), "-c", str(RUN / "config.yaml")): "junk.pt",
+        (str(tmp_path / "none.pt"), "-c", str(RUN / "config.yaml")): "none.pt holds no weights",
+        (str(RUN), "-c", str(tmp_path / "own.yaml")): "only a Decoder and a HuggingFaceDecoder are known",
+    }
+    for arguments, words in cases.items():
+        assert cli.main(["export", arguments[0], str(tmp_path / "out"), *arguments[1:]]) == 1
+        err = capsys.readouterr().err
+        assert words in err.replace("\\", "/"), err
+        assert err.startswith("lighthouse export: ")
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bytes_are_the_tokens_of_the_byte_tokenizer() -> None:
+    tokenizer = byte_tokenizer()
+    text = "Abide with me; 日本\n\t\x00é <|endoftext|>"
+    ids = tokenizer("".join(text.split("<|endoftext|>")))["input_ids"]
+    assert ids == list("".join(text.split("<|endoftext|>")).encode())
+    assert tokenizer.eos_token_id == 256
+    assert tokenizer.decode(ids) == "".join(text.split("<|endoftext|>"))
+
+
+def test_a_text_is_gone_on_with(name: str, tmp_path: Path, capsys: Any) -> None:
+    prompt = "the same text over"
+    assert cli.main(["generate", str(RUN), "--prompt", prompt, "--max_new_tokens", "5"]) == 0
+    from_run = capsys.readouterr().out
+    export(load_trained(RUN), tmp_path / "out")
+    Path(tmp_path / "prompt.txt").write_text(prompt)
+    options = ["--prompt_file", str(tmp_path / "prompt.txt"), "--max_new_tokens", "5"]
+    assert cli.main(["generate", str(tmp_path / "out"), *options]) == 0
+    assert capsys.readouterr().out == from_run
+    # what the model itself finds likeliest
+    trained = load_trained(RUN)
+    ids = trained.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = []
+    for _ in range(5):
+        with torch.no_grad():
+            ids = torch.cat((ids, trained.model(ids).logits[:, -1:].argmax(-1)), 1)
+        expected.append(int(ids[0, -1]))
+    if trained.tokenizer.eos_token_id not in expected and max(expected) < len(trained.tokenizer):
+        assert from_run == trained.tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    texts = []
+    sampled = ["generate", str(RUN), "--prompt", prompt, "--max_new_tokens", "9", "--temperature", "2.0"]
+    for seed in ("7", "7", "8"):
+        assert cli.main([*sampled, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_wrong_arguments_of_generate_are_one_line(runs: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(runs["decoder"])
+    assert cli.main(["generate", str(RUN)]) == 2
+    assert "give one of --prompt and --prompt_file" in capsys.readouterr().err
+    assert cli.main(["generate", str(RUN), "--prompt", "a", "--max_new_tokens", "0"]) == 2
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+    assert cli.main(["generate", str(RUN), "--prompt", ""]) == 1
+    assert "the prompt must hold at least one token, got none" in capsys.readouterr().err
+    assert cli.main(["generate", str(RUN), "--prompt", "a" * 60]) == 1
+    assert "must be at most the model's 64 positions, got 60 tokens and 64 to come" in capsys.readouterr().err
+
+
+def test_the_data_of_another_tokenizer_is_refused(runs: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(runs["pretrained"])
+    assert cli.main(["fit", "-c", "recipe.yaml", "--data.tokenizer", "bytes", "--data.output_dir", "bytes"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "vocab_size must be at least the 257" in err or "tokenizer must be that of the model" in err
+    assert VOCABULARY < 257
+    save_tokenizer(Path("other"))
+    record = json.loads(Path("other/tokenizer.json").read_text())
+    record["model"]["vocab"]["new"] = len(record["model"]["vocab"])
+    Path("other/tokenizer.json").write_text(json.dumps(record))
+    assert cli.main(["fit", "-c", "recipe.yaml", "--data.tokenizer", "other", "--data.output_dir", "others"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "tokenizer must be that of the model, got 'other', which makes other tokens than 'base'" in err
