@@ -24,7 +24,7 @@ from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
 from lightning_lighthouse.cli.trust import classes, deny_imports, strays
 from lightning_lighthouse.cli.weights import LoadWeights
 from lightning_lighthouse.data.workers import shield_workers
-from lightning_lighthouse.model import Decoder
+from lightning_lighthouse.model.language_model import LanguageModel
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
@@ -269,7 +269,7 @@ class LighthouseCLI(LightningCLI):
 
     def _check_vocabulary(self) -> None:
         """Refuse before any text is read what the model would refuse once the data is prepared."""
-        if not isinstance(self.model, Decoder):
+        if not isinstance(self.model, LanguageModel):
             return
         num_tokens = None
         # what is wrong with a tokenizer or a manifest is said where the data is looked at

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_count, check_type, is_named
+from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_count, check_type, is_named, quoted
 from lightning_lighthouse.evaluation.budget import MIN_SAMPLES, Budget
 from lightning_lighthouse.evaluation.charts import show
 from lightning_lighthouse.evaluation.measures import Material, Unit, lengths_up_to
@@ -106,7 +106,7 @@ class LongContextEvaluation(Callback):
         self.every_n_validations = check_count("every_n_validations", every_n_validations)
         for name, values, kind in (("lengths", lengths, int), ("own_tasks", own_tasks, str)):
             if values is not None and not (isinstance(values, list) and all(type(item) is kind for item in values)):
-                raise TypeError(f"{name} must be a list of {kind.__name__} or None, got {values!r}")
+                raise TypeError(f"{name} must be a list of {kind.__name__} or None, got {quoted(values)}")
         if lengths is not None and (not lengths or min(lengths) < 8):
             raise ValueError(f"lengths must be at least 8 tokens each, and one of them, got {lengths}")
         if num_samples < 1:
@@ -114,7 +114,7 @@ class LongContextEvaluation(Callback):
         if max_share is not None and not 0 < max_share <= 1:
             raise ValueError(f"max_share must be above 0 and at most 1, got {max_share}")
         if isinstance(tokenizer, str) or (tokenizer and not callable(getattr(tokenizer, "encode", None))):
-            raise TypeError(f"tokenizer must have a method encode(text), got {tokenizer!r}")
+            raise TypeError(f"tokenizer must have a method encode(text), got {quoted(tokenizer)}")
         if not self.measures and not own_tasks:
             raise ValueError("one of the measures must be on, or own_tasks given")
         self.lengths = None if lengths is None else sorted(set(lengths))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +181,10 @@ class HuggingFaceDecoder(LanguageModel):
             for block in blocks_of(self.model):
                 # fixed lengths: the sizes of the pyramid follow from N
                 block.compile(dynamic=False)
+
+    def cpu(self) -> Self:
+        """To the CPU, as the Trainer does at the end; a model that was refused before its weights were read stays."""
+        return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
 
     def _read(self) -> Any:
         loaded = read_weights(self.hparams["model"], self.config, self._weights_dtype)
