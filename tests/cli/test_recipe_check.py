@@ -20,7 +20,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-ATTENTION = "backend, combine, cover_prefix, dilation, max_documents, num_levels, pooling_factor, scorer, sdpa, seed, selection, top_k"
+ATTENTION = (
+    "backend, combine, cover_prefix, dilation, max_documents, num_levels, pooling_factor, scorer, "
+    "sdpa, seed, selection, top_k"
+)
 BAD_FLAGS = {
     "abbreviated key": (
         ["--lighthouse.attention.num_level", "3"],
