@@ -205,7 +205,8 @@ def test_compiled_model(name):
     # a call of the logger in transformers breaks the graph
     fullgraph = name != "transformers GPT-2"
     frames = follows_the_phase(model, [model], fullgraph, dense, by_hand)
-    assert frames[2] == frames[1]
+    # a hook hears what a patched model of transformers is called with: off is not what it was before
+    assert frames[2] == frames[1] + name.startswith("transformers")
     if fullgraph:
         assert frames[:2] == [1, 2]
 
