@@ -195,17 +195,32 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path, settings: dict, line: str) 
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "file.gguf").write_text("no GGUF")
+    with pytest.raises(SettingError, match=r"file\.gguf' cannot be read") as refused:
+        HuggingFaceDecoder(str(tmp_path / "file.gguf"))
+    assert "\n" not in str(refused.value)
+
+
+def test_without_the_package_that_reads_gguf_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file.gguf").write_text("no GGUF")
+    monkeypatch.setattr(
+        "lightning_lighthouse.huggingface.reading.find_spec", lambda name: None if name == "gguf" else 1
+    )
+    with pytest.raises(SettingError, match="pip install gguf"):
+        HuggingFaceDecoder(str(tmp_path / "file.gguf"))
+
+
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "t5"}')
-    (tmp_path / "file.gguf").write_text("no GGUF")
     cases = {
         str(tmp_path / "gone"): "got .*gone': no such folder",
         str(tmp_path / "gone.gguf"): "got .*gone.gguf': no such file",
         str(tmp_path / "empty"): "is a folder without config.json",
         str(tmp_path / "other"): "a t5 cannot be trained here",
-        str(tmp_path / "file.gguf"): "file.gguf' cannot be read",
     }
     for model, line in cases.items():
         with pytest.raises(SettingError, match=line) as refused:
@@ -218,11 +233,6 @@ def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: py
         HuggingFaceDecoder(folder, rope_theta=1e5)
     with pytest.raises(SettingError, match=r"160 positions .*: give a model with them"):
         HuggingFaceDecoder(folder, sequence_length=161)
-    monkeypatch.setattr(
-        "lightning_lighthouse.huggingface.reading.find_spec", lambda name: None if name == "gguf" else 1
-    )
-    with pytest.raises(SettingError, match="pip install gguf"):
-        HuggingFaceDecoder(str(tmp_path / "file.gguf"))
     # weights that lack some
     folder = Path(save_model(tmp_path / "lacking"))
     from safetensors.torch import load_file, save_file
