@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_lighthouse.cli.recipe import UsageError
 from lightning_lighthouse.cli.weights import VERSION, look_into
 from lightning_lighthouse.runs.saving import is_remote, local_path
+from lightning_lighthouse.runs.sharded import is_sharded_checkpoint
 
 # torch.load listens to these
 FORCE_DATA, FORCE_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -53,6 +54,13 @@ def loaded_as_data(path: Path | str | None) -> Iterator[None]:
         first, *more = problems.strip().splitlines()
         and_more = f", and {len(more)} more such lines" if more else ""
         raise ValueError(f"checkpoint {path} does not fit the model: {first.strip()}{and_more}") from error
+    except IsADirectoryError as error:
+        if path is None or not is_sharded_checkpoint(Path(path)):
+            raise
+        raise ValueError(
+            f"{path} is a sharded checkpoint, and this strategy goes on from a file alone: train on with the strategy "
+            "that wrote it, as FSDPStrategy or ModelParallelStrategy, on however many devices"
+        ) from error
     except KeyError as error:
         if error.args != (VERSION,):
             raise

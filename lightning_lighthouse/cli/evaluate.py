@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -36,12 +37,13 @@ from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluat
 from lightning_lighthouse.runs.final_weights import FINAL
 from lightning_lighthouse.runs.record import REPORT
 from lightning_lighthouse.runs.saving import check_writable
+from lightning_lighthouse.runs.sharded import is_sharded_checkpoint, step_of
 
 DESCRIPTION = (
     "Measure what a model can do with long context: loss by position, gain from context, copies, passkey, key-value "
-    "lookups, and tasks of your own; written to evaluation.json. The model is that of a run's folder, a checkpoint, "
-    "final.pt, a folder that transformers saved, or a .gguf file; an evaluation.json is drawn with --plot. Flags with "
-    "a dot, --trainer.devices 1, change the recipe."
+    "lookups, and tasks of your own; written to evaluation.json. The model is that of a run's folder, a checkpoint "
+    "(sharded ones too), final.pt, a folder that transformers saved, or a .gguf file; an evaluation.json is drawn with "
+    "--plot. Flags with a dot, --trainer.devices 1, change the recipe."
 )
 RECIPE = "config.yaml"
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -156,11 +158,17 @@ def main(argv: Sequence[str]) -> int:
             _evaluate_pretrained(target_path, arguments, overrides, evaluation, callbacks)
         else:
             _evaluate_recipe(target, arguments, overrides, callbacks)
-    print(f"{output / EVALUATION}: {len(evaluation.results)} evaluation of {target_path}")
-    if arguments.plot is not None:
-        plot(evaluation.results, arguments.plot, _caption(evaluation.results, target_path.name))
-        print(arguments.plot)
+    _finish(evaluation.results, output, target_path, arguments.plot)
     return 0
+
+
+@rank_zero_only
+def _finish(results: Sequence[dict[str, Any]], output: Path, target: Path, picture: Path | None) -> None:
+    """Say where it is, and draw it."""
+    print(f"{output / EVALUATION}: {len(results)} evaluation of {target}")
+    if picture is not None:
+        plot(results, picture, _caption(results, target.name))
+        print(picture)
 
 
 def _parser() -> Parser:
@@ -210,7 +218,7 @@ def _find(path: Path) -> Target:
         raise FileNotFoundError(f"{path}: no such run, checkpoint or model")
     if is_pretrained(path):
         return Target(None, None, None, None)
-    is_run = path.is_dir() and not (path / ".metadata").is_file()
+    is_run = path.is_dir() and not is_sharded_checkpoint(path)
     if not is_run:
         folders = (path.parent, path.parent.parent)
         recipe = next((folder / RECIPE for folder in folders if (folder / RECIPE).is_file()), None)
@@ -226,6 +234,8 @@ def _find(path: Path) -> Target:
 
 def _step(weights: Path) -> int | None:
     """Optimizer steps of a checkpoint, or of final weights by the report beside them; None where neither says."""
+    if is_sharded_checkpoint(weights):
+        return step_of(weights)
     if weights.is_file() and weights.name != FINAL:
         look_into(weights)
         content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)

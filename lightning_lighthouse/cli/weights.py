@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from lightning_lighthouse.runs.final_weights import is_sharded
+from lightning_lighthouse.runs.sharded import CONTENTS, is_sharded_checkpoint, load_weights
 
 # what every checkpoint of Lightning has
 VERSION, STATE, OPTIMIZERS = "pytorch-lightning_version", "state_dict", "optimizer_states"
-# in the folder of every checkpoint of torch.distributed
-SHARDED = ".metadata"
 
 
 class Contents(NamedTuple):
@@ -40,10 +39,11 @@ def look_into(path: Path) -> Contents:
         UnpicklingError: More than tensors and plain values.
         ValueError: Neither a checkpoint nor weights.
     """
-    if (path / SHARDED).is_file():
-        return Contents("a sharded checkpoint", is_checkpoint=True, can_go_on=True)
+    if is_sharded_checkpoint(path):
+        # only the strategies that write such folders load them in Lightning
+        return Contents("a sharded checkpoint", is_checkpoint=False, can_go_on=True)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder and no sharded checkpoint, which has a file {SHARDED}; give a file")
+        raise ValueError(f"{path} is a folder and no sharded checkpoint, which has a file {CONTENTS}; give a file")
     content = _read(path)
     if isinstance(content, Mapping) and VERSION in content and STATE in content:
         step = f"step {content.get('global_step', 'unknown')}"
@@ -63,7 +63,7 @@ class LoadWeights(Callback):
     """Brings weights into the model before it is evaluated, once it is built, wrapped and sharded.
 
     Args:
-        path: A file like `final.pt`: the state dict of the LightningModule.
+        path: A file like `final.pt`: the state dict of the LightningModule; or a sharded checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,12 +71,17 @@ class LoadWeights(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load them."""
-        weights = _read(self.path)
         wrapped = trainer.strategy.model
-        if wrapped is not None and is_sharded(wrapped):
+        is_shared = wrapped is not None and is_sharded(wrapped)
+        model = wrapped if wrapped is not None and is_shared else pl_module
+        if is_sharded_checkpoint(self.path):
+            load_weights(self.path, model)
+            return
+        weights = _read(self.path)
+        if is_shared:
             # every rank has read all of them, and keeps its part
             options = StateDictOptions(full_state_dict=True, strict=pl_module.strict_loading)
-            set_model_state_dict(wrapped, weights, options=options)
+            set_model_state_dict(model, weights, options=options)
         else:
             pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 

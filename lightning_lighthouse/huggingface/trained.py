@@ -20,13 +20,14 @@ from lightning_lighthouse.huggingface.decoder import HuggingFaceDecoder
 from lightning_lighthouse.huggingface.llama import byte_tokenizer, llama_of
 from lightning_lighthouse.huggingface.reading import GGUF, materialized, read_config, read_tokenizer, read_weights
 from lightning_lighthouse.model.decoder import Decoder
+from lightning_lighthouse.runs import sharded
 from lightning_lighthouse.runs.final_weights import FINAL
 from lightning_lighthouse.runs.record import REPORT
 
 RECIPE = "config.yaml"
 LAST = Path("checkpoints") / "last.ckpt"
-# in the folder of every checkpoint of torch.distributed, and what Lightning calls the model in it
-SHARDED, STATE = ".metadata", "state_dict"
+# what Lightning calls the model in a checkpoint
+STATE = "state_dict"
 # a checkpoint lies one folder below its run, a sharded one is a folder itself
 LEVELS = 3
 
@@ -82,7 +83,7 @@ def load_trained(path: Path, recipe: Path | None = None) -> Trained:
 
 
 def _weights_in(path: Path) -> Path:
-    if path.is_file() or (path / SHARDED).is_file():
+    if path.is_file() or sharded.is_sharded_checkpoint(path):
         return path
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -133,7 +134,7 @@ def _module_of(recipe: Mapping[str, Any]) -> Decoder | HuggingFaceDecoder:
 def _state_of(weights: Path) -> dict[str, Tensor]:
     """The state dict of the module, in memory; nothing in a file is run."""
     if weights.is_dir():
-        return _gathered(weights)
+        return sharded.read_weights(weights)
     try:
         content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -145,23 +146,6 @@ def _state_of(weights: Path) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"{weights} holds no weights")
     return state
-
-
-def _gathered(folder: Path) -> dict[str, Tensor]:
-    """The model in a sharded checkpoint, without what the optimizer kept."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader = FileSystemReader(folder)
-    prefix = f"{STATE}."
-    entries = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    load(state, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _tokenizer_of(name: str | None) -> Any:

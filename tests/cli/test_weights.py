@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from cli_parts import RECIPE, run
 
 from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.runs.evaluation_record import read_evaluations
 
 RUN = Path("runs/recipe/version_0")
 LAST, FINAL = RUN / "checkpoints/last.ckpt", RUN / "final.pt"
@@ -137,7 +139,41 @@ trainer:
     class_path: lightning.pytorch.strategies.ModelParallelStrategy
     init_args:
       process_group_backend: gloo
+      data_parallel_size: 2
+      tensor_parallel_size: 1
 """
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_evaluated_by_however_many_processes(capsys, caplog):
+    Path("text.txt").write_text("The same text, over and over. " * 444)
+    Path("recipe.yaml").write_text(SMALL.replace("seq_len: 32", "seq_len: 256"))
+    Path("two.yaml").write_text(SHARDED)
+    done = run("fit", "-c", "recipe.yaml", "-c", "two.yaml")
+    assert done.returncode == 0, done.stderr
+    folder = Path("runs/recipe-two/version_0")
+    last = folder / "checkpoints/last.ckpt"
+    assert (last / ".metadata").is_file()
+    trained = json.loads((folder / "lighthouse.json").read_text())["final"]["loss"]
+    alone, line = evaluated(capsys, caplog, "validate", "--ckpt_path", str(last))
+    assert line == f"ckpt_path {last}: a sharded checkpoint"
+    # the two leave out the last of 51 sequences
+    assert alone == pytest.approx(trained, rel=1e-3)
+    asked = ["--measures", "loss_by_position", "--num_samples", "2"]
+    done = run("evaluate", str(last), "--output", "two", *asked)
+    assert done.returncode == 0, done.stderr
+    # said by one of them
+    assert done.stdout.count("two/evaluation.json: 1 evaluation of") == 1
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert cli.main(["evaluate", str(last), "--output", "one", *asked, *one]) == 0
+    two, one = (read_evaluations(Path(name))[0] for name in ("two", "one"))
+    assert two["step"] == one["step"] == 4
+    for row, other in zip(two["loss_by_position"], one["loss_by_position"], strict=True):
+        # of other text
+        assert row["value"] == pytest.approx(other["value"], rel=0.05)
+    capsys.readouterr()
+    assert cli.main(["fit", "-c", "recipe.yaml", "--ckpt_path", str(last), "--trainer.max_steps", "6"]) == 1
+    assert "is a sharded checkpoint, and this strategy goes on from a file alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow
