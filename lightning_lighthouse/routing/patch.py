@@ -27,6 +27,7 @@ from lightning_lighthouse.routing.packing import DocumentsSetting, check_documen
 from lightning_lighthouse.routing.reasons import NO_REASONS
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
+from lightning_lighthouse.routing.trained_dense import TrainedDense
 
 
 class Patch(Shared):
@@ -56,6 +57,7 @@ class Patch(Shared):
         # patched for documents alone
         self._others = others
         self.documents = KeptDocuments(model, documents, self.scope, statement, layers)
+        self._trained_dense = TrainedDense(model)
 
     @property
     def is_on(self) -> bool:
@@ -93,6 +95,8 @@ class Patch(Shared):
         self.scope.is_on = self._statement.holds = True
         self.documents.demand(training=True)
         self.scope.with_inference = inference
+        if not inference:
+            self._trained_dense.train(self.scope.settings.config, self._layer_types.values())
 
     def off(self) -> None:
         """Leave every call to stock SDPA: for validation and whatever else is not training.
@@ -111,6 +115,7 @@ class Patch(Shared):
         self._require_patched()
         self.scope.is_on, self._statement.holds = False, True
         self.documents.demand(training=True)
+        self._trained_dense.train(self.scope.settings.config, [DENSE])
 
     def set_documents(self, documents: Documents | None) -> None:
         """Keep attention inside these documents from the next call on, in every layer, also while the patch is off.
