@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOG := runs/quickstart
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow lint docs clean
 
 train: .venv/installed
 	$(BIN)/lighthouse fit -c recipes/quickstart.yaml
@@ -26,6 +26,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the pages as a site, in site/
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f .ci/mkdocs.yml
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
@@ -39,4 +43,4 @@ lint: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv data runs site

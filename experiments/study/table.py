@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 from lightning_lighthouse.runs.comparison import seconds_to
 
 HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "numbers"
 HEAD = (
     "| row | seed | GPU | steps | seconds | at the switch | spike | leak | **final** | seconds to dense's final loss |"
 )
@@ -77,7 +78,7 @@ def main() -> None:
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         axes.grid(alpha=0.3)
         figure.tight_layout()
-        figure.savefig(HERE / f"{context}.png", dpi=120)
+        figure.savefig(DOCS / f"study-{context}.png", dpi=120)
 
 
 if __name__ == "__main__":
