@@ -20,7 +20,7 @@ from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.routing.targets import DenseLayers
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback, LightningModule
 
 # The first step compiles, the next ones fill the allocator's cache.
 WARMUP_STEPS = 3
@@ -122,11 +122,40 @@ def measure_steps(
     Returns:
         Median ms of a step, and the peak of all memory in GiB; None on a CPU.
     """
+    from lightning_lighthouse.model import Decoder
+
+    torch.manual_seed(42)
+    model = Decoder(preset=preset, compile=compiled)  # type: ignore[arg-type]
+    settings = {"precision": PRECISIONS[dtype], "gradient_clip_val": 1.0}
+    return time_steps(model, 256, (1, num_tokens), device, repeats, callback, settings)
+
+
+def time_steps(
+    model: LightningModule,
+    vocabulary: int,
+    shape: tuple[int, int],
+    device: torch.device,
+    repeats: int,
+    callback: Callback,
+    settings: dict[str, Any],
+) -> tuple[float, float | None]:
+    """Time training steps of a module under Lightning's Trainer, on one device, over drawn tokens.
+
+    Args:
+        model: Takes batches `{"tokens": [B, N + 1]}`.
+        vocabulary: Tokens are drawn below it.
+        shape: B and N.
+        device: Where.
+        repeats: Batches that count.
+        callback: Routes the attention, or does not.
+        settings: More of the Trainer's.
+
+    Returns:
+        Median ms from batch to batch, and the peak of all memory in GiB; None on a CPU.
+    """
     # Lightning takes seconds to import, and one layer does not need it
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
-
-    from lightning_lighthouse.model import Decoder
 
     marks = []
 
@@ -137,22 +166,20 @@ def measure_steps(
             marks.append(mark(device))
 
     torch.compiler.reset()
-    torch.manual_seed(42)
-    model = Decoder(preset=preset, compile=compiled)  # type: ignore[arg-type]
     # the start of one more step ends the last one that counts
     num_steps = WARMUP_STEPS + repeats + 1
-    batches: Any = [{"tokens": torch.randint(256, (1, num_tokens + 1))} for _ in range(num_steps)]
+    batch_size, num_tokens = shape
+    batches: Any = [{"tokens": torch.randint(vocabulary, (batch_size, num_tokens + 1))} for _ in range(num_steps)]
     with _quiet():
         trainer = pl.Trainer(
             accelerator=device.type,
             devices=1,
-            precision=PRECISIONS[dtype],
-            gradient_clip_val=1.0,
             callbacks=[StepClock(), callback],
             enable_progress_bar=False,
             enable_model_summary=False,
             # neither logger nor checkpoint nor validation
             fast_dev_run=num_steps,
+            **settings,
         )
         trainer.fit(model, DataLoader(batches, batch_size=None))
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None

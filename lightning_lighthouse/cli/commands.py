@@ -31,6 +31,7 @@ COMMANDS = {
     "test": "Evaluate a checkpoint or final.pt on the test data: -c RECIPE.yaml --ckpt_path FILE|last|best.",
     "recipes": "List the recipes that ship, or write one out: NAME > my.yaml.",
     "check": "Say everything that is wrong with a recipe, without training: RECIPE.yaml [--KEY VALUE ...].",
+    "plan": "Say what a recipe will take before it trains, in time and memory: RECIPE.yaml [--card NAME | --probe].",
     "prepare": "Turn documents into packed tokens for training.",
     "verify": "Compare prepared data with its manifest.",
     "bench": "Measure Lighthouse and dense attention on this machine.",
@@ -42,6 +43,7 @@ COMMANDS = {
 # Commands with a main of their own, which returns the exit status
 PROGRAMS = {
     "recipes": "lightning_lighthouse.cli.recipes",
+    "plan": "lightning_lighthouse.cli.plan",
     "prepare": "lightning_lighthouse.cli.prepare",
     "verify": "lightning_lighthouse.cli.verify",
     "bench": "lightning_lighthouse.cli.bench",

@@ -21,7 +21,7 @@ from lightning_lighthouse.attention.layer_types import DENSE, in_words
 from lightning_lighthouse.checks import warn
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
 from lightning_lighthouse.cli.parser import Parser
-from lightning_lighthouse.cli.recipe import UsageError, plain, read
+from lightning_lighthouse.cli.recipe import UsageError, plain, read, split_own
 from lightning_lighthouse.cli.weights import VERSION, look_into
 from lightning_lighthouse.data.module import LighthouseRecipe
 from lightning_lighthouse.data.preparing.sources import find_files, read_documents
@@ -127,7 +127,7 @@ class EvaluateCLI(LighthouseCLI):
 
 def main(argv: Sequence[str]) -> int:
     """Run `lighthouse evaluate`; returns the exit status."""
-    own, overrides = _split(argv)
+    own, overrides = split_own(argv)
     arguments = _parser().parse_args(own)
     target_path = Path(arguments.target)
     if arguments.plot is not None:
@@ -191,21 +191,6 @@ def _parser() -> Parser:
     add("--accelerator", default="auto", help="for a model of transformers: cpu, gpu, ... (default: auto)")
     add("--plot", type=Path, metavar="OUT.png", help="draw what was found; needs matplotlib")
     return parser
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of this command, and the flags with a dot, which are the recipe's."""
-    own: list[str] = []
-    overrides: list[str] = []
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        key, equals, _ = argument.partition("=")
-        if argument.startswith("--") and "." in key:
-            overrides += [argument] if equals or not rest else [argument, rest.pop(0)]
-        else:
-            own.append(argument)
-    return own, overrides
 
 
 def _find(path: Path) -> Target:

@@ -141,6 +141,21 @@ def read(file: str) -> Section:
     return recipe
 
 
+def split_own(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of a command of its own, and the flags with a dot, which are the recipe's."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, _ = argument.partition("=")
+        if argument.startswith("--") and "." in key:
+            overrides += [argument] if equals or not rest else [argument, rest.pop(0)]
+        else:
+            own.append(argument)
+    return own, overrides
+
+
 def split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, Raw]]]:
     """Sort the arguments after a command into recipes and flags.
 

@@ -13,7 +13,7 @@ from lightning_lighthouse.cli.recipe import UsageError, asks_help, nearest, spli
 DESCRIPTION = "List the recipes that ship, or write one out: lighthouse recipes NAME > my.yaml."
 SUFFIX = ".yaml"
 # what fit, validate and test are about
-SUBJECTS = {"fit": "train", "check": "look at", "validate": "evaluate", "test": "evaluate"}
+SUBJECTS = {"fit": "train", "check": "look at", "plan": "plan", "validate": "evaluate", "test": "evaluate"}
 
 
 def shipped() -> dict[str, str]:

@@ -1,0 +1,215 @@
+"""What a training step takes, in seconds and memory, calculated from a model's sizes: before anything trains.
+
+Seconds of a step are those of its products, of attention by the type of each layer, of everything elementwise, and of
+the optimizer; memory is what parameters, gradients and optimizer hold, and what a layer keeps of a token for the
+backward pass. The constants are in `card_speeds.py`; those of memory were fitted to the peaks of compiled `Decoder`s.
+"""
+
+# N tokens, S gathered entries
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.layer_types import CHUNK, LIGHTHOUSE, WINDOW
+from lightning_lighthouse.bench.card_speeds import CardSpeed
+from lightning_lighthouse.model.flops import (
+    AttentionSize,
+    attention_flops_per_token,
+    attention_size,
+    num_used_parameters,
+    pairs_per_token,
+)
+
+GIB = 2**30
+# fp32 weights, gradients and both averages of AdamW; read and written once each by the optimizer
+PARAMETER_BYTES, OPTIMIZER_BYTES = 16, 36
+# a layer keeps so many bytes of a token for a unit of the stream's width, of the feed-forward's, and of q, k, v and o
+STREAM_BYTES, FEED_FORWARD_BYTES, HEAD_BYTES = 11.4, 6.63, 8.0
+# what Lighthouse keeps instead of q, k, v and o, which are short, by what was measured
+LIGHTHOUSE_HEAD_BYTES = -0.5
+# of attention, forward and backward together, that the forward pass takes: when it is computed again
+FORWARD_SHARE = 0.26
+# passes over the logits of all tokens, in float32, for the loss and its gradient
+LOGIT_PASSES, LOGIT_BYTES = 6, 4
+
+
+class LayerPlan(NamedTuple):
+    """How one layer attends in a phase.
+
+    Args:
+        layer_type: One of LAYER_TYPES.
+        config: Of Lighthouse Attention.
+        window: Of "window" and "chunk".
+        sink_tokens: Of "window".
+    """
+
+    layer_type: str
+    config: LighthouseConfig
+    window: int | None = None
+    sink_tokens: int = 0
+
+    def pairs(self, num_tokens: int) -> float:
+        """See `pairs_per_token`."""
+        return pairs_per_token(self.layer_type, num_tokens, self.config, self.window, self.sink_tokens)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The sizes of a model that its step follows from.
+
+    Args:
+        num_parameters: All that are trained.
+        used_parameters: Those that a token is multiplied with.
+        width: Of the stream.
+        feed_forward: Of a layer's inner products.
+        vocabulary: Rows of its largest product of the head.
+        attention: Of each layer.
+    """
+
+    num_parameters: int
+    used_parameters: float
+    width: int
+    feed_forward: int
+    vocabulary: int
+    attention: tuple[AttentionSize, ...]
+
+
+def model_size(model: nn.Module, layers: Sequence[nn.Module]) -> ModelSize:
+    """Read the sizes of a model, which may be on the meta device.
+
+    Args:
+        model: Holds all that is trained.
+        layers: Its attention modules.
+
+    Raises:
+        ValueError: A layer does not say its heads.
+    """
+    sizes = [attention_size(layer) for layer in layers]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or not known:
+        raise ValueError(f"{len(sizes) - len(known)} of {len(sizes)} attention layers do not say how wide they are")
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    # what takes the widest input leads from the feed-forward back into the stream
+    widest = max(linears, key=lambda linear: linear.in_features, default=None)
+    return ModelSize(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        used_parameters=num_used_parameters(model),
+        width=widest.out_features if widest is not None else known[0].qk_width,
+        feed_forward=widest.in_features if widest is not None else known[0].qk_width,
+        vocabulary=max(tables, default=0),
+        attention=tuple(known),
+    )
+
+
+class StepEstimate(NamedTuple):
+    """Of one optimizer step.
+
+    Args:
+        flops: By part.
+        seconds: By part; of the GPU. {} where the card is not known.
+        launch_seconds: Of the CPU, which the step takes at least.
+        memory_gib: At most.
+    """
+
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    launch_seconds: float
+    memory_gib: float
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of the whole step."""
+        return max(sum(self.seconds.values()), self.launch_seconds) if self.seconds else None
+
+
+def estimate_step(
+    size: ModelSize,
+    layers: Sequence[LayerPlan],
+    num_tokens: int,
+    batch_size: int,
+    speed: CardSpeed | None,
+    *,
+    accumulated: int = 1,
+    recomputes: bool = False,
+    shards: int = 1,
+) -> StepEstimate:
+    """Calculate a step of one phase on one GPU.
+
+    Args:
+        size: Of the model.
+        layers: How each attends.
+        num_tokens: N, of a sequence.
+        batch_size: Sequences in memory at a time.
+        speed: Of the card; None: no seconds.
+        accumulated: Batches of a step.
+        recomputes: Whether blocks are computed again in the backward pass.
+        shards: Ranks that parameters, gradients and optimizer are spread over.
+    """
+    tokens = num_tokens * batch_size * accumulated
+    again = 4 / 3 if recomputes else 1.0
+    head = size.vocabulary * size.width
+    flops = {
+        "blocks": 6 * max(0.0, size.used_parameters - head) * tokens * again,
+        "head": 6 * head * tokens,
+        "attention": sum(
+            attention_flops_per_token([one], [layer.pairs(num_tokens)]) * tokens
+            for one, layer in zip(size.attention, layers, strict=True)
+        )
+        * (again if recomputes else 1.0),
+    }
+    seconds = {}
+    if speed is not None:
+        attention = sum(
+            _attention_seconds(one, layer, num_tokens, speed) for one, layer in zip(size.attention, layers, strict=True)
+        )
+        seconds = {
+            "products": (flops["blocks"] + flops["head"]) / speed.products,
+            "attention": attention * batch_size * accumulated * (1 + FORWARD_SHARE * recomputes),
+            "elementwise": tokens * len(layers) * size.feed_forward * speed.elementwise * again
+            + tokens * size.vocabulary * LOGIT_BYTES * LOGIT_PASSES / speed.copied,
+            "optimizer": OPTIMIZER_BYTES * size.num_parameters / shards / speed.copied,
+        }
+    launch = 0.0
+    if speed is not None:
+        routed = sum(layer.layer_type == LIGHTHOUSE for layer in layers)
+        launch = accumulated * (len(layers) * speed.launch + routed * speed.launch_stages)
+    return StepEstimate(flops, seconds, launch, _memory_gib(size, layers, num_tokens * batch_size, recomputes, shards))
+
+
+def _attention_seconds(size: AttentionSize, layer: LayerPlan, num_tokens: int, speed: CardSpeed) -> float:
+    """Of one layer and sequence, forward and backward."""
+    if size.own_window is not None and size.own_window < num_tokens:
+        return num_tokens * size.qk_width * (speed.window_token + speed.window_pair * size.own_window)
+    if layer.layer_type == WINDOW and layer.window is not None:
+        seen = min(layer.window + layer.sink_tokens, num_tokens)
+        return num_tokens * size.qk_width * (speed.window_token + speed.window_pair * seen)
+    if layer.layer_type == CHUNK and layer.window is not None:
+        return num_tokens * size.qk_width * (speed.chunk_token + speed.chunk_pair * min(layer.window, num_tokens))
+    pairs = layer.pairs(num_tokens)
+    attend = attention_flops_per_token([size], [pairs]) * num_tokens / speed.attention
+    shape = layer.config.pyramid(num_tokens)
+    if layer.layer_type != LIGHTHOUSE or not shape.compresses:
+        return attend
+    # every row of q, k, v and o once in each direction, in 2 bytes
+    moved = 4 * (size.qk_width + size.v_width) * 2 * (num_tokens + shape.num_gathered)
+    return attend + speed.stage_seconds + moved / (speed.stage_share * speed.copied)
+
+
+def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: int, recomputes: bool, shards: int) -> float:
+    """The peak: what is held all along, and what the backward pass needs of `tokens` tokens."""
+    kept = [
+        STREAM_BYTES * size.width
+        + FEED_FORWARD_BYTES * size.feed_forward
+        + (LIGHTHOUSE_HEAD_BYTES if layer.layer_type == LIGHTHOUSE else HEAD_BYTES) * one.qk_width
+        for one, layer in zip(size.attention, layers, strict=True)
+    ]
+    # recomputed blocks keep their input, in 2 bytes, and one of them the rest
+    activations = 2 * size.width * len(kept) + max(kept) if recomputes else sum(kept)
+    return (PARAMETER_BYTES * size.num_parameters / shards + activations * tokens) / GIB
