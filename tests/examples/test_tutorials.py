@@ -67,3 +67,15 @@ def test_a_tokenizer_is_trained_and_a_model_over_it(capsys):
     other = ["--data.tokenizer", "data/other.json", "--data.output_dir", "data/other"]
     assert cli.main(["fit", "-c", str(RECIPES / "own-tokenizer.yaml"), "--data.source", "text", *other]) != 0
     assert "vocab_size" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(folder):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "two_phases.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "dense: 15 steps" in printed
+    assert "tokens  512 to 1024: " in printed
+    # kept without what a run prints
+    assert not any(cell.get("outputs") for cell in nbformat.read(EXAMPLES / "two_phases.ipynb", as_version=4).cells)
