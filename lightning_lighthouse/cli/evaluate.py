@@ -30,7 +30,9 @@ from lightning_lighthouse.evaluation.measures import lengths_up_to
 from lightning_lighthouse.evaluation.measuring import MEASURES
 from lightning_lighthouse.evaluation.plots import plot, require_matplotlib
 from lightning_lighthouse.evaluation.samples import enough
-from lightning_lighthouse.huggingface.pretrained import PretrainedTokenizer, is_pretrained, load_pretrained
+from lightning_lighthouse.huggingface.pretrained import load_pretrained
+from lightning_lighthouse.huggingface.reading import is_model, is_name
+from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer, check_tokenizer
 from lightning_lighthouse.notices import quiet_lightning, shown_notices
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
@@ -42,8 +44,8 @@ from lightning_lighthouse.runs.sharded import is_sharded_checkpoint, step_of
 DESCRIPTION = (
     "Measure what a model can do with long context: loss by position, gain from context, copies, passkey, key-value "
     "lookups, and tasks of your own; written to evaluation.json. The model is that of a run's folder, a checkpoint "
-    "(sharded ones too), final.pt, a folder that transformers saved, or a .gguf file; an evaluation.json is drawn with "
-    "--plot. Flags with a dot, --trainer.devices 1, change the recipe."
+    "(sharded ones too), final.pt, a folder that transformers saved, a name that it can load, or a .gguf file; an "
+    "evaluation.json is drawn with --plot. Flags with a dot, --trainer.devices 1, change the recipe."
 )
 RECIPE = "config.yaml"
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -174,7 +176,7 @@ def _finish(results: Sequence[dict[str, Any]], output: Path, target: Path, pictu
 def _parser() -> Parser:
     parser = Parser(prog="lighthouse evaluate", description=DESCRIPTION)
     add = parser.add_argument
-    add("target", help=f"a run, a checkpoint, {FINAL}, a folder of transformers, a .gguf file, or {EVALUATION}")
+    add("target", help=f"a run, a checkpoint, {FINAL}, a folder or name of transformers, a .gguf file, or {EVALUATION}")
     add("-c", "--config", action="append", default=[], metavar="RECIPE", help="instead of the run's own config.yaml")
     add("--output", type=Path, help=f"folder for {EVALUATION} (default: the run's, else the current folder)")
     add("--text", help="file, folder or pattern of text, for a model of transformers (default: the recipe's)")
@@ -199,10 +201,10 @@ def _find(path: Path) -> Target:
     Raises:
         FileNotFoundError: There is no such path, or a run has no weights yet.
     """
+    if is_model(path) or is_name(str(path)):
+        return Target(None, None, None, None)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such run, checkpoint or model")
-    if is_pretrained(path):
-        return Target(None, None, None, None)
     is_run = path.is_dir() and not is_sharded_checkpoint(path)
     if not is_run:
         folders = (path.parent, path.parent.parent)
@@ -291,8 +293,13 @@ def _evaluate_pretrained(
     if overrides:
         raise UsageError(f"{overrides[0]} changes a recipe's model or Trainer, and {path} is a model of transformers")
     if (arguments.text is None) == (not arguments.config):
+        if is_name(str(path)):
+            raise FileNotFoundError(
+                f"{path}: no such run, checkpoint or model; one that transformers loads by that name needs text: "
+                "--text FILES, or -c RECIPE.yaml"
+            )
         raise UsageError("a model of transformers needs text: --text FILES, or -c RECIPE.yaml whose data is read")
-    model, tokenizer = load_pretrained(path, DTYPES[arguments.dtype])
+    model, tokenizer = load_pretrained(str(path), DTYPES[arguments.dtype])
     evaluation.tokenizer = tokenizer
     evaluation.training_length = model.training_length
     if evaluation.lengths is None:
@@ -308,6 +315,8 @@ def _evaluate_pretrained(
             enable_model_summary=False,
         )
     if arguments.text is not None:
+        if tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer to read --text with: give -c RECIPE.yaml whose data has one")
         needed = enough(max(evaluation.lengths), evaluation.num_samples)
         tokens = _tokens(arguments.text, arguments.text_field, tokenizer, needed)
         one: Any = [{"tokens": tokens[None]}]
@@ -316,6 +325,7 @@ def _evaluate_pretrained(
     data = _data(arguments.config)
     if data.vocab_size > model.vocab_size:
         raise ValueError(f"the recipe's data have {data.vocab_size} tokens, {path} knows {model.vocab_size}")
+    check_tokenizer(data.tokenizer, str(path), data.end_of_document)
     trainer.validate(model, datamodule=data, verbose=False)
 
 

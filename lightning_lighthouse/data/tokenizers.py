@@ -81,6 +81,8 @@ class FileTokenizer:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
+        # every token, special ones too, and its id
+        self.vocabulary: dict[str, int] = vocabulary
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[_end_of_document(path, vocabulary, special, end_of_document)]
         self._dtype = token_dtype(self.vocab_size)

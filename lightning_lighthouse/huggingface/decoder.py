@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lighthouse.checks import SettingError, check_type, quoted
-from lightning_lighthouse.data.tokenizers import identify_tokenizer
 from lightning_lighthouse.huggingface.head import check_head, logits_of
 from lightning_lighthouse.huggingface.reading import empty_model, read_config, read_weights
 from lightning_lighthouse.huggingface.rope import extend_positions
+from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
 from lightning_lighthouse.model.network import recompute
 
@@ -109,30 +109,10 @@ class HuggingFaceDecoder(LanguageModel):
     def setup(self, stage: str) -> None:
         """Refuse data whose tokens are not the model's."""
         super().setup(stage)
-        given = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        data = getattr(self.trainer, "datamodule", None)
+        given = getattr(data, "tokenizer", None)
         if isinstance(given, str):
-            self.check_tokenizer(given)
-
-    def check_tokenizer(self, tokenizer: str) -> None:
-        """Refuse the tokenizer of another model, as far as this one's folder has one to compare.
-
-        Args:
-            tokenizer: What `LighthouseRecipe` was told.
-
-        Raises:
-            SettingError: It is another one.
-        """
-        model = self.hparams["model"]
-        try:
-            own = identify_tokenizer(model)
-        except (OSError, ValueError):
-            # a name, a GGUF file, or a model that keeps its tokenizer elsewhere
-            return
-        if identify_tokenizer(tokenizer) != own:
-            raise SettingError(
-                f"tokenizer must be that of the model, got {quoted(tokenizer)}, which makes other tokens than "
-                f"{quoted(model)}: set data.tokenizer to the model's folder"
-            )
+            check_tokenizer(given, self.hparams["model"], getattr(data, "end_of_document", None))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores of the next token: `[B, N] -> [B, N, V]`, all of them in memory."""
@@ -154,6 +134,10 @@ class HuggingFaceDecoder(LanguageModel):
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
         parts = [self._chunk_loss(x, y, "none") for x, y in self._chunks(self.hidden(inputs), targets)]
         return torch.cat(parts).view_as(targets)
+
+    def next_token_logits(self, inputs: Tensor) -> Tensor:
+        """Scores of the token after the last: `[B, N] -> [B, V]`; what `LongContextEvaluation` asks for."""
+        return logits_of(self.model, self.hidden(inputs)[:, -1])
 
     def _chunks(self, x_BNW: Tensor, targets_BN: Tensor) -> Any:
         size = self.hparams["loss_chunk"]
@@ -202,6 +186,7 @@ class HuggingFaceDecoder(LanguageModel):
         # Lightning calls the steps, which call `loss`, not the forward that FSDP2 knows of
         register_fsdp_forward_method(self, "loss")
         register_fsdp_forward_method(self, "token_losses")
+        register_fsdp_forward_method(self, "next_token_logits")
         device = self.trainer.strategy.root_device
         self.model.to_empty(device=device)
         loaded = self._read() if self.trainer.is_global_zero else None

@@ -37,14 +37,16 @@ def go_on(
         )
     model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    end = trained.tokenizer.eos_token_id
+    # a model that was taught to chat may end a text by several tokens
+    end = model.generation_config.eos_token_id
+    end = trained.tokenizer.eos_token_id if end is None else end
     torch.manual_seed(seed)
     written = model.generate(
         tokens.to(model.device),
         attention_mask=torch.ones_like(tokens).to(model.device),
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
-        pad_token_id=end,
+        pad_token_id=trained.tokenizer.eos_token_id,
         use_cache=True,
         **sampling,
     )

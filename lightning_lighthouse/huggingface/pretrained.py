@@ -1,18 +1,16 @@
-"""A pretrained transformers model as it is: loaded from a folder or a .gguf file, to be evaluated."""
+"""A pretrained transformers model as it is: a folder, a name or a .gguf file, to be evaluated."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_lighthouse.checks import shown
-
-CONFIG = "config.json"
-GGUF = ".gguf"
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.huggingface.reading import read_config, read_tokenizer, read_weights
+from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer
 
 
 class PretrainedModel(LightningModule):
@@ -36,7 +34,7 @@ class PretrainedModel(LightningModule):
     @property
     def training_length(self) -> int | None:
         """Tokens of the longest sequence that the model's config says it was made for; None where it does not."""
-        length = getattr(self.model.config, "max_position_embeddings", None)
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) else None
 
     @property
@@ -45,49 +43,22 @@ class PretrainedModel(LightningModule):
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
-class PretrainedTokenizer:
-    """A tokenizer of transformers, as the data's tokenizers are: bytes to ids, one id behind them.
+def load_pretrained(model: str, dtype: torch.dtype) -> tuple[PretrainedModel, PretrainedTokenizer | None]:
+    """The model, and its tokenizer where it has one.
 
     Args:
-        tokenizer: From `AutoTokenizer`.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: bytes) -> list[int]:
-        """Ids of one document, without a begin and with an end."""
-        # the length that a model allows is no limit of a text
-        ids = self._tokenizer(text.decode(), add_special_tokens=False, verbose=False)["input_ids"]
-        end = self._tokenizer.eos_token_id
-        return [*ids, 0 if end is None else end]
-
-
-def is_pretrained(path: Path) -> bool:
-    """Whether a path is a folder that transformers saved, or a .gguf file."""
-    return (path.is_dir() and (path / CONFIG).is_file()) or (path.is_file() and path.suffix == GGUF)
-
-
-def load_pretrained(path: Path, dtype: torch.dtype) -> tuple[PretrainedModel, PretrainedTokenizer]:
-    """The model and its tokenizer; nothing is downloaded, and no code of the folder runs.
+        model: A folder that transformers saved, a name that it can load, or a `.gguf` file.
+        dtype: Of the weights.
 
     Raises:
-        ModuleNotFoundError: transformers is absent, or the package gguf that it reads such files with.
-        ValueError: It cannot be loaded.
+        ValueError: It cannot be read, or a package is missing that reads it.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path} needs transformers: pip install 'lightning_lighthouse[hf]'") from None
-    folder, file = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    settings: dict[str, Any] = {"local_files_only": True, **file}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{path} cannot be read: {shown(' '.join(str(error).split()), 240)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is no model that transformers loads: {shown(' '.join(str(error).split()), 240)}"
-        ) from None
-    return PretrainedModel(model.eval()), PretrainedTokenizer(tokenizer)
+        config = read_config(model)
+        # any attention that the family has: nothing need be routed
+        loaded = read_weights(model, config, dtype, attention=None)
+        tokenizer = read_tokenizer(model)
+    except SettingError as error:
+        # a model that is broken is no wrong setting
+        raise ValueError(str(error)) from None
+    return PretrainedModel(loaded.eval()), None if tokenizer is None else PretrainedTokenizer(tokenizer)

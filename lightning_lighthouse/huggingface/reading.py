@@ -1,6 +1,7 @@
 """Models as transformers keeps them: a folder, a name that it can load, or a GGUF file.
 
-transformers is imported when the first one is read; what is wrong with a model is said in one line.
+The only file that reads them, for training, export and evaluation alike. transformers is imported when the first one is
+read; no code of a model's folder is run; what is wrong with a model is said in one line.
 """
 
 from __future__ import annotations
@@ -11,11 +12,25 @@ from typing import Any
 
 import torch
 
-from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.checks import SettingError, quoted, shown
 
-GGUF = ".gguf"
+CONFIG, GGUF = "config.json", ".gguf"
 # The attention that is routed
 ATTENTION = "sdpa"
+# One of these is in each folder that has a tokenizer
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+KINDS = f"a folder, a name that transformers can load or a {GGUF} file"
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a folder that transformers saved, or a `.gguf` file."""
+    return (path / CONFIG).is_file() or (path.suffix == GGUF and path.is_file())
+
+
+def is_name(model: str) -> bool:
+    """Whether `model` can only be a name that transformers may know, as "owner/model": nothing lies there."""
+    is_plain = not model.startswith((".", "/", "~")) and model.count("/") <= 1 and bool(model)
+    return is_plain and not Path(model).exists() and not model.endswith((GGUF, ".pt", ".ckpt", ".yaml", ".json"))
 
 
 def read_config(model: str) -> Any:
@@ -27,38 +42,42 @@ def read_config(model: str) -> Any:
     Raises:
         SettingError: There is no such model, a package is missing, or it is no language model.
     """
+    place, options = _located(model)
     from transformers import AutoConfig
 
-    place, options = _located(model)
     try:
         config = AutoConfig.from_pretrained(place, **options)
     # whatever transformers, its hub and their parsers raise
     except Exception as error:
-        raise SettingError(f"model {quoted(model)} cannot be read: {_line(error)}") from None
+        what = "is nothing here, and as a name it cannot be read" if is_name(model) else "cannot be read"
+        raise SettingError(f"model {quoted(model)} {what}: {_line(error)}") from None
     if hasattr(config, "quantization_config"):
         # the weights are read as floats, and saved as such
         del config.quantization_config
     return config
 
 
-def read_weights(model: str, config: Any, dtype: torch.dtype) -> Any:
+def read_weights(model: str, config: Any, dtype: torch.dtype, attention: str | None = ATTENTION) -> Any:
     """The model with its weights, on the CPU, whatever the default device is.
 
     Args:
         model: As in `read_config`.
         config: What to make of it: that of `read_config`, perhaps changed.
         dtype: Of the weights.
+        attention: transformers' name of its implementation; None: transformers chooses.
 
     Raises:
         SettingError: They cannot be read, or some are missing.
     """
+    place, options = _located(model)
     from transformers import AutoModelForCausalLM
 
-    place, options = _located(model)
+    if attention is not None:
+        options["attn_implementation"] = attention
     try:
         with torch.device("cpu"):
             read: Any = AutoModelForCausalLM.from_pretrained(
-                place, config=config, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True, **options
+                place, config=config, dtype=dtype, output_loading_info=True, **options
             )
     except Exception as error:
         raise SettingError(f"the weights of {quoted(model)} cannot be read: {_line(error)}") from None
@@ -74,16 +93,40 @@ def read_tokenizer(model: str) -> Any:
 
     Args:
         model: As in `read_config`.
+
+    Raises:
+        SettingError: It cannot be read.
     """
+    place, options = _located(model)
     from transformers import AutoTokenizer
 
-    place, options = _located(model)
-    if not options and Path(place).is_dir() and not list(Path(place).glob("tokenizer*")):
+    folder = Path(place)
+    is_bare = "gguf_file" not in options and folder.is_dir()
+    if is_bare and not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
         return None
     try:
         return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise SettingError(f"the tokenizer of {quoted(model)} cannot be read: {_line(error)}") from None
+
+
+def read_generation(model: str) -> Any:
+    """What a model's folder says of generating with it, such as all tokens that end a text; None where it says nothing.
+
+    Args:
+        model: As in `read_config`.
+    """
+    place, options = _located(model)
+    from transformers import GenerationConfig
+
+    if "gguf_file" in options:
+        return None
+    options.pop("trust_remote_code")
+    try:
+        return GenerationConfig.from_pretrained(place, **options)
+    except (OSError, ValueError):
+        # most base models have none
+        return None
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -113,24 +156,28 @@ def materialized(config: Any, dtype: torch.dtype) -> Any:
 def _located(model: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is told."""
     if find_spec("transformers") is None:
-        raise SettingError("models of transformers need the package: pip install transformers")
-    path = Path(model)
+        raise SettingError(
+            f"model {quoted(model)} needs the package transformers: pip install 'lightning_lighthouse[hf]'"
+        )
+    path, options = Path(model), {"trust_remote_code": False}
     if model.endswith(GGUF):
         if not path.is_file():
-            raise SettingError(f"model must be a folder, a name or a {GGUF} file, got {quoted(model)}: no such file")
+            raise SettingError(f"model must be {KINDS}, got {quoted(model)}: no such file")
         if find_spec("gguf") is None:
-            raise SettingError(f"model {quoted(model)} needs the package that reads such files: pip install gguf")
-        return str(path.parent), {"gguf_file": path.name}
+            raise SettingError(
+                f"model {quoted(model)} needs the package gguf, which reads such files: pip install "
+                "'lightning_lighthouse[gguf]'"
+            )
+        return str(path.parent), {**options, "gguf_file": path.name, "local_files_only": True}
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SettingError(f"model {quoted(model)} is a folder without config.json: no model of transformers")
-        return model, {"local_files_only": True}
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise SettingError(f"model must be a folder, a name or a {GGUF} file, got {quoted(model)}: no such folder")
-    return model, {}
+        if not (path / CONFIG).is_file():
+            raise SettingError(f"model {quoted(model)} is a folder without {CONFIG}: no model of transformers")
+        return model, {**options, "local_files_only": True}
+    if not is_name(model):
+        raise SettingError(f"model must be {KINDS}, got {quoted(model)}: no such folder")
+    return model, dict(options)
 
 
 def _line(error: Exception) -> str:
-    """The first sentence of what was raised."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    """What was raised, in one line of bearable length."""
+    return shown(" ".join(str(error).split()), 300)

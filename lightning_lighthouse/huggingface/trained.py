@@ -18,7 +18,15 @@ from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.data.settings import BYTES
 from lightning_lighthouse.huggingface.decoder import HuggingFaceDecoder
 from lightning_lighthouse.huggingface.llama import byte_tokenizer, llama_of
-from lightning_lighthouse.huggingface.reading import GGUF, materialized, read_config, read_tokenizer, read_weights
+from lightning_lighthouse.huggingface.reading import (
+    is_model,
+    is_name,
+    materialized,
+    read_config,
+    read_generation,
+    read_tokenizer,
+    read_weights,
+)
 from lightning_lighthouse.model.decoder import Decoder
 from lightning_lighthouse.runs import sharded
 from lightning_lighthouse.runs.final_weights import FINAL
@@ -55,18 +63,16 @@ def load_trained(path: Path, recipe: Path | None = None) -> Trained:
     """Read what a training left.
 
     Args:
-        path: The folder of a run, a checkpoint of Lightning, a sharded one, `final.pt`, a folder of transformers, or a
-            `.gguf` file.
+        path: The folder of a run, a checkpoint of Lightning, a sharded one, `final.pt`, a folder of transformers, a
+            name that it can load, or a `.gguf` file.
         recipe: The run's; None: the `config.yaml` beside the weights, or above them.
 
     Raises:
         ValueError: It holds no such model, or not the one of the recipe.
         FileNotFoundError: There is nothing.
     """
-    if path.suffix == GGUF or (path / "config.json").is_file():
-        config = read_config(str(path))
-        dtype = getattr(config, "dtype", None) or torch.float32
-        return Trained(read_weights(str(path), config, dtype).eval(), read_tokenizer(str(path)), path)
+    if is_model(path) or is_name(str(path)):
+        return _untrained(path)
     weights = _weights_in(path)
     told = _recipe_of(weights, recipe)
     state = _state_of(weights)
@@ -78,8 +84,16 @@ def load_trained(path: Path, recipe: Path | None = None) -> Trained:
         model = materialized(module.config, next(iter(state.values())).dtype)
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
         tokenizer = read_tokenizer(module.hparams["model"])
+        model.generation_config = read_generation(module.hparams["model"]) or model.generation_config
     report = next((file for file in (parent / REPORT for parent in _above(weights)) if file.is_file()), None)
     return Trained(model.eval(), tokenizer, weights, told, {} if report is None else json.loads(report.read_bytes()))
+
+
+def _untrained(path: Path) -> Trained:
+    """A model that no run of ours made, in the type of its weights."""
+    config = read_config(str(path))
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return Trained(read_weights(str(path), config, dtype).eval(), read_tokenizer(str(path)), path)
 
 
 def _weights_in(path: Path) -> Path:

@@ -143,7 +143,7 @@ def test_a_model_of_transformers_is_evaluated_as_it_is(tmp_path, monkeypatch, to
     # a model of which a file is missing
     Path("model/model.safetensors").unlink()
     assert cli.main(["evaluate", "model", "--text", "books.txt"]) == 1
-    assert capsys.readouterr().err.startswith("lighthouse: model is no model that transformers loads: ")
+    assert capsys.readouterr().err.startswith("lighthouse: the weights of 'model' cannot be read: ")
 
 
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):

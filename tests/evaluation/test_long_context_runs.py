@@ -66,7 +66,7 @@ def smollm2():
     pytest.importorskip("gguf")
     from lightning_lighthouse.huggingface.pretrained import load_pretrained
 
-    model, tokenizer = load_pretrained(file, torch.float32)
+    model, tokenizer = load_pretrained(str(file), torch.float32)
     # English prose that no download brings: the licence, the readme and the pages of this package
     root = HELPERS.parent.parent
     pages = [root / "LICENSE", root / "README.md", *sorted((root / "docs").rglob("*.md"))]

@@ -208,7 +208,7 @@ def test_without_the_package_that_reads_gguf_it_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         "lightning_lighthouse.huggingface.reading.find_spec", lambda name: None if name == "gguf" else 1
     )
-    with pytest.raises(SettingError, match="pip install gguf"):
+    with pytest.raises(SettingError, match=r"needs the package gguf.*pip install 'lightning_lighthouse\[gguf\]'"):
         HuggingFaceDecoder(str(tmp_path / "file.gguf"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained import VOCABULARY, draw_tokens, save_model
+from pretrained import RUN, VOCABULARY, draw_tokens, save_tokenizer, train_run
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -22,50 +22,16 @@ from lightning_lighthouse.huggingface.export import export
 from lightning_lighthouse.huggingface.llama import byte_tokenizer
 from lightning_lighthouse.huggingface.trained import load_trained
 
-RUN = Path("runs/recipe/version_0")
-TRAINER = "trainer: {accelerator: cpu, max_steps: 3, enable_progress_bar: false, limit_val_batches: 1}\n"
-DATA = """\
-data:
-  init_args: {seq_len: 64, source: text.txt, validation_source: text.txt, num_workers: 0TOKENIZER}
-lighthouse: {switch_at: 0.5, attention: {num_levels: 2, pooling_factor: 2, top_k: 8}}
-"""
-DECODER = """\
-model: {init_args: {num_layers: 2, dim: 48, num_heads: 4, num_kv_heads: 2, ffn_dim: 40, learning_rate: 0.1}}
-"""
-PRETRAINED = """\
-model:
-  class_path: lightning_lighthouse.huggingface.HuggingFaceDecoder
-  init_args: {model: base, rope_theta: 500000.0, learning_rate: 0.01, warmup_steps: 0}
-"""
-WORDS = ["the", "same", "text", "over", "and", "over", "again", "until", "it", "is", "known", "by", "heart"]
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: number for number, word in enumerate([*WORDS, "<unk>", "</s>"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder each with a run of our decoder, and of a pretrained model that reaches 40 positions."""
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, model in (("decoder", DECODER), ("pretrained", PRETRAINED)):
+        for name in ("decoder", "pretrained"):
             folders[name] = tmp_path_factory.mktemp(name)
             patch.chdir(folders[name])
-            Path("text.txt").write_text(" ".join(WORDS * 60))
-            tokenizer = ""
-            if name == "pretrained":
-                save_model(Path("base"), max_position_embeddings=40)
-                save_tokenizer(Path("base"))
-                tokenizer = ", tokenizer: base"
-            Path("recipe.yaml").write_text(TRAINER + DATA.replace("TOKENIZER", tokenizer) + model)
-            assert cli.main(["fit", "-c", "recipe.yaml"]) == 0
+            train_run(name)
     return folders
 
 
