@@ -85,7 +85,7 @@ def read_weights(model: str, config: Any, dtype: torch.dtype, attention: str | N
     missing = sorted(report["missing_keys"])
     if missing:
         raise SettingError(f"{quoted(model)} lacks {len(missing)} of its weights, the first one {missing[0]}")
-    return loaded
+    return _as_floats(loaded)
 
 
 def read_tokenizer(model: str) -> Any:
@@ -176,6 +176,15 @@ def _located(model: str) -> tuple[str, dict[str, Any]]:
     if not is_name(model):
         raise SettingError(f"model must be {KINDS}, got {quoted(model)}: no such folder")
     return model, dict(options)
+
+
+def _as_floats(model: Any) -> Any:
+    """Without what transformers keeps of a GGUF file's own types: it would refuse to save the model."""
+    for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+    return model
 
 
 def _line(error: Exception) -> str:

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gguf_file import save_gguf
 from pretrained import RUN, WORDS, load_model, save_model, save_tokenizer, train_run
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.data.tokenizers import load_tokenizer
 from lightning_lighthouse.huggingface.reading import is_name
+from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
 from lightning_lighthouse.runs.evaluation_record import read_evaluations
 
 PROMPT, ANSWER = "the same text over and", " over again"
@@ -154,6 +158,22 @@ def test_what_may_be_a_name(folder: Path, model: str, expected: bool) -> None:
     assert is_name(model) == expected
     (folder / "gpt2").mkdir()
     assert not is_name("gpt2")
+
+
+def test_a_gguf_file_and_the_folder_it_is_exported_to_are_one_model(folder: Path, capsys: Any) -> None:
+    pytest.importorskip("gguf")
+    file = save_gguf(folder / "tiny.gguf")
+    text = ["--text", "words.txt", "--lengths", "64", "--accelerator", "cpu"]
+    assert cli.main(["evaluate", file, *ASKED, *text, "--output", "file"]) == 0
+    assert cli.main(["export", file, "out"]) == 0
+    assert cli.main(["evaluate", "out", *ASKED, *text, "--output", "folder"]) == 0
+    assert task_of(folder / "folder") == task_of(folder / "file")
+    # nothing is left of the file's own types, and its tokenizer is one for the data
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+    assert list(load_tokenizer("out").encode(b"the t\xc3\xa9")) == [257, 32, 116, 195, 169, 258]
+    check_tokenizer("out", file)
+    with pytest.raises(SettingError, match=r"lighthouse export MODEL FOLDER makes one of a name or a \.gguf file"):
+        check_tokenizer("bytes", file)
 
 
 @pytest.mark.slow
