@@ -173,11 +173,16 @@ class LighthouseCLI(LightningCLI):
             return
         files, flags = split(arguments)
         checker = Checker(self._parser(command), trusted_only=self.trusted_only)
+        usual = {group: checker.classes[group] for group in ("model", "data")}
         good: dict[str, Any] = {}
         for file in files:
             _merge(good, checker.recipe(read(file)))
         for key, text in flags:
             _merge(good, checker.flag(key, text))
+        for group, cls in checker.classes.items():
+            # another class than the usual one has its own defaults, also of arguments that both have
+            if group in usual and cls is not usual[group]:
+                self._parser(command).set_defaults({group: {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
         printing = [argument for argument in arguments if argument.startswith("--print_config")]
         if not printing:
             checker.missing()

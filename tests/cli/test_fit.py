@@ -30,6 +30,17 @@ def test_fit_leaves_its_config_and_two_checkpoints():
     assert cli.main(["check", str(run / "config.yaml")]) == 0
 
 
+@pytest.mark.parametrize("how", ["file", "flags"])
+def test_another_class_has_its_own_defaults_of_arguments_that_ours_have_too(capsys, how):
+    classes = {"model": "cli_parts.Alike", "data": "cli_parts.AlikeData"}
+    Path("other.yaml").write_text(yaml.safe_dump({group: {"class_path": path} for group, path in classes.items()}))
+    flags = [item for group, path in classes.items() for item in (f"--{group}", path)]
+    assert cli.main(["fit", *(flags if how == "flags" else ["-c", "other.yaml"]), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"] == {"learning_rate": 7.0}
+    assert printed["data"]["init_args"] == {"seq_len": 7}
+
+
 def test_last_and_auto_continue_the_newest_run(capsys):
     assert cli.main(["fit", "-c", "recipe.yaml", "--ckpt_path", "auto"]) == 0
     assert cli.main(["fit", "-c", "recipe.yaml"]) == 0

@@ -76,6 +76,20 @@ class Data(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
+class Alike(Model):
+    """Has an argument that Decoder has too."""
+
+    def __init__(self, learning_rate: float = 7.0) -> None:
+        super().__init__()
+
+
+class AlikeData(Data):
+    """Has an argument that LighthouseRecipe has too."""
+
+    def __init__(self, seq_len: int = 7) -> None:
+        super().__init__(4)
+
+
 class Sentences(LightningDataModule):
     """Sequences that the foreign module learns."""
 
