@@ -103,7 +103,9 @@ class HuggingFaceDecoder(LanguageModel):
             for parameter in frozen:
                 parameter.requires_grad_(False)
         if self.hparams["activation_checkpointing"]:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # renamed in transformers 5
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return model.train()
 
     def setup(self, stage: str) -> None:

@@ -150,7 +150,10 @@ def materialized(config: Any, dtype: torch.dtype) -> Any:
     from transformers.initialization import no_init_weights
 
     with torch.device("cpu"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    # left out with the drawing: a tied output layer would be saved a second time
+    model.tie_weights()
+    return model
 
 
 def _located(model: str) -> tuple[str, dict[str, Any]]:

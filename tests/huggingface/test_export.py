@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained import RUN, VOCABULARY, draw_tokens, save_tokenizer, train_run
+import yaml
+from pretrained import RUN, VOCABULARY, draw_tokens, save_model, save_tokenizer, train_run
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
 from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.huggingface import HuggingFaceDecoder
 from lightning_lighthouse.huggingface.export import export
 from lightning_lighthouse.huggingface.llama import byte_tokenizer
 from lightning_lighthouse.huggingface.trained import load_trained
@@ -44,9 +46,6 @@ def name(request: pytest.FixtureRequest, runs: dict[str, Path], monkeypatch: pyt
 
 def module_logits(name: str, tokens: torch.Tensor) -> torch.Tensor:
     """Those of the LightningModule itself, with the run's final weights."""
-    import yaml
-
-    from lightning_lighthouse.huggingface import HuggingFaceDecoder
     from lightning_lighthouse.model import Decoder
 
     settings = yaml.safe_load((RUN / "config.yaml").read_text())["model"]["init_args"]
@@ -122,6 +121,25 @@ def test_a_sharded_checkpoint_is_gathered(
     shutil.copy(RUN / "config.yaml", "runs/sharded/config.yaml")
     gathered = load_trained(folder).model.state_dict()
     assert all(torch.equal(value, gathered[key.removeprefix("model.")]) for key, value in state.items())
+
+
+def test_tied_weights_are_written_once_and_what_the_base_says_of_generating_is_kept(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import GenerationConfig
+
+    base = save_model(tmp_path / "base", tie_word_embeddings=True)
+    GenerationConfig(eos_token_id=[3, 7], temperature=0.6, do_sample=True).save_pretrained(base)
+    module = HuggingFaceDecoder(base)
+    module.configure_model()
+    (tmp_path / "run").mkdir()
+    torch.save(module.state_dict(), tmp_path / "run" / "final.pt")
+    recipe = {"model": {"class_path": "lightning_lighthouse.huggingface.HuggingFaceDecoder"}}
+    recipe["model"]["init_args"] = {"model": base, "activation_checkpointing": True}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(recipe))
+    out = export(load_trained(tmp_path / "run"), tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == load_file(Path(base) / "model.safetensors").keys()
+    kept = json.loads((out / "generation_config.json").read_text())
+    assert (kept["eos_token_id"], kept["temperature"]) == ([3, 7], 0.6)
 
 
 def test_the_readme_says_how_it_was_trained(name: str, tmp_path: Path) -> None:
