@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 import yaml
 from places import RECIPES
+from pretrained import WORDS, save_model, save_tokenizer
 
 from lightning_lighthouse.cli import commands as cli
+from lightning_lighthouse.cli.fit import MODEL
 
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
 # Recipes that stand alone; the others are laid over one of them
@@ -23,6 +26,25 @@ COMMENT = re.compile(r"\(type: .+, default: (.+)\)$")
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def models(path: Path) -> dict:
+    """The settings of a recipe's model."""
+    return yaml.safe_load(path.read_text()).get("model", {})
+
+
+def is_pretrained(path: Path) -> bool:
+    return models(path).get("class_path", "").endswith("HuggingFaceDecoder")
+
+
+@pytest.fixture
+def base(request, folder):
+    """The folder of the pretrained model that a recipe names, where it names one: a tiny one."""
+    path = request.getfixturevalue("path")
+    if is_pretrained(path):
+        pytest.importorskip("transformers", reason="needs the extra hf")
+        save_model(Path(models(path)["init_args"]["model"]))
+        save_tokenizer(Path(models(path)["init_args"]["model"]))
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -65,18 +87,20 @@ def lookup(config: dict, key: str) -> object:
 
 
 def test_there_are_recipes():
-    assert {"quickstart", "books-32k-1gpu", "paper-98k-1gpu", "dense"} <= set(names(SHIPPED))
+    extended = {"extend-smollm2-64k-1gpu", "extend-llama-98k"}
+    assert {"quickstart", "books-32k-1gpu", "paper-98k-1gpu", "dense", *extended} <= set(names(SHIPPED))
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=names(COMPLETE))
 @pytest.mark.parametrize("overlay", [[], ["dense"]], ids=["alone", "dense"])
-def test_a_recipe_is_right(capsys, path, overlay):
+def test_a_recipe_is_right(capsys, path, overlay, base):
+    capsys.readouterr()
     layers = [str(path), *(str(RECIPES / f"{name}.yaml") for name in overlay)]
     assert cli.main(["check", *layers, "--data.source", "text.jsonl"]) == 0
     assert capsys.readouterr() == ("ok\n", "")
 
 
-@pytest.mark.parametrize("name", ["books-32k-1gpu", "paper-98k-1gpu"])
+@pytest.mark.parametrize("name", ["books-32k-1gpu", "paper-98k-1gpu", "extend-smollm2-64k-1gpu", "extend-llama-98k"])
 def test_text_that_only_the_user_has_is_asked_for(capsys, name):
     path = RECIPES / f"{name}.yaml"
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if text.strip() == "source: ???")
@@ -97,7 +121,8 @@ def test_every_key_is_explained_with_its_type_and_its_true_default(capsys, path)
     assert values == leaves(yaml.safe_load(text))
     assert all(comment for _, comment, _ in explained)
 
-    defaults = resolved(capsys)
+    # another class has its own defaults
+    defaults = resolved(capsys, *(["--model", models(path)["class_path"]] if is_pretrained(path) else []))
     for key, comment, value in explained:
         if value is None:
             continue
@@ -106,6 +131,11 @@ def test_every_key_is_explained_with_its_type_and_its_true_default(capsys, path)
         # YAML 1.1 takes 2e-3 for text, jsonargparse for a number
         stated = yaml.safe_load(match[1])
         default = lookup(defaults, key)
+        if match[1] == "none, it is required":
+            assert default is None
+            continue
+        if key == "model.class_path":
+            default = MODEL
         assert stated == default or float(stated) == default, key
 
 
@@ -126,6 +156,29 @@ def test_a_validation_falls_on_the_switch_and_on_the_end(path):
     assert switch_step % trainer["val_check_interval"] == 0
     assert trainer["max_steps"] % trainer["val_check_interval"] == 0
     assert trainer["check_val_every_n_epoch"] is None
+
+
+@pytest.mark.parametrize("path", [path for path in COMPLETE if is_pretrained(path)], ids=lambda path: path.stem)
+def test_a_recipe_extends_a_model_and_hands_it_back(path, base):
+    from transformers import AutoModelForCausalLM
+
+    Path("text.txt").write_text(" ".join(WORDS * 400))
+    small = ["--data.source", "text.txt", "--data.validation_source", "text.txt", "--data.seq_len", "256"]
+    small += ["--data.num_workers", "0", "--lighthouse.window", "64", "--model.compile", "false"]
+    # the recipe's own theta lets 160 positions reach so far
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "1", "--trainer.accelerator", "cpu"]
+    short += ["--trainer.limit_val_batches", "1", "--trainer.enable_progress_bar", "false"]
+    assert cli.main(["fit", "-c", str(path), *small, *short]) == 0
+    run = Path("runs") / path.stem / "version_0"
+    phases = json.loads((run / "lighthouse.json").read_text())["phases"]
+    assert {name: phase["steps"] for name, phase in phases.items()} == {
+        "window 64 (4 sinks) \u00d73 + lighthouse": 3,
+        "dense": 1,
+    }
+    assert cli.main(["export", str(run), "out"]) == 0
+    config = AutoModelForCausalLM.from_pretrained("out").config
+    assert config.rope_parameters["rope_theta"] == models(path)["init_args"]["rope_theta"]
+    assert config.max_position_embeddings == 256
 
 
 def test_the_dense_overlay_changes_nothing_but_attention(capsys):
