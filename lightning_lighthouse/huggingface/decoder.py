@@ -48,6 +48,7 @@ class HuggingFaceDecoder(LanguageModel):
         compile: Compile each block with torch.compile; worth it on a GPU.
         activation_checkpointing: Compute every block again in the backward pass, to save memory.
         freeze: Patterns of parameter names that are not trained, such as "*embed_tokens*".
+        restart_positions: Rotate by the position within the document, not within the sequence.
 
     Raises:
         ValueError: A value is out of range, the model cannot be read, or its positions do not reach so far.
@@ -71,6 +72,7 @@ class HuggingFaceDecoder(LanguageModel):
         compile: bool = False,
         activation_checkpointing: bool = False,
         freeze: Sequence[str] = (),
+        restart_positions: bool = False,
     ) -> None:
         super().__init__()
         check_type("precision", precision, Literal["float32", "bfloat16", "float16"])
@@ -120,21 +122,30 @@ class HuggingFaceDecoder(LanguageModel):
         """Scores of the next token: `[B, N] -> [B, N, V]`, all of them in memory."""
         return logits_of(self.model, self.hidden(tokens))
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The last hidden states: `[B, N] -> [B, N, W]`."""
-        states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The last hidden states: `[B, N] -> [B, N, W]`.
+
+        Args:
+            tokens: `[B, N]`.
+            positions: `[B, N]`, of each token; None: from 0 on.
+        """
+        told = {} if positions is None else {"position_ids": positions}
+        states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False, **told).last_hidden_state
         return states
 
     def loss(self, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
         """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
         tokens = tokens_of(batch)
-        targets = tokens[:, 1:]
-        sums = [recompute(self._chunk_loss, x, y, "sum") for x, y in self._chunks(self.hidden(tokens[:, :-1]), targets)]
+        self.look_for_documents(batch)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        x_BNW = self.hidden(inputs, self.positions(batch, inputs))
+        sums = [recompute(self._chunk_loss, x, y, "sum") for x, y in self._chunks(x_BNW, targets)]
         return torch.stack(sums).sum() / targets.numel()
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
-        parts = [self._chunk_loss(x, y, "none") for x, y in self._chunks(self.hidden(inputs), targets)]
+        x_BNW = self.hidden(inputs, self.positions_set(inputs))
+        parts = [self._chunk_loss(x, y, "none") for x, y in self._chunks(x_BNW, targets)]
         return torch.cat(parts).view_as(targets)
 
     def next_token_logits(self, inputs: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
 from lightning_lighthouse.model.network import (
     PRESETS,
@@ -25,9 +24,6 @@ from lightning_lighthouse.model.network import (
     rotary_tables,
     rotary_tables_at,
 )
-from lightning_lighthouse.routing.given_documents import read_documents
-from lightning_lighthouse.routing.layers import scope_of
-from lightning_lighthouse.routing.packing import PackingCheck, said_of_documents
 
 
 class Decoder(LanguageModel):
@@ -105,7 +101,6 @@ class Decoder(LanguageModel):
         self.blocks = nn.ModuleList(Block(self.shape) for _ in range(self.shape.num_layers))
         self.head = Head(self.shape.dim, vocab_size)
         self._initialize()
-        self._packing = PackingCheck()
 
     @property
     def num_vocabulary(self) -> int:
@@ -151,51 +146,16 @@ class Decoder(LanguageModel):
             ValueError: The batch holds no such tokens, or packs documents and nobody keeps attention inside them.
         """
         tokens = tokens_of(batch)
-        # neither a patch nor a callback was told what to do
-        if not said_of_documents(self):
-            self._packing.look(batch)
-        x_BNW = self.hidden(tokens[:, :-1], self._positions(batch, tokens[:, :-1]))
+        self.look_for_documents(batch)
+        x_BNW = self.hidden(tokens[:, :-1], self.positions(batch, tokens[:, :-1]))
         return chunked_loss(self.head, x_BNW, tokens[:, 1:], self.hparams["loss_chunk"])
-
-    def documents(self, batch: Mapping[str, Any] | Tensor) -> Documents | None:
-        """Where the documents of the N tokens lie that are read; None where the batch does not say it."""
-        if not isinstance(batch, Mapping):
-            return None
-        documents = read_documents(batch)
-        is_whole = documents is not None and documents.num_tokens == tokens_of(batch).shape[1]
-        return documents.drop_last() if documents is not None and is_whole else documents
-
-    def _positions(self, batch: Mapping[str, Any] | Tensor, inputs: Tensor) -> Tensor | None:
-        """The positions of the tokens within their documents, or None where they do not restart."""
-        if not self.hparams["restart_positions"]:
-            return None
-        if isinstance(batch, Mapping) and "positions" in batch:
-            return batch["positions"][:, : inputs.shape[1]]
-        documents = self.documents(batch)
-        if documents is None:
-            raise ValueError(
-                "restart_positions=True, but the batch holds no documents: add them, as LighthouseRecipe does with "
-                "document_ids=True"
-            )
-        return documents.position_ids(inputs.device)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` and others ask for."""
         chunk = self.hparams["loss_chunk"]
-        # there is no batch here: those that attention stays inside
-        documents = self._documents_set() if self.hparams["restart_positions"] else None
-        x_BNW = self.hidden(inputs, None if documents is None else documents.position_ids(inputs.device))
+        x_BNW = self.hidden(inputs, self.positions_set(inputs))
         chunks = zip(x_BNW.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
         return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
-
-    def _keeps_documents(self) -> bool:
-        """Whether a callback keeps attention inside documents: windows, and the reference, then leave a graph."""
-        callbacks = getattr(self._trainer, "callbacks", ())
-        return any(getattr(callback, "documents", False) is True for callback in callbacks)
-
-    def _documents_set(self) -> Documents | None:
-        scopes = map(scope_of, self.modules())
-        return next((scope.documents for scope in scopes if scope is not None), None)
 
     def next_token_logits(self, inputs: Tensor) -> Tensor:
         """Scores of the token after the last: `[B, N] -> [B, V]`; what `LongContextEvaluation` asks for."""
@@ -206,7 +166,7 @@ class Decoder(LanguageModel):
         if self.hparams["compile"]:
             for part in [*self.blocks, self.head]:
                 # fixed lengths: the sizes of the pyramid follow from N
-                part.compile(fullgraph=not self._keeps_documents(), dynamic=False)
+                part.compile(fullgraph=not self.keeps_documents(), dynamic=False)
         if self.device_mesh is not None and not any(isinstance(p, DTensor) for p in self.parameters()):
             self._shard(self.device_mesh["data_parallel"])
 

@@ -17,7 +17,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.routing.given_documents import read_documents
+from lightning_lighthouse.routing.layers import scope_of
+from lightning_lighthouse.routing.packing import POSITIONS, PackingCheck, said_of_documents
 
 
 class LanguageModel(pl.LightningModule):
@@ -27,8 +31,10 @@ class LanguageModel(pl.LightningModule):
     The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data module
     has `bytes_per_token`, `val/bits_per_byte`.
 
+    Where a batch holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of N lie.
+
     A derived class keeps `learning_rate`, `betas`, `eps`, `weight_decay`, `warmup_steps`, `schedule`, `decay_fraction`
-    and `loss_chunk` in its `hparams`, checked by `check_hyperparameters`.
+    and `loss_chunk` in its `hparams`, checked by `check_hyperparameters`, and `restart_positions`.
     """
 
     def __init__(self) -> None:
@@ -37,6 +43,7 @@ class LanguageModel(pl.LightningModule):
         # a NaN loss must show; torchmetrics' "disable" would ignore the weights
         self.nats_per_token = MeanMetric(nan_strategy=math.nan)
         self.bits_per_byte = MeanMetric(nan_strategy=math.nan)
+        self._packing = PackingCheck()
 
     def check_hyperparameters(self) -> None:
         """Raise ValueError for the first one that is out of range."""
@@ -101,6 +108,47 @@ class LanguageModel(pl.LightningModule):
         if self.bytes_per_token is not None:
             self.bits_per_byte.update(loss / (math.log(2) * self.bytes_per_token), num_tokens)
             self.log(f"{stage}/bits_per_byte", self.bits_per_byte)
+
+    def look_for_documents(self, batch: Mapping[str, Any] | Tensor) -> None:
+        """Refuse a batch that packs documents where neither a patch nor a callback was told what to do."""
+        if not said_of_documents(self):
+            self._packing.look(batch)
+
+    def documents(self, batch: Mapping[str, Any] | Tensor) -> Documents | None:
+        """Where the documents of the N tokens lie that are read; None where the batch does not say it."""
+        if not isinstance(batch, Mapping):
+            return None
+        documents = read_documents(batch)
+        is_whole = documents is not None and documents.num_tokens == tokens_of(batch).shape[1]
+        return documents.drop_last() if documents is not None and is_whole else documents
+
+    def positions(self, batch: Mapping[str, Any] | Tensor, inputs: Tensor) -> Tensor | None:
+        """The positions of the tokens within their documents, or None where they do not restart."""
+        if not self.hparams["restart_positions"]:
+            return None
+        for name in ("positions", POSITIONS):
+            if isinstance(batch, Mapping) and name in batch:
+                return batch[name][:, : inputs.shape[1]]
+        documents = self.documents(batch)
+        if documents is None:
+            raise ValueError(
+                "restart_positions=True, but the batch holds no documents: add them, as LighthouseRecipe does with "
+                "document_ids=True"
+            )
+        return documents.position_ids(inputs.device)
+
+    def keeps_documents(self) -> bool:
+        """Whether a callback keeps attention inside documents: windows, and the reference, then leave a graph."""
+        callbacks = getattr(self._trainer, "callbacks", ())
+        return any(getattr(callback, "documents", False) is True for callback in callbacks)
+
+    def positions_set(self, inputs: Tensor) -> Tensor | None:
+        """The same where there is no batch: within the documents that attention stays inside."""
+        if not self.hparams["restart_positions"]:
+            return None
+        scopes = map(scope_of, self.modules())
+        documents = next((scope.documents for scope in scopes if scope is not None), None)
+        return None if documents is None else documents.position_ids(inputs.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with weight decay on the matrices, and the schedule, a step at a time; what is frozen has none."""

@@ -157,6 +157,11 @@ def crossing(reason: str, layer: nn.Module | None) -> str:
     advice = remedy(reason, layer) if layer is not None else REMEDIES.get(reason, "")
     # documents are set already
     advice = IN_DOCUMENTS.get(reason, advice)
+    if reason == MASK and layer is not None and (size := own_window(layer) or own_chunk(layer)):
+        advice = (
+            f"it sees {size} tokens back by a mask of its own, which knows no documents: train such a model on "
+            "sequences of one document, or within its windows, or across documents with documents='ignore'"
+        )
     return f"{name_of(layer)} would attend across documents: {reason}" + (f"; {advice}" if advice else "")
 
 

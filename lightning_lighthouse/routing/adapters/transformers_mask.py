@@ -150,11 +150,17 @@ def _covers_whole_sequence(settings: dict[str, Any]) -> bool:
         and q_length == settings.get("kv_length")
         and not isinstance(q_offset, Tensor)
         and q_offset == 0
-        and settings.get("local_size") is None
+        and _sees_all(settings)
         and not settings.get("use_vmap", False)
         and "allow_is_bidirectional_skip" not in settings
         and not _asks_for_a_mask(settings)
     )
+
+
+def _sees_all(settings: dict[str, Any]) -> bool:
+    """Whether no window or chunk of the layer's own is shorter than the sequence."""
+    size = settings.get("local_size")
+    return size is None or size >= settings["kv_length"]
 
 
 def _asks_for_a_mask(settings: dict[str, Any]) -> bool:
