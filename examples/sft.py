@@ -23,7 +23,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from lightning_lighthouse import LighthouseTrainerCallback
+from lightning_lighthouse import LighthouseConfig, LighthouseTrainerCallback
+
+# Three layers see 512 tokens and the first four, on which pretrained models rest; the fourth one sees all, compressed
+LAYERS = {"layer_types": ["window", "window", "window", "lighthouse"], "window": 512, "sink_tokens": 4}
+# A model that was trained dense is thrown off by the sum of several levels
+ATTENTION = LighthouseConfig(combine="mean")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=[],
     )
     # used with `with`, the callback restores the model after an error too
-    with LighthouseTrainerCallback(switch_at=asked.switch_at, documents=True) as callback:
+    with LighthouseTrainerCallback(asked.switch_at, ATTENTION, documents=True, **LAYERS) as callback:
         trainer = SFTTrainer(
             # "sdpa" is what can be routed
             AutoModelForCausalLM.from_pretrained(asked.model, attn_implementation="sdpa", dtype=torch.float32),

@@ -26,10 +26,12 @@ from transformers import (
     default_data_collator,
 )
 
-from lightning_lighthouse import LighthouseTrainerCallback
+from lightning_lighthouse import LighthouseConfig, LighthouseTrainerCallback
 
 # Three layers see 512 tokens and the first four, on which pretrained models rest; the fourth one sees all, compressed
 LAYERS = {"layer_types": ["window", "window", "window", "lighthouse"], "window": 512, "sink_tokens": 4}
+# A model that was trained dense is thrown off by the sum of several levels
+ATTENTION = LighthouseConfig(combine="mean")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=[],
     )
     # used with `with`, the callback restores the model after an error too
-    with LighthouseTrainerCallback(switch_at=asked.switch_at, **LAYERS) as callback:
+    with LighthouseTrainerCallback(switch_at=asked.switch_at, attention=ATTENTION, **LAYERS) as callback:
         trainer = Trainer(
             load_model(asked.model, asked.length, asked.rope_theta),
             arguments,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lighthouse.checks import SettingError, check_type, quoted
+from lightning_lighthouse.huggingface.fused_loss import LossBackend, check_installed, fused_loss, is_fused
 from lightning_lighthouse.huggingface.head import check_head, logits_of
 from lightning_lighthouse.huggingface.reading import empty_model, read_config, read_weights
 from lightning_lighthouse.huggingface.rope import extend_positions
@@ -45,6 +46,8 @@ class HuggingFaceDecoder(LanguageModel):
             towards 0.
         decay_fraction: Fraction of all steps that "wsd" decays over.
         loss_chunk: Tokens whose logits are in memory at a time; computed again in the backward pass.
+        loss_backend: What computes the training loss without the logits of all tokens. "chunked": this package.
+            "liger": liger-kernel's fused linear cross-entropy, on CUDA. "auto": the latter where it is installed.
         compile: Compile each block with torch.compile; worth it on a GPU.
         activation_checkpointing: Compute every block again in the backward pass, to save memory.
         freeze: Patterns of parameter names that are not trained, such as "*embed_tokens*".
@@ -69,6 +72,7 @@ class HuggingFaceDecoder(LanguageModel):
         schedule: Literal["constant", "wsd"] = "constant",
         decay_fraction: float = 0.2,
         loss_chunk: int = 4096,
+        loss_backend: LossBackend = "auto",
         compile: bool = False,
         activation_checkpointing: bool = False,
         freeze: Sequence[str] = (),
@@ -76,6 +80,8 @@ class HuggingFaceDecoder(LanguageModel):
     ) -> None:
         super().__init__()
         check_type("precision", precision, Literal["float32", "bfloat16", "float16"])
+        check_type("loss_backend", loss_backend, LossBackend)
+        check_installed(loss_backend)
         check("freeze", freeze, not isinstance(freeze, str), "a list of patterns")
         if sequence_length is not None:
             check("sequence_length", sequence_length, sequence_length >= 1, "at least 1")
@@ -139,6 +145,9 @@ class HuggingFaceDecoder(LanguageModel):
         self.look_for_documents(batch)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         x_BNW = self.hidden(inputs, self.positions(batch, inputs))
+        # without gradients there is nothing to gain by making them
+        if torch.is_grad_enabled() and is_fused(self.hparams["loss_backend"], x_BNW.device):
+            return fused_loss(self.model, x_BNW.flatten(0, 1), targets.flatten()) / targets.numel()
         sums = [recompute(self._chunk_loss, x, y, "sum") for x, y in self._chunks(x_BNW, targets)]
         return torch.stack(sums).sum() / targets.numel()
 

@@ -18,18 +18,23 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     Its output layer, and the few things that families do behind it, which their configs name.
     """
     logits: Tensor = model.get_output_embeddings()(hidden)
+    scale, cap = scale_of(model), cap_of(model)
+    if scale != 1:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def scale_of(model: Any) -> float:
+    """What the output of the last layer is multiplied by: Cohere and Granite have such factors."""
     config = model.config.get_text_config()
-    if getattr(config, "logit_scale", None) is not None:
-        # Cohere
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None) is not None:
-        # Granite
-        logits = logits / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        # Gemma
-        cap = config.final_logit_softcapping
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    multiplier, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    return float((1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor))
+
+
+def cap_of(model: Any) -> float | None:
+    """What bounds the logits, by a tanh: Gemma 2 has such a cap."""
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
 
 
 @torch.no_grad()
