@@ -1,6 +1,6 @@
 """A training of a saved model over one process or two: `pretrained_run.py FOLDER OUTPUT PROCESSES`.
 
-Writes the final weights and the training losses to OUTPUT.
+Writes the final weights and the training losses to OUTPUT, and a checkpoint to OUTPUT.ckpt: by two processes a folder.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Recorded(HuggingFaceDecoder):
     def on_train_end(self) -> None:
         # every process takes part
         self.final = _gather_weights(self)
+        self.trainer.save_checkpoint(f"{output}.ckpt")
 
 
 if __name__ == "__main__":

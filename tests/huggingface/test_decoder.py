@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from lightning_lighthouse.checks import SettingError
 pytest.importorskip("transformers", reason="needs the extra hf")
 
 from lightning_lighthouse.huggingface import HuggingFaceDecoder
+from lightning_lighthouse.huggingface.export import export
+from lightning_lighthouse.huggingface.trained import load_trained
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -278,3 +281,15 @@ def test_two_processes_that_share_it_train_as_one(tmp_path: Path, tied: bool) ->
     assert one["weights"].keys() == two["weights"].keys()
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-4, msg=name)
+    # what each left is handed back as the model that it is, the folder of two processes too
+    init_args = {"model": folder, "rope_theta": 5e5}
+    recipe = {"class_path": "lightning_lighthouse.huggingface.HuggingFaceDecoder", "init_args": init_args}
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": recipe}))
+    assert (tmp_path / "2.pt.ckpt" / ".metadata").is_file()
+    for number, result in zip((1, 2), results, strict=True):
+        exported = export(load_trained(tmp_path / f"{number}.pt.ckpt"), tmp_path / f"out{number}")
+        loaded = load_model(str(exported))
+        assert loaded.config.rope_parameters["rope_theta"] == 5e5
+        state = loaded.state_dict()
+        assert state.keys() == {name.removeprefix("model.") for name in result["weights"]}
+        assert all(torch.equal(state[name.removeprefix("model.")], value) for name, value in result["weights"].items())
