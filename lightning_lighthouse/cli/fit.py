@@ -276,11 +276,13 @@ class LighthouseCLI(LightningCLI):
         """Refuse before any text is read what the model would refuse once the data is prepared."""
         if not isinstance(self.model, LanguageModel):
             return
-        num_tokens = None
+        can_tell = False
         # what is wrong with a tokenizer or a manifest is said where the data is looked at
         with suppress(OSError, ImportError, ValueError):
-            num_tokens = getattr(self.datamodule, "vocab_size", None)
-        self.model.check_vocabulary(num_tokens)
+            getattr(self.datamodule, "vocab_size", None)
+            can_tell = True
+        if can_tell:
+            self.model.check_data(self.datamodule)
 
     def _run_subcommand(self, subcommand: str) -> None:
         # also where neither the data nor the callbacks are ours

@@ -116,10 +116,9 @@ class HuggingFaceDecoder(LanguageModel):
             enable({"use_reentrant": False})
         return model.train()
 
-    def setup(self, stage: str) -> None:
-        """Refuse data whose tokens are not the model's."""
-        super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+    def check_data(self, data: Any) -> None:
+        """Refuse data whose tokens are not the model's: more of them, or another tokenizer's. Raises SettingError."""
+        super().check_data(data)
         given = getattr(data, "tokenizer", None)
         if isinstance(given, str):
             check_tokenizer(given, self.hparams["model"], getattr(data, "end_of_document", None))

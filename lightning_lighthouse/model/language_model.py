@@ -77,8 +77,12 @@ class LanguageModel(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Ask the data module for its vocabulary, and refuse one too large; and for the bytes of a token."""
         data = getattr(self.trainer, "datamodule", None)
-        self.check_vocabulary(getattr(data, "vocab_size", None))
+        self.check_data(data)
         self.bytes_per_token = getattr(data, "bytes_per_token", None)
+
+    def check_data(self, data: Any) -> None:
+        """Refuse a data module, if it is one, whose tokens are not the model's. Raises SettingError."""
+        self.check_vocabulary(getattr(data, "vocab_size", None))
 
     def check_vocabulary(self, needed: int | None) -> None:
         """Refuse data of more tokens than the model has; None: unknown. Raises SettingError."""

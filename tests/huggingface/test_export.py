@@ -269,3 +269,7 @@ def test_the_data_of_another_tokenizer_is_refused(runs: dict[str, Path], monkeyp
     assert cli.main(["fit", "-c", "recipe.yaml", "--data.tokenizer", "other", "--data.output_dir", "others"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "tokenizer must be that of the model, got 'other', which makes other tokens than 'base'" in err
+    # before any text is read, and without a training
+    assert not Path("others").exists()
+    assert cli.main(["check", "recipe.yaml", "--data.tokenizer", "other"]) == 2
+    assert "got 'other', which makes other tokens than 'base'" in capsys.readouterr().err
