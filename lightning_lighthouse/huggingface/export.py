@@ -49,6 +49,10 @@ def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Pat
         if trained.tokenizer is not None:
             trained.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(readme(trained))
+        # safetensors writes files that nobody else may read
+        mode = (partial / "README.md").stat().st_mode
+        for file in partial.iterdir():
+            file.chmod(mode)
         if out.exists():
             out.rmdir()
         os.replace(partial, out)

@@ -158,7 +158,14 @@ def test_a_validation_falls_on_the_switch_and_on_the_end(path):
     assert trainer["check_val_every_n_epoch"] is None
 
 
-@pytest.mark.parametrize("path", [path for path in COMPLETE if is_pretrained(path)], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        RECIPES / "extend-smollm2-64k-1gpu.yaml",
+        pytest.param(RECIPES / "extend-llama-98k.yaml", marks=pytest.mark.slow),
+    ],
+    ids=lambda path: path.stem,
+)
 def test_a_recipe_extends_a_model_and_hands_it_back(path, base):
     from transformers import AutoModelForCausalLM
 
