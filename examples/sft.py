@@ -25,7 +25,8 @@ from trl import SFTConfig, SFTTrainer
 
 from lightning_lighthouse import LighthouseConfig, LighthouseTrainerCallback
 
-# Three layers see 512 tokens and the first four, on which pretrained models rest; the fourth one sees all, compressed
+# Three layers see 512 tokens and the first four, on which pretrained models rest; the fourth one sees all, compressed.
+# Windows run once for each conversation: where many short ones share a row, "dense" is faster in their place
 LAYERS = {"layer_types": ["window", "window", "window", "lighthouse"], "window": 512, "sink_tokens": 4}
 # A model that was trained dense is thrown off by the sum of several levels
 ATTENTION = LighthouseConfig(combine="mean")

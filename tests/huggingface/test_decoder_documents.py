@@ -102,7 +102,11 @@ def test_a_layer_with_a_shorter_window_is_refused_in_one_line(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("restart", [False, True], ids=["positions go on", "positions restart"])
-def test_a_training_stays_inside_documents_in_both_phases(tmp_path: Path, restart: bool) -> None:
+def test_a_training_stays_inside_documents_in_both_phases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restart: bool
+) -> None:
+    # what a training leaves goes there
+    monkeypatch.chdir(tmp_path)
     module = made(tmp_path, restart_positions=restart, activation_checkpointing=True, warmup_steps=0)
     callback = LighthouseCallback(switch_at=0.5, attention=CONFIG, documents=True)
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
