@@ -10,17 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-TAG = "evaluation"
-# what the layout says: the tags of one measure share a chart
-LAYOUT = {
-    "Long context": {
-        "loss by position": ["Multiline", [f"{TAG}/loss_by_position/.*"]],
-        "copies": ["Multiline", [f"{TAG}/copies/.*"]],
-        "gain from context": ["Multiline", [f"{TAG}/context_gain/.*"]],
-        "passkey": ["Multiline", [f"{TAG}/passkey/.*"]],
-        "lookups": ["Multiline", [f"{TAG}/lookups/.*"]],
-    }
-}
+from lightning_lighthouse.runs.layout import EVALUATION, long_context_layout
+
 # pixels of a field of the map, and between two
 FIELD, GAP = 24, 2
 # the colours of none found and of all found
@@ -31,17 +22,22 @@ def show(trainer: Trainer, result: Mapping[str, Any]) -> None:
     """The scalars to every logger of a Trainer, the layout and the picture to TensorBoard; every rank calls it."""
     values = scalars(result)
     if "own_mode" in result:
-        values |= scalars(result["own_mode"], f"{TAG}_own_mode")
+        values |= scalars(result["own_mode"], f"{EVALUATION}_own_mode")
+    # LighthouseCallback writes the whole layout of its run, and a second one would take its place
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    phased = any(callback.state_key == "LighthouseCallback" for callback in callbacks)
+    is_laid_out = phased and trainer.state.fn == "fit"
     for logger in trainer.loggers:
         logger.log_metrics(values, result["step"])
         if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-            # TensorBoard shows the newest
-            logger.experiment.add_custom_scalars(LAYOUT)
+            if not is_laid_out:
+                # TensorBoard shows the newest
+                logger.experiment.add_custom_scalars(long_context_layout())
             if result.get("passkey"):
-                logger.experiment.add_image(f"{TAG}/passkey", passkey_image(result["passkey"]), result["step"])
+                logger.experiment.add_image(f"{EVALUATION}/passkey", passkey_image(result["passkey"]), result["step"])
 
 
-def scalars(evaluation: Mapping[str, Any], prefix: str = TAG) -> dict[str, float]:
+def scalars(evaluation: Mapping[str, Any], prefix: str = EVALUATION) -> dict[str, float]:
     """One number for each place, by tag; of the passkey one a length, the mean over the depths."""
     found = {}
     for row in evaluation.get("loss_by_position") or []:

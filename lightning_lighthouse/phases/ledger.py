@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
@@ -32,7 +32,6 @@ class PhaseTotals:
     paced_waiting: float = 0.0
     routed_calls: int = 0
     dense_calls: int = 0
-    _window_start: tuple[int, float] = (0, 0.0)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -52,14 +51,6 @@ class PhaseTotals:
         """Share of the routed layers' calls that stayed dense; None where none was counted, as in a dense phase."""
         calls = self.routed_calls + self.dense_calls
         return self.dense_calls / calls if calls else None
-
-    def window_rate(self) -> float | None:
-        """Tokens per second since the last call; None if no batch was timed since."""
-        tokens, seconds = self._window_start
-        self._window_start = self.paced_tokens, self.paced_seconds
-        if self.paced_seconds <= seconds:
-            return None
-        return (self.paced_tokens - tokens) / (self.paced_seconds - seconds)
 
 
 class Validation(NamedTuple):
@@ -135,7 +126,10 @@ class Ledger:
         """The ledger of a checkpoint; those of version 0.1 knew two phases, and had a key for each."""
         phases = state.get("phases") or {phase: state[phase] for phase in (LIGHTHOUSE, DENSE) if phase in state}
         validations = [Validation(*values) for values in state.get("validations", [])]
-        return cls({phase: PhaseTotals(**totals) for phase, totals in phases.items()}, validations)
+        names = {entry.name for entry in fields(PhaseTotals)}
+        # what an earlier version kept beside them is left out
+        kept = {phase: {name: totals[name] for name in totals if name in names} for phase, totals in phases.items()}
+        return cls({phase: PhaseTotals(**totals) for phase, totals in kept.items()}, validations)
 
     def summary(self, step: int) -> list[str]:
         """The run in a few lines.

@@ -132,8 +132,11 @@ def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) 
         assert settings.window is not None
         return chunk_attention(q, k, v, settings.window, scale=scale, sdpa=config.sdpa, documents=documents)
     # a compiled frame holds nothing of this
-    if not torch.compiler.is_compiling() and scope.audit is not None:
-        scope.audit.spread.add(scope.layer, q, k, config)
+    if not torch.compiler.is_compiling():
+        if scope.audit is not None:
+            scope.audit.spread.add(scope.layer, q, k, config)
+        if scope.spread is not None:
+            scope.spread.add(scope.layer, q, k, config)
     step = scope.step if config.selection == "random" else None
     return lighthouse_attention(q, k, v, config, scale=scale, step=step, documents=documents)
 

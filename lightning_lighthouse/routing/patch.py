@@ -49,8 +49,8 @@ class Patch(Shared):
         self.model = model
         self.targets = targets
         self.scope = Scope(settings)
-        # of all attention layers, the dense ones too
-        self._layers = list(layers)
+        # all attention layers, the dense ones too
+        self.layers = layers
         self._layer_types = dict.fromkeys(targets, LIGHTHOUSE)
         self._missing: dict[str, str] | None = None
         self._statement = statement
@@ -139,6 +139,12 @@ class Patch(Shared):
         """Names of the layers that do not attend densely while the patch is on, those handed back included."""
         return [name for name, layer_type in self._layer_types.items() if layer_type != DENSE]
 
+    @property
+    def attending(self) -> list[str]:
+        """How each attention layer of the model attends now, in their order."""
+        routes = {name: module.__dict__["_lighthouse_route"] for name, module in self.targets.items()}
+        return [routes[name].layer_type if self.is_on and name in routes else DENSE for name in self.layers]
+
     def attend(
         self,
         layer_types: Sequence[str],
@@ -162,8 +168,8 @@ class Patch(Shared):
             TypeError: One has the wrong type.
             ValueError: A type does not exist, or there are more than layers; a value is missing, or used by no type.
         """
-        types = spread_over(check_layer_types(layer_types, window, sink_tokens), len(self._layers))
-        by_name = dict(zip(self._layers, types, strict=True))
+        types = spread_over(check_layer_types(layer_types, window, sink_tokens), len(self.layers))
+        by_name = dict(zip(self.layers, types, strict=True))
         asked = config or self.scope.settings.config
         self.documents.attend(asked, LIGHTHOUSE in types)
         self._layer_types = {name: by_name[name] for name in self.targets}

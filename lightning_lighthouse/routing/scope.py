@@ -17,6 +17,7 @@ from lightning_lighthouse.attention.documents import Documents
 
 if TYPE_CHECKING:
     from lightning_lighthouse.routing.audit import Audit
+    from lightning_lighthouse.routing.score_spread import SpreadMeter
 
 # Those of all patches that are not restored yet.
 scopes: list[Scope] = []
@@ -62,6 +63,8 @@ class Scope(Shared):
         self.with_inference = False
         # Collects notes from the first `on` until the patch is checked.
         self.audit: Audit | None = None
+        # Measures what the scores of a batch have to rank, where somebody asks; eager only.
+        self.spread: SpreadMeter | None = None
         # Those of the batch that runs, until its backward is done; None: a sequence is one.
         self.documents: Documents | None = None
         # Whether a call without them would be a mistake: training under documents=True.

@@ -34,16 +34,12 @@ class ScoreSpread:
 
     def add(self, layer: nn.Module | None, q_BHND: Tensor, k_BGND: Tensor, config: LighthouseConfig) -> None:
         """Measure the first call of `layer`, where its norms are what `config` ranks."""
-        if layer is None or layer in self._flat or not _ranks_norms(config):
-            return
-        # selective checkpointing keeps the results of some operators by their order: none may run in one pass alone
-        if torch._C._len_torch_dispatch_stack() > 0 or not config.pyramid(q_BHND.shape[2]).compresses:
+        if layer is None or layer in self._flat or not _is_measured(q_BHND, config):
             return
         least = LEAST_SPREAD if normalises(layer, q_BHND.shape[3]) else LEAST_SPREAD_WITHOUT_NORMS
-        groups = k_BGND.shape[1]
         with torch.no_grad():
-            q, k = (_level_one(x, groups, config) for x in (q_BHND, k_BGND))
-            self._flat[layer] = ((_variation(q) < least) & (_variation(k) < least)).flatten()
+            q, k = _variations(q_BHND, k_BGND, config)
+            self._flat[layer] = ((q < least) & (k < least)).flatten()
 
     def warning(self, layers: dict[str, nn.Module], config: LighthouseConfig) -> str:
         """One line if more than half of the heads have nothing to rank, else "". Waits for the device.
@@ -73,6 +69,25 @@ class ScoreSpread:
         )
 
 
+class SpreadMeter:
+    """The spread of the scores in one training batch, for a curve of it."""
+
+    def __init__(self) -> None:
+        # of each head of q and of k, on the device: nothing waits for it before `mean`
+        self._found: dict[nn.Module, Tensor] = {}
+
+    def add(self, layer: nn.Module | None, q_BHND: Tensor, k_BGND: Tensor, config: LighthouseConfig) -> None:
+        """Measure the first call of `layer`, where its norms are what `config` ranks."""
+        if layer is None or layer in self._found or not _is_measured(q_BHND, config):
+            return
+        with torch.no_grad():
+            self._found[layer] = torch.stack(_variations(q_BHND, k_BGND, config)).mean()
+
+    def mean(self) -> float | None:
+        """The mean coefficient of variation of the level-1 scores; None where nothing was measured. Waits."""
+        return float(torch.stack(list(self._found.values())).mean()) if self._found else None
+
+
 def normalises(layer: nn.Module, head_dim: int | None) -> bool:
     """Whether an attention module holds norms of q and k, by the names of its modules.
 
@@ -88,6 +103,19 @@ def normalises(layer: nn.Module, head_dim: int | None) -> bool:
 
 def _ranks_norms(config: LighthouseConfig) -> bool:
     return config.scorer == "norm" and config.reads_scores
+
+
+def _is_measured(q_BHND: Tensor, config: LighthouseConfig) -> bool:
+    # selective checkpointing keeps the results of some operators by their order: none may run in one pass alone
+    if not _ranks_norms(config) or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return config.pyramid(q_BHND.shape[2]).compresses
+
+
+def _variations(q_BHND: Tensor, k_BGND: Tensor, config: LighthouseConfig) -> list[Tensor]:
+    """Coefficients of variation of the level-1 scores by q and by k, each `[B, G]`."""
+    groups = k_BGND.shape[1]
+    return [_variation(_level_one(x, groups, config)) for x in (q_BHND, k_BGND)]
 
 
 def _level_one(x_BHND: Tensor, groups: int, config: LighthouseConfig) -> Tensor:

@@ -2,65 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lighthouse.attention.backends import check_backend
-from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.sdpa import sdpa_priority
-from lightning_lighthouse.checks import LighthouseWarning, SettingError
+from lightning_lighthouse.checks import LighthouseWarning
+from lightning_lighthouse.model.peaks import peak_flops
 from lightning_lighthouse.notices import held_notices, say, shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
 from lightning_lighthouse.phases.ledger import PhaseTotals
-from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import PhasePlan, describe_switch
-from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
-from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, RETURN_GROUPS
-from lightning_lighthouse.routing.packing import DocumentsSetting
-from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_recompile
-from lightning_lighthouse.routing.targets import DenseLayers
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.runs.curves import PhaseCurves
 from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary
 from lightning_lighthouse.runs.resume import mend_resume
+from lightning_lighthouse.training.attention_curves import AttentionCurves
 from lightning_lighthouse.training.batch_documents import watched_batches
 from lightning_lighthouse.training.call_counts import CallCounts
 from lightning_lighthouse.training.last_validation import validate_now
 from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients, num_shares
+from lightning_lighthouse.training.patched_model import attend, patched_model
 from lightning_lighthouse.training.rank_watch import watched_ranks
 from lightning_lighthouse.training.rewarm import Rewarm
+from lightning_lighthouse.training.settings import Settings
+from lightning_lighthouse.training.step_curves import StepCurves
 from lightning_lighthouse.training.stopwatch import Stopwatch, count_tokens, timed_fetches
 from lightning_lighthouse.training.switching import apply_rule, describe_start, resolve_plan
-
-
-class Settings(Protocol):
-    """What a fit is told; `LighthouseCallback` describes each."""
-
-    attention: LighthouseConfig
-    dense_layers: DenseLayers
-    select: str | None
-    enabled: bool
-    on_unroutable: Literal["raise", "warn"]
-    allow_return: bool
-    validation_metric: str
-    plateau: PlateauRule | None
-    return_steps: int
-    rewarm_steps: int
-    stop_on_nonfinite: bool
-    hf_assume_causal: bool
-    documents: DocumentsSetting
-
-    @property
-    def all_phases(self) -> Sequence[Phase]:
-        """The phases before the dense one, also where one is given by `switch_at`."""
 
 
 class PhasedFit:
@@ -82,6 +60,7 @@ class PhasedFit:
         self._run = RunState()
         self._patch: Patch | None = None
         self._curves: PhaseCurves | None = None
+        self._steps: StepCurves | None = None
         self._stopwatch = Stopwatch()
         self._rewarm: Rewarm | None = None
         self._guard = FiniteGuard(settings.stop_on_nonfinite)
@@ -119,41 +98,8 @@ class PhasedFit:
         ):
             self._contexts.enter_context(context)
         if settings.enabled:
-            self._patch = self._patched()
+            self._patch = patched_model(settings, module, self._contexts)
         self._contexts.enter_context(watched_batches(trainer, module, settings, self._patch))
-
-    def _patched(self) -> Patch:
-        settings, module, phases = self._settings, self._module, self._settings.all_phases
-        # a frame is compiled once for each type of each phase; one of them, and dense, always had room
-        variants = sum(len(set(phase.layer_types) - {DENSE}) for phase in phases)
-        if room := max(0, variants - 1) + (RETURN_GROUPS if settings.return_steps else 0):
-            self._contexts.enter_context(room_to_recompile(room))
-        try:
-            for phase in phases:
-                check_backend(phase.attention or settings.attention, module.device)
-            patch = patch_attention(
-                module,
-                settings.attention,
-                dense_layers=settings.dense_layers,
-                select=settings.select,
-                hf_assume_causal=settings.hf_assume_causal,
-                documents=settings.documents,
-            )
-            self._contexts.callback(patch.restore)
-            # each once, so that no phase fails when it begins
-            for phase in reversed(phases):
-                self._attend(patch, phase)
-        except ValueError as error:
-            raise SettingError(str(error)) from None
-        return patch
-
-    def _attend(self, patch: Patch, phase: Phase) -> None:
-        patch.attend(
-            phase.layer_types,
-            config=phase.attention or self._settings.attention,
-            window=phase.window,
-            sink_tokens=phase.sink_tokens,
-        )
 
     @property
     def _plan(self) -> PhasePlan | None:
@@ -220,8 +166,15 @@ class PhasedFit:
         for name in names:
             # in the order of the run
             run.ledger.totals(name)
-        self._curves = curves = PhaseCurves(trainer, trainer.global_step, settings.validation_metric, names)
+        device = trainer.strategy.root_device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        metric, step = settings.validation_metric, trainer.global_step
+        self._curves = curves = PhaseCurves(trainer, step, metric, names, knows_peak=peak is not None)
         self._contexts.callback(curves.close)
+        attention = AttentionCurves(
+            trainer, self._module, self._patch, settings.select, keeps_documents=settings.documents is True
+        )
+        self._steps = StepCurves(trainer, curves, attention, peak)
         if self._patch is not None and self._plan is not None:
             layers = [name or type(self._module).__name__ for name in self._patch.targets]
             line = describe_start(trainer, self._plan, settings.plateau, layers, self._details())
@@ -243,6 +196,8 @@ class PhasedFit:
         if self._patch is not None and self._plan is not None:
             self._set_phase(self._patch, self._plan)
         self._step_before = self._step
+        assert self._steps is not None
+        self._steps.begin(batch, self._step, self._phase, self.phase_at(self._step + 1), self._totals)
         self._events.publish(BatchStart(self._step, self._phase))
 
     def _set_phase(self, patch: Patch, plan: PhasePlan) -> None:
@@ -256,7 +211,7 @@ class PhasedFit:
             patch.dense()
             return
         if number != self._attending:
-            self._attend(patch, self._settings.all_phases[number])
+            attend(patch, self._settings.all_phases[number], self._settings)
             self._attending = number
         patch.set_step(self._step)
         patch.on()
@@ -274,9 +229,11 @@ class PhasedFit:
         if self._step > 0:
             self._events.publish(Switch(self._step, self._phase, before))
         assert self._curves is not None
-        self._curves.meet(before)
+        assert self._steps is not None
+        self._steps.meet(before)
         free_gradients(self._trainer)
         if self._step > 0:
+            self._curves.mark_switch(plan.names[number], self._step)
             self._say(describe_switch(plan, number))
             self._restart_spike_detection()
 
@@ -289,13 +246,15 @@ class PhasedFit:
         self._guard.check(self._trainer, self._module, optimizer, self._phase)
         if self._rewarm is not None:
             self._rewarm.on_closure_end(optimizer)
+        if self._steps is not None:
+            self._steps.before_step(optimizer)
 
     def end_batch(self, batch: Any, outputs: Any) -> None:
         """Leave the phase until the next batch; audit the first routed one; write the curves."""
         self.leave_phase()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         # a batch that training_step passes over has routed nothing
-        assert self._curves is not None
+        assert self._steps is not None
         trainer, totals = self._trainer, self._totals
         if self._patch is not None and (self._patch.has_run or loss is not None):
             if self._phase != DENSE:
@@ -305,14 +264,17 @@ class PhasedFit:
         if isinstance(loss, Tensor):
             # Lightning hands out the part of the loss that this batch adds to an accumulated step
             scale = trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
-            self._curves.add_loss(loss * scale)
+            self._steps.add_loss(loss * scale)
         steps_done = trainer.global_step - self._step
         self._mid_step = steps_done == 0
         next_phase = self._plan.name(trainer.global_step) if self._plan else DENSE
         if steps_done:
-            self._curves.step_done(trainer, self._step, self._phase, next_phase, totals)
+            self._steps.read(next_phase, totals)
         totals.steps += steps_done
         self._stopwatch.stop(totals, self._phase, count_tokens(batch) * num_shares(trainer))
+        self._steps.add_time(totals, steps_done)
+        if steps_done:
+            self._steps.write()
         self._events.publish(BatchEnd(trainer.global_step, self._phase, next_phase))
 
     def begin_validation(self) -> None:
@@ -369,7 +331,7 @@ class PhasedFit:
 
     def close(self) -> None:
         """Restore the model, and whatever else this fit changed. Harmless at any time."""
-        self._patch = self._curves = self._rewarm = None
+        self._patch = self._curves = self._steps = self._rewarm = None
         # the last entered goes first, and each goes, also if another fails, as a writer does on a full disk
         self._contexts.close()
 

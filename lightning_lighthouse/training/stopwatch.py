@@ -85,15 +85,21 @@ TOKEN_NAMES = ("tokens", "input_ids")
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: the elements of its token ids, 0 if it has none.
+    """Tokens of a batch: the elements of its token ids, 0 if it has none."""
+    ids = token_ids(batch)
+    return 0 if ids is None else ids.numel()
 
-    These go by name, as keys or attributes; without such a name they are the largest integer tensor of at most two
+
+def token_ids(batch: Any) -> Tensor | None:
+    """The token ids of a batch, None if it has none.
+
+    They go by name, as keys or attributes; without such a name they are the largest integer tensor of at most two
     dimensions, beside which masks, positions for each axis and images stand; or of any, if there is no such tensor.
     """
     for name in TOKEN_NAMES:
         named = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
         if isinstance(named, Tensor):
-            return named.numel()
+            return named
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ def count_tokens(batch: Any) -> int:
 
     apply_to_collection(batch, Tensor, note, allow_frozen=True)
     flat = [tensor for tensor in found if tensor.ndim <= 2]
-    return max((tensor.numel() for tensor in flat or found), default=0)
+    return max(flat or found, key=lambda tensor: tensor.numel(), default=None)
 
 
 # what Lightning's training loop calls it when it asks for a batch

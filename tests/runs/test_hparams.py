@@ -29,7 +29,7 @@ def rows(folder):
     asked, request = RequestContext(), api_pb2.ListSessionGroupsRequest(slice_size=100)
     request.allowed_statuses.extend([api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING, api_pb2.STATUS_SUCCESS])
     experiment = get_experiment.Handler(asked, backend, "", api_pb2.GetExperimentRequest()).run()
-    assert [info.name.tag for info in experiment.metric_infos] == ["hparams/val/loss"]
+    assert [info.name.tag for info in experiment.metric_infos] == ["val_hparams/val/loss"]
     groups = list_session_groups.Handler(asked, backend, "", request).run()
     found = {}
     for group in groups.session_groups:
@@ -72,7 +72,7 @@ def test_a_run_is_a_row_with_its_validation_loss(tmp_path):
     assert settings["lighthouse/switch_step"] == 6
     assert settings["lighthouse/top_k"] == 8
     assert settings["lighthouse/enabled"] is True
-    step, loss = metrics["hparams/val/loss"]
+    step, loss = metrics["val_hparams/val/loss"]
     assert step == 10
     assert loss == pytest.approx(sum(model.validation_losses[-2:]) / 2, rel=1e-5)
 
@@ -81,7 +81,7 @@ def test_the_baseline_is_a_row_too(tmp_path):
     fit(tmp_path, [LighthouseCallback(0.6, CONFIG, enabled=False)])
     settings, metrics = rows(tmp_path)["one/dense"]
     assert settings == {"lighthouse/enabled": False}
-    assert "hparams/val/loss" in metrics
+    assert "val_hparams/val/loss" in metrics
 
 
 @pytest.mark.filterwarnings("ignore:Lighthouse. the switch to dense")
@@ -101,6 +101,6 @@ def test_a_changed_switch_is_a_new_row(tmp_path):
     assert sorted(table) == ["one/dense", "one/dense/from_step_4"]
     old, new = (table[name] for name in sorted(table))
     assert (old[0]["lighthouse/switch_step"], new[0]["lighthouse/switch_step"]) == (6, 8)
-    assert new[1]["hparams/val/loss"][0] == 10
+    assert new[1]["val_hparams/val/loss"][0] == 10
     # one file of events from each of the two fits
     assert len(list((tmp_path / "one/dense/from_step_4").iterdir())) == 2
