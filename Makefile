@@ -2,15 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-LOG := runs/quickstart
 
 .PHONY: train test test-slow lint docs clean
 
 train: .venv/installed
 	$(BIN)/lighthouse fit -c recipes/quickstart.yaml
-	@echo
-	@echo "Curves and checkpoints: $(LOG)"
-	@echo "Look at the curves:     $(BIN)/tensorboard --logdir $(LOG)"
 
 # a worker a core, each with one thread: torch's threads would wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_lighthouse.attention.layer_types import DENSE, in_words
 from lightning_lighthouse.checks import warn
@@ -33,7 +32,7 @@ from lightning_lighthouse.evaluation.samples import enough
 from lightning_lighthouse.huggingface.pretrained import load_pretrained
 from lightning_lighthouse.huggingface.reading import is_model, is_name
 from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer, check_tokenizer
-from lightning_lighthouse.notices import quiet_lightning, shown_notices
+from lightning_lighthouse.notices import progress_bar, quiet_lightning, shown_notices
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
 from lightning_lighthouse.runs.final_weights import FINAL
@@ -367,7 +366,7 @@ def _refused_as_usage() -> Iterator[None]:
 @contextmanager
 def _progress(evaluation: LongContextEvaluation) -> Iterator[None]:
     """Show how many of all samples are done."""
-    with tqdm(desc="evaluate", unit=" samples", dynamic_ncols=True, disable=None) as bar:
+    with progress_bar("Evaluating", unit=" samples") as bar:
 
         def step(total: int) -> None:
             bar.total = total

@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.data.manifest import INDEX, FileRecord, Manifest
+from lightning_lighthouse.notices import progress_bar
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
@@ -66,7 +66,7 @@ def verify(folder: Path) -> Iterator[str]:
         ValueError: The manifest is damaged.
     """
     files = Manifest.load(folder).files
-    with byte_bar("Verifying", sum(record.bytes for record in files.values())) as bar:
+    with progress_bar("Verifying", sum(record.bytes for record in files.values())) as bar:
         for name, record in files.items():
             path = folder / name
             if not path.is_file():
@@ -76,13 +76,6 @@ def verify(folder: Path) -> Iterator[str]:
             elif (found := sha256_of_file(path)) != record.sha256:
                 yield f"{path} has sha256 {found}, expected {record.sha256}"
             bar.update(record.bytes)
-
-
-def byte_bar(description: str, total: int) -> Any:
-    """A progress bar over `total` bytes, silent where the output is no terminal."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def _check_chunks(index: Path, manifest: Manifest) -> None:

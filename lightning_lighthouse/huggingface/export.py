@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import torch
 
 from lightning_lighthouse.checks import shown
 from lightning_lighthouse.huggingface.trained import Trained
+from lightning_lighthouse.notices import progress_bar
 
 SHARD = "5GB"
 # beside the weights there are a config, a tokenizer, and what the file system wants
 MARGIN = 50 * 2**20
+# from one look at what is written to the next
+LOOK_SECONDS = 0.2
 
 
 def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Path:
@@ -45,7 +51,8 @@ def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Pat
         raise OSError(f"{out} needs {needed / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} GiB left")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        model.save_pretrained(partial, max_shard_size=SHARD)
+        with progress_bar(f"Exporting to {out}", needed - MARGIN) as bar, _growth(partial, bar.update):
+            model.save_pretrained(partial, max_shard_size=SHARD)
         if trained.tokenizer is not None:
             trained.tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(readme(trained))
@@ -59,6 +66,34 @@ def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Pat
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+@contextmanager
+def _growth(folder: Path, grown: Callable[[int], object]) -> Iterator[None]:
+    """Tell, while something writes to a folder, and once more at its end, how many bytes it has grown by."""
+    is_written = threading.Event()
+    known = 0
+
+    def look() -> None:
+        nonlocal known
+        # what is there now may be renamed before it is asked for its size
+        sizes = [os.path.getsize(path) for path in folder.glob("*") if path.exists()]
+        grown(max(0, sum(sizes) - known))
+        known = max(known, sum(sizes))
+
+    def watch() -> None:
+        while not is_written.wait(LOOK_SECONDS):
+            with suppress(OSError):
+                look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_written.set()
+        watcher.join()
+    look()
 
 
 def readme(trained: Trained) -> str:

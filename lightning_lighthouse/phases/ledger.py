@@ -39,12 +39,30 @@ class PhaseTotals:
         return self.paced_tokens / self.paced_seconds if self.paced_seconds > 0 else None
 
     @property
+    def seconds_per_step(self) -> float | None:
+        """Of an optimizer step, compilation left out where tokens are counted; None before a step was timed."""
+        if not self.steps or not self.seconds:
+            return None
+        rate = self.tokens_per_second
+        return self.tokens / self.steps / rate if rate else self.seconds / self.steps
+
+    @property
     def waiting_share(self) -> float | None:
         """Share of the timed batches' time that the process waited for data; None before a batch was timed.
 
         A GPU that still has work meanwhile loses less.
         """
         return self.paced_waiting / self.paced_seconds if self.paced_seconds > 0 else None
+
+    @property
+    def in_words(self) -> str:
+        """Time, steps and speed, and what was lost of it."""
+        words = [f"{self.steps} steps"]
+        if self.tokens_per_second is not None:
+            words += [f"{self.tokens_per_second:,.0f} tokens/s", f"{self.waiting_share:.1%} of it waiting for data"]
+        if self.dense_share:
+            words.append(f"{self.dense_share:.1%} of the attention calls stayed dense")
+        return f"{self.seconds:.1f} s ({', '.join(words)})"
 
     @property
     def dense_share(self) -> float | None:
@@ -132,29 +150,19 @@ class Ledger:
         return cls({phase: PhaseTotals(**totals) for phase, totals in kept.items()}, validations)
 
     def summary(self, step: int) -> list[str]:
-        """The run in a few lines.
+        """The run in two lines: dense validation losses, and time by phase.
 
         Args:
             step: Optimizer steps done at its end.
         """
-        lines = []
-        width = max((len(phase) for phase in self.phases), default=0)
-        for phase, totals in self.phases.items():
-            if totals.steps:
-                rate, waiting = totals.tokens_per_second, totals.waiting_share
-                pace = "" if rate is None else f", {rate:,.0f} tokens/s, {waiting:.1%} of the time waiting for data"
-                share = totals.dense_share
-                stayed = f", {share:.1%} of the attention calls stayed dense" if share else ""
-                line = f"{phase:<{max(width, 10)}} {totals.steps:>7} steps {totals.seconds:>9.1f} s{pace}"
-                lines.append(line + stayed)
-        validations = {
-            "last before the switch": self.before_switch,
-            "first after the switch": self.after_switch,
-            "final": self.last_validation,
-        }
-        for name, validation in validations.items():
-            if validation is not None:
-                lines.append(f"dense validation loss, {name}: {validation.loss:.4f} (step {validation.step})")
+        found = [(self.before_switch, "before the switch"), (self.after_switch, "after it"), (self.last_validation, "")]
+        # the first of the dense phase may be the last of all
+        shown = [
+            (what, where) for what, where in found if what is not None and (what != self.last_validation or not where)
+        ]
+        losses = [f"{what.loss:.4f} {where or 'at the end'} (step {what.step})" for what, where in shown]
         if self.last_validation is not None and self.last_validation.step != step:
-            lines[-1] += f"; the final weights are those of step {step}"
-        return lines
+            losses[-1] += f"; the final weights are those of step {step}"
+        lines = [f"dense validation loss: {', '.join(losses)}"] if losses else []
+        times = [f"{phase} {totals.in_words}" for phase, totals in self.phases.items() if totals.steps]
+        return [*lines, *([f"training time: {', '.join(times)}"] if times else [])]

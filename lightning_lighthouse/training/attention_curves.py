@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW
+from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW, spread_over
 from lightning_lighthouse.model.flops import (
     AttentionSize,
     attention_size,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_lighthouse.phases.ledger import PhaseTotals
+    from lightning_lighthouse.phases.phase import Phase
     from lightning_lighthouse.routing.patch import Patch
 
 
@@ -61,6 +64,8 @@ class AttentionCurves:
         self._meter: SpreadMeter | None = None
         # by what each layer does, and how many tokens it sees
         self._known: dict[Any, tuple[float, float]] = {}
+        # by the name of a phase, at a length
+        self._costs: tuple[int, dict[str, float]] | None = None
         # of the phase, when the last point was read
         self._calls = (0, 0)
 
@@ -102,6 +107,28 @@ class AttentionCurves:
             both = [train_flops_per_token(self._num_parameters, sizes, compared) for compared in (pairs, dense)]
             self._known[key] = both[0], both[1]
         return self._known[key]
+
+    def costs(self, names: Sequence[str], phases: Sequence[Phase], config: LighthouseConfig) -> dict[str, float] | None:
+        """FLOPs of a token by the name of each phase, dense too; None where they are not known.
+
+        Args:
+            names: Of the phases, the dense one last.
+            phases: Those before it.
+            config: Of those that have none of their own.
+        """
+        if self._sizes is None or self._patch is None or not self._num_tokens:
+            return None
+        if self._costs is None or self._costs[0] != self._num_tokens:
+            layers, count = self._patch.layers, self._num_tokens
+            found = {DENSE: train_flops_per_token(self._num_parameters, self._sizes, [float(count)] * len(layers))}
+            for name, phase in zip(names, phases, strict=False):
+                told = phase.attention or config, phase.window, phase.sink_tokens
+                types = zip(layers, spread_over(phase.layer_types, len(layers)), strict=True)
+                kinds = [kind if layer in self._patch.targets else DENSE for layer, kind in types]
+                pairs = [pairs_per_token(kind, count, *told) for kind in kinds]
+                found[name] = train_flops_per_token(self._num_parameters, self._sizes, pairs)
+            self._costs = count, found
+        return self._costs[1]
 
     def values(self, totals: PhaseTotals) -> dict[str, float]:
         """What a point shows; nothing in a dense baseline."""

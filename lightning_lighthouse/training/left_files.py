@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lighthouse.checks import LighthouseWarning
+from lightning_lighthouse.runs.ending import where_things_are
 from lightning_lighthouse.runs.final_weights import is_sharded, write_final
 from lightning_lighthouse.runs.record import write_report
 from lightning_lighthouse.runs.run_folder import run_folder
@@ -44,7 +45,8 @@ class LeftFiles:
         folder = self._report(plan, ledger)
         wrapped = self._trainer.strategy.model
         if wrapped is not None and is_sharded(wrapped):
-            rank_zero_info(f"Lighthouse: final weights: {write_final(self._trainer, wrapped, folder)}")
+            write_final(self._trainer, wrapped, folder)
+            self._say_where(folder)
         else:
             self._folder = folder
 
@@ -59,8 +61,12 @@ class LeftFiles:
     def write_weights(self) -> None:
         """Write the final weights after the hooks that may change them last: averages, the module's own."""
         if self._folder is not None:
-            path = write_final(self._trainer, self._module, self._folder)
-            rank_zero_info(f"Lighthouse: final weights: {path}")
+            write_final(self._trainer, self._module, self._folder)
+            self._say_where(self._folder)
+
+    def _say_where(self, folder: str) -> None:
+        lines = where_things_are(self._trainer, folder)
+        rank_zero_info("\n".join(f"Lighthouse: {line}" for line in lines))
 
     def _report(self, plan: PhasePlan | None, ledger: Ledger) -> str:
         folder = run_folder(self._trainer)

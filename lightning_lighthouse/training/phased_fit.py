@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients, num_shares
 from lightning_lighthouse.training.patched_model import attend, patched_model
+from lightning_lighthouse.training.progress import Progress, shown_progress
 from lightning_lighthouse.training.rank_watch import watched_ranks
 from lightning_lighthouse.training.rewarm import Rewarm
 from lightning_lighthouse.training.settings import Settings
@@ -61,6 +63,7 @@ class PhasedFit:
         self._patch: Patch | None = None
         self._curves: PhaseCurves | None = None
         self._steps: StepCurves | None = None
+        self._progress: Progress | None = None
         self._stopwatch = Stopwatch()
         self._rewarm: Rewarm | None = None
         self._guard = FiniteGuard(settings.stop_on_nonfinite)
@@ -97,6 +100,8 @@ class PhasedFit:
             timed_fetches(trainer.profiler, lambda seconds: self._stopwatch.fetched(seconds)),  # type: ignore[attr-defined]
         ):
             self._contexts.enter_context(context)
+        items = lambda: {} if self._progress is None else self._progress.items()  # noqa: E731
+        self._logs_lines = self._contexts.enter_context(shown_progress(trainer, items))
         if settings.enabled:
             self._patch = patched_model(settings, module, self._contexts)
         self._contexts.enter_context(watched_batches(trainer, module, settings, self._patch))
@@ -174,7 +179,11 @@ class PhasedFit:
         attention = AttentionCurves(
             trainer, self._module, self._patch, settings.select, keeps_documents=settings.documents is True
         )
-        self._steps = StepCurves(trainer, curves, attention, peak)
+        self._steps = steps = StepCurves(trainer, curves, attention, peak)
+        costs = partial(attention.costs, names, settings.all_phases, settings.attention)
+        self._progress = Progress(trainer, run, lambda: self._plan, lambda: steps.newest, costs)
+        if self._logs_lines:
+            self._contexts.callback(self._events.subscribe(BatchEnd, self._progress.tell))
         if self._patch is not None and self._plan is not None:
             layers = [name or type(self._module).__name__ for name in self._patch.targets]
             line = describe_start(trainer, self._plan, settings.plateau, layers, self._details())
@@ -331,7 +340,7 @@ class PhasedFit:
 
     def close(self) -> None:
         """Restore the model, and whatever else this fit changed. Harmless at any time."""
-        self._patch = self._curves = self._steps = self._rewarm = None
+        self._patch = self._curves = self._steps = self._progress = self._rewarm = None
         # the last entered goes first, and each goes, also if another fails, as a writer does on a full disk
         self._contexts.close()
 

@@ -73,6 +73,8 @@ class StepCurves:
         self, trainer: Trainer, curves: PhaseCurves, attention: AttentionCurves, peak: float | None = None
     ) -> None:
         self._trainer, self._curves, self._attention, self._peak = trainer, curves, attention, peak
+        # the newest value of each curve, for whoever shows how far the run is
+        self.newest: dict[str, float] = {}
         self._step, self._phase = 0, ""
         self._is_due = False
         # the phase whose curves get a point beside the next one
@@ -105,6 +107,7 @@ class StepCurves:
         if phase != self._phase:
             self._window, self._counted = Window(), _times(totals)
             self._attention.start_phase(totals)
+            self.newest.pop(TOKENS_PER_SECOND, None)
         self._step, self._phase = step, phase
         self._attention.begin(batch, self._is_due)
 
@@ -171,6 +174,7 @@ class StepCurves:
         if not self._is_due:
             return
         values = self._values | self._speed()
+        self.newest |= values
         self._window = Window()
         self._curves.scalars(self._phase, self._step, values)
         if meets and self._step > 0:

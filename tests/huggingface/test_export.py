@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 
 from lightning_lighthouse.cli import commands as cli
 from lightning_lighthouse.huggingface import HuggingFaceDecoder
-from lightning_lighthouse.huggingface.export import export
+from lightning_lighthouse.huggingface.export import _growth, export
 from lightning_lighthouse.huggingface.llama import byte_tokenizer
 from lightning_lighthouse.huggingface.trained import load_trained
 
@@ -275,3 +276,16 @@ def test_the_data_of_another_tokenizer_is_refused(runs: dict[str, Path], monkeyp
     assert not Path("others").exists()
     assert cli.main(["check", "recipe.yaml", "--data.tokenizer", "other"]) == 2
     assert "got 'other', which makes other tokens than 'base'" in capsys.readouterr().err
+
+
+def test_the_growth_of_a_folder_is_told_to_the_last_byte(tmp_path: Path) -> None:
+    told: list[int] = []
+    with _growth(tmp_path / "out", told.append):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_bytes(bytes(1000))
+        deadline = time.monotonic() + 10
+        while sum(told) < 1000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sum(told) == 1000
+        (tmp_path / "out" / "b").write_bytes(bytes(234))
+    assert sum(told) == 1234

@@ -481,7 +481,7 @@ def test_the_summary_frames_the_switch(tmp_path, caplog):
     ledger = callback._run.ledger
     assert tuple(ledger.totals(phase).steps for phase in ("lighthouse", "dense")) == (8, 4)
     assert (ledger.before_switch[0], ledger.after_switch[0], ledger.last_validation[0]) == (6, 9, 12)
-    for words in ("lighthouse       8 steps", "last before the switch", "first after the switch", "final.pt"):
+    for words in ("(8 steps, ", "before the switch (step 6)", "after it (step 9)", "at the end (step 12)", "final.pt"):
         assert words in caplog.text
 
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_lighthouse.data.integrity import byte_bar
 from lightning_lighthouse.data.preparing.sources import Document, find_files, read_documents
 from lightning_lighthouse.data.preparing.token_folder import is_token_folder, read_token_documents, token_files
 from lightning_lighthouse.data.tokenizers import ByteTokenizer, Tokenizer
 from lightning_lighthouse.data.workers import leave_signals_to, worker_context
+from lightning_lighthouse.notices import progress_bar
 
 # Text that one task hands to a tokenizing process: enough to hide what the hand-over costs
 TASK_BYTES = 2**20
@@ -84,7 +84,7 @@ def tokenize(source: str | None, text_field: str, tokenizer: Tokenizer, processe
 def _documents(source: str | None, text_field: str) -> Iterator[Document]:
     """All documents that are not empty, under a progress bar of the bytes on disk."""
     files = find_files(source)
-    with byte_bar("Preparing", sum(file.stat().st_size for file in files)) as bar:
+    with progress_bar("Preparing", sum(file.stat().st_size for file in files)) as bar:
         for document in read_documents(files, text_field):
             if document.text:
                 yield document
@@ -93,7 +93,7 @@ def _documents(source: str | None, text_field: str) -> Iterator[Document]:
 
 def _stored_tokens(folder: Path, tokenizer: Tokenizer) -> Iterator[Tokenized]:
     """All documents of a litdata folder that are not empty."""
-    with byte_bar("Preparing", sum(file.stat().st_size for file in token_files(folder))) as bar:
+    with progress_bar("Preparing", sum(file.stat().st_size for file in token_files(folder))) as bar:
         for tokens, bytes_read in read_token_documents(folder, tokenizer):
             if tokens.size:
                 yield tokens.size - 1 if isinstance(tokenizer, ByteTokenizer) else 0, tokens
