@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import sys
@@ -13,12 +14,17 @@ from typing import Any
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.runs.comparison import Run, read_last_evaluation, read_report, summarize
 from lightning_lighthouse.runs.evaluation_record import sum_up
+from lightning_lighthouse.runs.loss_curve import Point, loss_curve, plot_curves, write_curves
+from lightning_lighthouse.runs.pictures import require_matplotlib
 from lightning_lighthouse.runs.record import REPORT
+
+CSV = ".csv"
 
 DESCRIPTION = (
     "Compare runs: steps, training seconds, speed, dense validation losses, and the seconds that each needed to reach "
     "the final loss of one of them; and what the last evaluation of long context found, where a run has one. A run "
-    "without a report is left out, with a line that says so."
+    "without a report is left out, with a line that says so. --plot and --csv OUT.csv have the loss over seconds and "
+    "over tokens, with each validation."
 )
 
 
@@ -101,13 +107,52 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _curve(path: str, report: dict[str, Any]) -> list[Point]:
+    """The losses of a run; none, with a line that says why, where its report does not have them."""
+    try:
+        points = loss_curve(report)
+        if not points:
+            raise ValueError("it has no validation")
+        return points
+    except ValueError as error:
+        print(f"lighthouse compare: the curve of {path} is left out: {error}", file=sys.stderr)
+        return []
+
+
+def _draw(arguments: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> None:
+    """The files that were asked for."""
+    curves = {path: points for path, report in reports.items() if (points := _curve(path, report))}
+    if arguments.plot is not None:
+        plot_curves(curves, arguments.plot)
+    if arguments.csv:
+        write_curves(curves, Path(arguments.csv))
+    for path in filter(None, [arguments.plot, arguments.csv]):
+        # the standard output may be the table as CSV
+        print(f"lighthouse compare: {path}", file=sys.stderr)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `lighthouse compare`; returns the exit status."""
     parser = Parser(prog="lighthouse compare", description=DESCRIPTION)
-    parser.add_argument("runs", nargs="+", help=f"log folders of runs, or their {REPORT}")
+    parser.add_argument("runs", nargs="*", help=f"log folders of runs, or their {REPORT}")
     parser.add_argument("--reference", help="the run whose final loss is to be reached (default: the first shown)")
-    parser.add_argument("--csv", action="store_true", help="print comma-separated values instead of a table")
+    parser.add_argument(
+        "--csv",
+        nargs="?",
+        const="",
+        metavar="OUT.csv",
+        help="write every validation's step, seconds, tokens and loss; without a file: print the table that way",
+    )
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the losses; needs matplotlib")
     arguments = parser.parse_args(argv)
+    prints_csv = arguments.csv is not None and not arguments.csv.endswith(CSV)
+    if prints_csv and arguments.csv:
+        # a run that stands behind the flag
+        arguments.runs, arguments.csv = [arguments.csv, *arguments.runs], ""
+    if not arguments.runs:
+        parser.error("the following arguments are required: runs")
+    if arguments.plot is not None:
+        require_matplotlib()
 
     asked = dict.fromkeys([*arguments.runs, *filter(None, [arguments.reference])])
     reports = {path: report for path in asked if (report := _report(path)) is not None}
@@ -117,12 +162,15 @@ def main(argv: Sequence[str]) -> int:
     reference = reports.get(arguments.reference or shown[0])
     loss = summarize("", reference).final_loss if reference is not None else None
     runs = [summarize(path, reports[path], loss, _evaluation(path)) for path in shown]
-    if not arguments.csv:
+    if not prints_csv:
         print(table(runs))
+        _draw(arguments, {path: reports[path] for path in shown})
         return 0
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [field.name for field in fields(Run)])
     writer.writeheader()
     writer.writerows(asdict(run) for run in runs)
     sys.stdout.write(text.getvalue())
+    if arguments.plot is not None:
+        _draw(arguments, {path: reports[path] for path in shown})
     return 0

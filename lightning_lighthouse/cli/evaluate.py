@@ -27,7 +27,7 @@ from lightning_lighthouse.data.preparing.sources import find_files, read_documen
 from lightning_lighthouse.evaluation.long_context import LongContextEvaluation
 from lightning_lighthouse.evaluation.measures import lengths_up_to
 from lightning_lighthouse.evaluation.measuring import MEASURES
-from lightning_lighthouse.evaluation.plots import plot, require_matplotlib
+from lightning_lighthouse.evaluation.plots import plot
 from lightning_lighthouse.evaluation.samples import enough
 from lightning_lighthouse.huggingface.pretrained import load_pretrained
 from lightning_lighthouse.huggingface.reading import is_model, is_name
@@ -36,6 +36,7 @@ from lightning_lighthouse.notices import progress_bar, quiet_lightning, shown_no
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
 from lightning_lighthouse.runs.final_weights import FINAL
+from lightning_lighthouse.runs.pictures import require_matplotlib
 from lightning_lighthouse.runs.record import REPORT
 from lightning_lighthouse.runs.saving import check_writable
 from lightning_lighthouse.runs.sharded import is_sharded_checkpoint, step_of

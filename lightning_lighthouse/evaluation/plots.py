@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lighthouse.evaluation.charts import passkey_table
-from lightning_lighthouse.runs.whole_file import whole_file
+from lightning_lighthouse.runs.pictures import new_figure, save_figure
 
 # of a run with many evaluations, as many lines as can be told apart
 MOST_LINES = 5
-
-
-def require_matplotlib() -> None:
-    """Raise ModuleNotFoundError, with the remedy, where matplotlib is absent."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "--plot needs matplotlib, which is not installed: pip install 'lightning_lighthouse[plots]'"
-        ) from None
 
 
 def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, caption: str = "") -> None:
@@ -36,13 +26,7 @@ def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, caption: str = ""
         ModuleNotFoundError: matplotlib is absent.
         ValueError: There is nothing to draw, or the ending is none that it knows.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    kinds = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"--plot must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}, got {path}")
+    figure = new_figure(path, 9.6, 6.4)
     shown = _chosen(evaluations)
     if not shown:
         raise ValueError(f"{path}: there is no evaluation to draw")
@@ -61,8 +45,7 @@ def plot(evaluations: Sequence[Mapping[str, Any]], path: Path, caption: str = ""
     )
     _passkey_means(axes[1][1], shown)
     figure.suptitle(caption, fontsize=10)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=80, format=path.suffix[1:].lower())
+    save_figure(figure, path)
 
 
 def _chosen(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
