@@ -14,11 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.document_tables import make_tables
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.layer_types import CHUNK, LIGHTHOUSE, WINDOW
 from lightning_lighthouse.routing.own_windows import own_window
 
@@ -98,6 +102,37 @@ def pairs_per_token(
         sinks = sink_tokens if layer_type == WINDOW else 0
         return float(min(window + sinks, num_tokens))
     return float(num_tokens)
+
+
+def pairs_inside(
+    layer_type: str,
+    documents: Documents,
+    config: LighthouseConfig | None = None,
+    window: int | None = None,
+    sink_tokens: int = 0,
+) -> float:
+    """The same where attention stays inside the documents of a batch; chunks as if one began with each document.
+
+    Args:
+        layer_type: One of LAYER_TYPES.
+        documents: Of the batch.
+        config: Of Lighthouse Attention; None: the defaults.
+        window: Of the types "window" and "chunk"; None: all tokens.
+        sink_tokens: Of "window".
+    """
+    total = documents.batch_size * documents.num_tokens
+    lengths = np.fromiter(chain.from_iterable(documents.lengths), np.int64)
+    if layer_type in (WINDOW, CHUNK) and window is not None:
+        sinks = sink_tokens if layer_type == WINDOW else 0
+        return float((lengths * np.minimum(lengths, window + sinks)).sum()) / total
+    config = config or LighthouseConfig()
+    room = documents.batch_size * config.resolve_max_documents(documents.num_tokens)
+    if layer_type == LIGHTHOUSE and documents.num_documents <= room:
+        shape = config.pyramid(documents.num_tokens)
+        rows = np.diff(make_tables(lengths, shape, config.selection).boundaries).astype(np.float64)
+        if shape.compresses and rows.sum() < total:
+            return float((rows**2).sum()) / total
+    return documents.attended_length
 
 
 def attention_flops_per_token(sizes: Sequence[AttentionSize], pairs: Sequence[float]) -> float:

@@ -87,11 +87,14 @@ def plot_curves(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     figure = new_figure(path, 12.0, 4.8)
     if not any(curves.values()):
         raise ValueError("--plot needs runs with validations, and none of these has any")
+    from matplotlib.ticker import EngFormatter
+
     sides = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(sides, ("seconds", "tokens"), strict=True):
         for number, (run, points) in enumerate(curves.items()):
             known = [(getattr(point, name), point) for point in points]
             _line(axes, [(place, point) for place, point in known if place is not None], run, f"C{number % 10}")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(visible=True, alpha=0.3)
         axes.set_xlabel("seconds of training" if name == "seconds" else "tokens")
     sides[0].set_ylabel("dense validation loss, nats per token")

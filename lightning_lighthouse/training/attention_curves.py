@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW, spread_over
 from lightning_lighthouse.model.flops import (
     AttentionSize,
     attention_size,
     num_used_parameters,
+    pairs_inside,
     pairs_per_token,
     train_flops_per_token,
 )
 from lightning_lighthouse.model.language_model import LanguageModel
 from lightning_lighthouse.notices import say
+from lightning_lighthouse.routing.layers import scope_of
 from lightning_lighthouse.routing.score_spread import SpreadMeter
 from lightning_lighthouse.routing.targets import find_targets
 from lightning_lighthouse.runs import layout
@@ -39,7 +43,7 @@ class AttentionCurves:
         module: In training.
         patch: Of the model; None in a dense baseline.
         select: As `patch_attention` takes it.
-        keeps_documents: Whether attention stays inside documents, whose pairs are not counted.
+        keeps_documents: Whether attention stays inside the documents of a batch.
     """
 
     def __init__(
@@ -52,11 +56,11 @@ class AttentionCurves:
         keeps_documents: bool,
     ) -> None:
         self._trainer, self._module, self._patch = trainer, module, patch
-        self._sizes = None if keeps_documents else _sizes(patch.layers if patch else _layers(module, select))
+        self._keeps_documents = keeps_documents
+        self._layers = patch.layers if patch is not None else _layers(module, select)
+        self._sizes = _sizes(self._layers)
         self._num_parameters = num_used_parameters(module)
-        if keeps_documents:
-            say("attention inside documents: the pairs differ by batch, so there is no MFU")
-        elif self._sizes is None:
+        if self._sizes is None:
             say("the sizes of the attention layers are not known, so there is no MFU")
         # tokens of a sequence: in the batch, and those that attention sees
         self._counted = self._num_tokens = 0
@@ -96,17 +100,34 @@ class AttentionCurves:
         return seen * of_phase, seen * of_dense
 
     def _flops_per_token(self, sizes: list[AttentionSize]) -> tuple[float, float]:
+        documents = self._documents()
+        if documents is not None:
+            # each batch has its own
+            return self._counted_by(partial(pairs_inside, documents=documents), sizes)
         settings = None if self._patch is None else self._patch.scope.settings
         key = self._num_tokens, self._types, settings
         if key not in self._known:
-            dense = [float(self._num_tokens)] * len(sizes)
-            pairs = dense
-            if settings is not None:
-                told = settings.config, settings.window, settings.sink_tokens
-                pairs = [pairs_per_token(kind, self._num_tokens, *told) for kind in self._types]
-            both = [train_flops_per_token(self._num_parameters, sizes, compared) for compared in (pairs, dense)]
-            self._known[key] = both[0], both[1]
+            self._known[key] = self._counted_by(partial(pairs_per_token, num_tokens=self._num_tokens), sizes)
         return self._known[key]
+
+    def _counted_by(self, pairs: Callable[..., float], sizes: list[AttentionSize]) -> tuple[float, float]:
+        """FLOPs of a token as the layers attend, and as dense ones would."""
+        told = {}
+        if self._patch is not None:
+            settings = self._patch.scope.settings
+            told = {"config": settings.config, "window": settings.window, "sink_tokens": settings.sink_tokens}
+        by_kind = {kind: pairs(kind, **told) for kind in {DENSE, *self._types}}
+        dense = [by_kind[DENSE]] * len(sizes)
+        own = [by_kind[kind] for kind in self._types] if self._patch is not None else dense
+        both = [train_flops_per_token(self._num_parameters, sizes, compared) for compared in (own, dense)]
+        return both[0], both[1]
+
+    def _documents(self) -> Documents | None:
+        """Those that attention stays inside in this batch."""
+        if not self._keeps_documents:
+            return None
+        scopes = [self._patch.scope] if self._patch is not None else map(scope_of, self._layers.values())
+        return next((scope.documents for scope in scopes if scope is not None), None)
 
     def costs(self, names: Sequence[str], phases: Sequence[Phase], config: LighthouseConfig) -> dict[str, float] | None:
         """FLOPs of a token by the name of each phase, dense too; None where they are not known.

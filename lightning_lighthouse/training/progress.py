@@ -121,7 +121,13 @@ def shown_progress(trainer: Trainer, items: Callable[[], dict[str, str]]) -> Ite
     is_lightnings = type(bar).__name__ in BARS and package in ("lightning", "pytorch_lightning")
     logs_lines = is_lightnings and bar.is_enabled and not is_terminal(sys.stdout)
     get_metrics = bar.get_metrics
-    changed: dict[str, Any] = {"get_metrics": lambda *args, **kwargs: {**items(), **get_metrics(*args, **kwargs)}}
+
+    def with_ours(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        theirs = get_metrics(*args, **kwargs)
+        # Lightning's number of the run's folder takes the room, and says nothing of the training
+        return {**items(), **{name: value for name, value in theirs.items() if name != "v_num"}}
+
+    changed: dict[str, Any] = {"get_metrics": with_ours}
     if is_named(bar, BARS[0]):
         changed["init_train_tqdm"] = _without_estimate(bar.init_train_tqdm)
     elif is_named(bar, BARS[1]):

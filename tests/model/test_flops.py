@@ -8,12 +8,13 @@ from foreign import GPT, VOCABULARY, GroupedGPT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lighthouse import LighthouseConfig
+from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.model.flops import (
     AttentionSize,
     attention_size,
     num_used_parameters,
+    pairs_inside,
     pairs_per_token,
     train_flops_per_token,
 )
@@ -89,6 +90,20 @@ def test_pairs_by_type(layer_type, settings, expected):
 
 def test_a_pyramid_that_gains_nothing_is_dense():
     assert pairs_per_token("lighthouse", 64, LighthouseConfig()) == 64
+
+
+def test_pairs_inside_documents_are_those_of_each():
+    documents = Documents([[100, 28], [128]])
+    assert pairs_inside("dense", documents) == (100**2 + 28**2 + 128**2) / 256
+    assert pairs_inside("window", documents, window=40, sink_tokens=2) == (100 * 42 + 28 * 28 + 128 * 42) / 256
+    config = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, selection="published")
+    # one document a sequence is the sequence
+    whole = Documents([[128], [128]])
+    assert pairs_inside("lighthouse", whole, config) == pairs_per_token("lighthouse", 128, config)
+    assert pairs_inside("lighthouse", documents, config) < pairs_inside("lighthouse", whole, config)
+    # too many to keep memory for run dense
+    crowded = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, max_documents=1)
+    assert pairs_inside("lighthouse", documents, crowded) == documents.attended_length
 
 
 @pytest.mark.parametrize("model", [GPT(2, 24, 2), GroupedGPT(2)], ids=["linear", "attributes"])

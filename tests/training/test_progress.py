@@ -40,6 +40,7 @@ def test_a_bar_shows_phase_switch_loss_speed_and_time_left(tmp_path):
     # what has not run yet is estimated, and says so
     assert all(re.fullmatch(r"~\d+:\d\d", shown["left"]) for shown in items[:5])
     assert items[-1]["left"] == "0:00"
+    assert "v_num" not in items[0]
     # tqdm's own estimate is that of the epoch
     assert not any("remaining" in form for _, form in bar.shown)
     assert set(vars(bar)) & {"get_metrics", "init_train_tqdm"} == set()

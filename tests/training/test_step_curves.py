@@ -10,8 +10,14 @@ from fitting import CONFIG, fit, module
 from foreign import ForeignModule
 from lightning.pytorch import Callback
 
-from lightning_lighthouse import LighthouseCallback, Phase
-from lightning_lighthouse.model.flops import attention_size, num_used_parameters, pairs_per_token, train_flops_per_token
+from lightning_lighthouse import Documents, LighthouseCallback, Phase
+from lightning_lighthouse.model.flops import (
+    attention_size,
+    num_used_parameters,
+    pairs_inside,
+    pairs_per_token,
+    train_flops_per_token,
+)
 from lightning_lighthouse.phases.ledger import PhaseTotals
 from lightning_lighthouse.routing.targets import find_targets
 from lightning_lighthouse.training.attention_curves import AttentionCurves
@@ -101,12 +107,12 @@ def test_an_unknown_card_has_flops_and_no_utilization():
 
 
 class Flops(Callback):
-    """What the attention of each step is said to cost."""
+    """What the attention of each step is said to cost, a token, before its documents are forgotten."""
 
     def __init__(self, callback):
         self.callback, self.found = callback, []
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         curves = self.callback._fit._steps._attention
         self.found.append(curves._flops_per_token(curves._sizes))
 
@@ -133,6 +139,28 @@ def test_each_phase_counts_its_own_pairs(tmp_path):
     assert own[4] == expected(sparse, num_tokens, num_tokens, num_tokens)
     assert own[6:] == [dense] * 4
     assert [pair[1] for pair in flops.found] == [dense] * 10
+
+
+class Packed(ForeignModule):
+    """Two documents in each sequence."""
+
+    def documents(self, batch):
+        return Documents([[100, 28]] * len(batch))
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["lighthouse", "baseline"])
+def test_inside_documents_each_batch_counts_its_pairs(tmp_path, enabled):
+    callback = LighthouseCallback(1, CONFIG, dense_layers=[0], documents=True, enabled=enabled)
+    flops = Flops(callback)
+    model, _ = fit(tmp_path, [callback, flops], Packed(layers=2), max_steps=2)
+    sizes = [attention_size(layer) for layer in find_targets(model).values()]
+    documents = model.documents(range(2))
+    dense, sparse = (pairs_inside(kind, documents, CONFIG) for kind in ("dense", "lighthouse"))
+    assert sparse < dense < 128
+    expected = [[dense, sparse if enabled else dense], [dense, dense]]
+    parameters = num_used_parameters(model)
+    assert [own for own, _ in flops.found] == [train_flops_per_token(parameters, sizes, pairs) for pairs in expected]
+    assert {of_dense for _, of_dense in flops.found} == {train_flops_per_token(parameters, sizes, [dense, dense])}
 
 
 def test_the_gradient_norm_is_that_of_all_parameters():
