@@ -31,7 +31,7 @@ class SwitchMarks:
 
     def __init__(self, writer: Callable[[str], SummaryWriter]) -> None:
         self._writer = writer
-        # every value until the last switch, by tag
+        # every value so far, by tag
         self._values: dict[str, list[float]] = defaultdict(list)
         # the marks so far: run and step, and by tag where the line ends
         self._marks: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}

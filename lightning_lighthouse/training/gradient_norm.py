@@ -38,7 +38,7 @@ def gradient_norm(optimizer: torch.optim.Optimizer, trainer: Trainer) -> Tensor 
         return None
     norms = []
     for alike in kinds.values():
-        norm = torch.nn.utils.get_total_norm(alike, foreach=None)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        norms.append(whole.to(trainer.strategy.root_device, torch.float32))
+        # the ranks talk to each other where they compute, also of gradients that lie elsewhere
+        norm = torch.nn.utils.get_total_norm(alike).to(trainer.strategy.root_device, torch.float32)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     return torch.linalg.vector_norm(torch.stack(norms))
