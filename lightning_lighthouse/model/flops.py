@@ -50,7 +50,7 @@ class AttentionSize:
 
 
 def attention_size(layer: nn.Module) -> AttentionSize | None:
-    """The sizes of an attention module, by the names of its attributes and of its config's, or by its last Linear.
+    """The sizes of an attention module, by the names of its attributes and of its config's, or by its first Linear.
 
     Returns:
         None where neither says it.
@@ -61,10 +61,11 @@ def attention_size(layer: nn.Module) -> AttentionSize | None:
         dim = _look_up(layer, _QK_DIM) or (width // heads if width else None)
         if dim is not None:
             return AttentionSize(heads * dim, heads * (_look_up(layer, _V_DIM) or dim), own_window(layer))
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    # it takes what the heads return
-    width = linears[-1].in_features if linears else None
-    return AttentionSize(width, width, own_window(layer)) if width else None
+    first = next((module for module in layer.modules() if isinstance(module, nn.Linear)), None)
+    # that makes q, or q, k and v, all as wide as the model; what else it may be says nothing of heads
+    if first is not None and first.out_features in (first.in_features, 3 * first.in_features):
+        return AttentionSize(first.in_features, first.in_features, own_window(layer))
+    return None
 
 
 def _look_up(layer: nn.Module, names: Iterable[str]) -> int | None:

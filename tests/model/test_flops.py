@@ -117,6 +117,9 @@ def test_sizes_of_our_decoder_and_of_multihead_attention():
     assert {attention_size(layer) for layer in find_targets(model).values()} == {AttentionSize(128, 128)}
     assert attention_size(nn.MultiheadAttention(12, 3)) == AttentionSize(12, 12)
     assert attention_size(nn.Identity()) is None
+    # a block that attends by itself, and one whose heads are not as wide as the model
+    assert attention_size(nn.Sequential(nn.Linear(8, 24), nn.Linear(8, 32), nn.Linear(32, 8))) == AttentionSize(8, 8)
+    assert attention_size(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))) is None
 
 
 def test_sizes_of_transformers_layers():
