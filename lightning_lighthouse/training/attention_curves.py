@@ -11,6 +11,7 @@ from torch import nn
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW, spread_over
+from lightning_lighthouse.checks import is_named
 from lightning_lighthouse.model.flops import (
     AttentionSize,
     attention_size,
@@ -58,9 +59,13 @@ class AttentionCurves:
         self._trainer, self._module, self._patch = trainer, module, patch
         self._keeps_documents = keeps_documents
         self._layers = patch.layers if patch is not None else _layers(module, select)
-        self._sizes = _sizes(self._layers)
+        # FSDP1 has cut the parameters into flat pieces, which tell no sizes
+        is_flat = is_named(trainer.strategy, "FSDPStrategy")
+        self._sizes = None if is_flat else _sizes(self._layers)
         self._num_parameters = num_used_parameters(module)
-        if self._sizes is None:
+        if is_flat:
+            say("FSDP1 shows no sizes of parameters, so there is no MFU")
+        elif self._sizes is None:
             say("the sizes of the attention layers are not known, so there is no MFU")
         # tokens of a sequence: in the batch, and those that attention sees
         self._counted = self._num_tokens = 0
