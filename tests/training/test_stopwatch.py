@@ -74,7 +74,7 @@ def test_a_slow_loader_shows(tmp_path, caplog, data):
         waited = phase["waiting_share"] * tokens / phase["tokens_per_second"]
         assert 4 * NAP <= waited < 8 * NAP
         assert phase["waiting_share"] < 1
-    assert caplog.text.count("% of the time waiting for data") == 2
+    assert caplog.text.count("% of it waiting for data") == 2
 
 
 def test_a_fast_loader_hardly_shows(tmp_path):
