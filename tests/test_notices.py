@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_what_is_held_is_said_in_the_end(caplog: pytest.LogCaptureFixture) -> No
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     now = iter([0.0, 10.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(notices.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(notices, "time", SimpleNamespace(monotonic=lambda: next(now)))
     with notices.progress_bar("Preparing", 100_000_000) as bar:
         for _ in range(4):
             bar.update(20_000_000)
