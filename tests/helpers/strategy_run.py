@@ -1,6 +1,7 @@
 """Trainings over several processes, started by torchrun: `strategy_run.py STRATEGY OUTPUT MODE...`.
 
-Every rank writes `OUTPUT/MODE/rank<r>.json`: its losses, whether each batch was routed, and the step before each.
+Every rank writes `OUTPUT/MODE/rank<r>.json`: its losses, whether each batch was routed, the step before each, and the
+gradient norms that the curves show.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ class CPUFSDPStrategy(FSDPStrategy):
 
 
 class Phases(Callback):
-    """Whether each batch is routed, and its step; the switches."""
+    """Whether each batch is routed, and its step; the switches; the newest gradient norm behind each batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, callback: LighthouseCallback) -> None:
+        self.callback = callback
+        self.norms: list[float | None] = []
         self.routed: list[bool] = []
         self.steps: list[int] = []
         self.switches: list[int] = []
@@ -92,6 +95,9 @@ class Phases(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.routed.append(any(scope.is_on for scope in scopes))
         self.steps.append(trainer.global_step)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.norms.append(self.callback._running._steps.newest.get("train/grad_norm"))
 
 
 def strategies(name: str) -> tuple[Strategy | str, type[Moded]]:
@@ -111,13 +117,15 @@ def main(name: str, output: Path, mode: str) -> None:
     strategy, kind = strategies(name)
     processes = 1 if name == "single" else 2
     torch.manual_seed(0)
-    module, phases = kind(mode), Phases()
+    module = kind(mode)
     accumulate = 2 if mode == "accumulate" else 1
     several = mode == "phases"
     callback = LighthouseCallback(attention=CONFIG, phases=PHASES) if several else LighthouseCallback(SWITCH, CONFIG)
+    phases = Phases(callback)
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
+        log_every_n_steps=1,
         strategy=strategy,
         use_distributed_sampler=False,
         max_steps=STEPS // accumulate,
@@ -134,6 +142,8 @@ def main(name: str, output: Path, mode: str) -> None:
     tokens = Sequences(GLOBAL_BATCH * STEPS).tokens[int(os.environ["RANK"]) :: processes]
     trainer.fit(module, DataLoader(tokens, GLOBAL_BATCH // processes))
     result = {"losses": module.losses, "routed": phases.routed, "steps": phases.steps, "switches": phases.switches}
+    # there is none before the first optimizer step
+    result["norms"] = [norm for norm in phases.norms if norm is not None]
     (output / mode).mkdir(parents=True, exist_ok=True)
     (output / mode / f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
