@@ -16,6 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_lighthouse import LighthouseCallback
 from lightning_lighthouse.evaluation import LongContextEvaluation
+from lightning_lighthouse.evaluation.charts import show
 from lightning_lighthouse.runs.layout import layout, long_context_layout
 from lightning_lighthouse.runs.switch_marks import GROWTH, SwitchMarks
 
@@ -150,6 +151,19 @@ def test_the_layout_has_the_long_context_where_it_is_evaluated():
     assert "MFU" in layout(trainer, "val/loss", knows_peak=True)["Training"]
     assert "MFU" not in layout(trainer, "val/loss", knows_peak=False)["Training"]
     assert list(long_context_layout()) == ["Long context"]
+
+
+@pytest.mark.parametrize("callbacks", [[LighthouseCallback()], []], ids=["beside the phases", "alone"])
+def test_an_evaluation_leaves_the_layout_of_the_phases(tmp_path, callbacks):
+    board = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = SimpleNamespace(
+        callbacks=callbacks, state=SimpleNamespace(fn="fit"), loggers=[board], is_global_zero=True
+    )
+    show(trainer, {"step": 1, "lookups": [{"length": 64, "value": 0.5}]})
+    board.finalize("success")
+    assert points(tmp_path / "run", "evaluation/lookups/0000064") == [(1, 0.5)]
+    titles = [[category.title for category in found.category] for found in layouts(tmp_path / "run")]
+    assert titles == ([] if callbacks else [["Long context"]])
 
 
 def test_a_csv_file_has_the_same_names_and_the_phase(board):
