@@ -1,6 +1,6 @@
 """Take a picture of a run's curves: TensorBoard in headless Chromium, both on this machine.
 
-    python experiments/screenshot.py runs/quickstart docs/use/curves.png
+    python experiments/screenshot.py runs/quickstart docs/use/training.png --tab custom_scalars --size 1400,900
 
 Needs Chromium (Debian: apt-get install chromium). Not part of the tests.
 """

@@ -355,7 +355,7 @@ def test_json_lines_are_known_by_their_content(tmp_path: Path, name: str) -> Non
     ("name", "content", "line"),
     [
         ("a.csv", b"id,text\n0,a\n", "a.csv is CSV, which is not read: convert it to JSON lines or Parquet"),
-        ("a.TSV.gz", gzip.compress(b"id\ttext\n"), "a.TSV.gz is tab-separated values, which is not read"),
+        ("a.TSV.gz", gzip.compress(b"id\ttext\n", mtime=0), "a.TSV.gz is tab-separated values, which is not read"),
         ("a.json", b'[{"text": "a"}]', "a.json is JSON, but not one object a line: convert it to JSON lines"),
         ("a.json", b'{\n "text": "a"\n}\n', "a.json is JSON, but not one object a line"),
         ("a.txt", codecs.BOM_UTF16_LE + b"a\0b", "a.txt begins with the mark of utf-16 and is not"),
