@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_lighthouse.attention.documents import Documents
     from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
     from lightning_lighthouse.checks import LighthouseWarning
+    from lightning_lighthouse.context.group import local_positions, whole_sequences
+    from lightning_lighthouse.context.slices import slice_tokens
     from lightning_lighthouse.data.module import LighthouseRecipe
     from lightning_lighthouse.data.settings import WeightedSource
     from lightning_lighthouse.evaluation.leak_probe import FutureLeakProbe
@@ -27,10 +29,14 @@ if TYPE_CHECKING:
     from lightning_lighthouse.phases.plateau import PlateauRule
     from lightning_lighthouse.routing.adapters.transformers_mask import register_lighthouse_sdpa
     from lightning_lighthouse.routing.calls import causal_attention
+    from lightning_lighthouse.routing.context_parallel import context_parallel
     from lightning_lighthouse.routing.patch import patch_attention
     from lightning_lighthouse.training.callback import LighthouseCallback
+    from lightning_lighthouse.training.context_strategies import ContextParallelDDPStrategy, ContextParallelStrategy
 
 _HOMES = {
+    "ContextParallelDDPStrategy": "training.context_strategies",
+    "ContextParallelStrategy": "training.context_strategies",
     "Documents": "attention.documents",
     "FutureLeakProbe": "evaluation.leak_probe",
     "LighthouseCallback": "training.callback",
@@ -43,13 +49,19 @@ _HOMES = {
     "LongContextEvaluation": "evaluation.long_context",
     "LighthouseTrainerCallback": "huggingface.trainer_callback",
     "causal_attention": "routing.calls",
+    "context_parallel": "routing.context_parallel",
     "lighthouse_attention": "attention.lighthouse",
+    "local_positions": "context.group",
     "patch_attention": "routing.patch",
     "register_lighthouse_sdpa": "routing.adapters.transformers_mask",
     "select_entries": "attention.lighthouse",
+    "slice_tokens": "context.slices",
+    "whole_sequences": "context.group",
 }
 
 __all__ = [
+    "ContextParallelDDPStrategy",
+    "ContextParallelStrategy",
     "Documents",
     "FutureLeakProbe",
     "LighthouseCallback",
@@ -62,10 +74,14 @@ __all__ = [
     "PlateauRule",
     "WeightedSource",
     "causal_attention",
+    "context_parallel",
     "lighthouse_attention",
+    "local_positions",
     "patch_attention",
     "register_lighthouse_sdpa",
     "select_entries",
+    "slice_tokens",
+    "whole_sequences",
 ]
 
 

@@ -19,6 +19,7 @@ from places import DOCS, PACKAGE, ROOT
 FLOORS = [
     {"checks", "notices"},
     {"attention"},
+    {"context"},
     {"routing", "phases"},
     {"evaluation", "runs", "data", "model"},
     {"training", "huggingface", "bench"},
@@ -91,7 +92,10 @@ def test_no_circle_between_files():
         raise AssertionError(f"a circle: {' > '.join(error.args[1])}") from None
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("attention", "routing", "phases")])
+PLAIN = ("attention", "context", "routing", "phases")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in PLAIN])
 def test_attention_routing_and_phases_import_no_framework(module):
     found = {name.split(".")[0] for name in imports(MODULES[module])} & HEAVY
     assert found <= ({"transformers"} if module.startswith("routing.adapters.") else set())

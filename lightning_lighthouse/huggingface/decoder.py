@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_lighthouse.checks import SettingError, check_type, quoted
+from lightning_lighthouse.context.group import current, local_positions
 from lightning_lighthouse.huggingface.fused_loss import LossBackend, check_installed, fused_loss, is_fused
 from lightning_lighthouse.huggingface.head import check_head, logits_of
 from lightning_lighthouse.huggingface.reading import empty_model, read_config, read_weights
@@ -132,8 +133,11 @@ class HuggingFaceDecoder(LanguageModel):
 
         Args:
             tokens: `[B, N]`.
-            positions: `[B, N]`, of each token; None: from 0 on.
+            positions: `[B, N]`, of each token; None: from 0 on, or from this rank's first token.
         """
+        if current() is not None and positions is None:
+            # a model of transformers counts from 0, and so would each rank of a sequence
+            positions = local_positions(tokens.shape[1], tokens.device).unsqueeze(0)
         told = {} if positions is None else {"position_ids": positions}
         states: Tensor = self.model.base_model(input_ids=tokens, use_cache=False, **told).last_hidden_state
         return states

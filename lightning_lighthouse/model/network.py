@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from lightning_lighthouse.context.group import local_positions
+
 # nothing here draws random numbers
 recompute = partial(activation_checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -51,8 +53,8 @@ PRESETS = {
 
 
 def rotary_tables(num_tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of N positions from 0 on, each `[N, 1, 1, D / 2]` float32: see `rotary_tables_at`."""
-    return rotary_tables_at(torch.arange(num_tokens, device=device), head_dim, theta)
+    """Cosines and sines of N positions, each `[N, 1, 1, D / 2]` float32: from 0 on, or from this rank's first token."""
+    return rotary_tables_at(local_positions(num_tokens, device), head_dim, theta)
 
 
 def rotary_tables_at(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
+from lightning_lighthouse.context.exchange import exchange_tokens
+from lightning_lighthouse.context.group import Context, current
+from lightning_lighthouse.context.heard import hear
 from lightning_lighthouse.routing.reasons import (
     CHECKPOINT_INSIDE,
     DROPOUT,
@@ -38,10 +42,13 @@ from lightning_lighthouse.routing.reasons import (
     refuse,
 )
 from lightning_lighthouse.routing.scope import UNSELECTED, Scope, autograd_mark, note, scopes
+from lightning_lighthouse.routing.shared_calls import check_shared
 from lightning_lighthouse.routing.targets import SDPA
 
 _bare_copies: list[tuple[dict[str, Any], str]] = []
 _checkpoint_setting = ExitStack()
+# patches, as one, and contexts that share sequences
+_users = 0
 
 
 def causal_attention(
@@ -77,6 +84,11 @@ def causal_attention(
         if candidate.layer_type and (candidate.is_on or candidate.documents is not None):
             scope = candidate
     reason = _why_dense(scope, query, key, value, attn_mask, dropout_p, is_causal) if scope is not None else ""
+    context = current()
+    hear(query, key)
+    if context is not None:
+        check_shared(context, scope, query, key, _why_not_plain(query, key, value, attn_mask, dropout_p, is_causal))
+        return _attend_shared(context, scope, query, key, value, scale, reason)
     if scope is not None and scope.documents is not None and not _is_left_out(scope, query, reason):
         return _attend_inside(scope, query, key, value, scale, reason)
     if scope is None or reason != ROUTED or scope.layer_type == UNSELECTED:
@@ -85,6 +97,25 @@ def causal_attention(
         return stock_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     note(ROUTED)
     return _attend(scope, query, key, value, scale)
+
+
+def _attend_shared(
+    context: Context, scope: Scope | None, q: Tensor, k: Tensor, v: Tensor, scale: float | None, reason: str
+) -> Tensor:
+    """Attention over a sequence of which this rank has a part: for a share of the heads, over all of its tokens."""
+    # before they are sent: autocast halves what goes over the wire
+    q, k, v = autocast(q, k, v)
+    if scope is not None and scope.layer_type != UNSELECTED:
+        note(reason)
+        if reason == ROUTED:
+            first_head = context.rank * (k.shape[1] // context.size)
+            attend = partial(_attend, scope, scale=scale, first_head=first_head)
+            return exchange_tokens(attend, q, k, v, context)
+    return exchange_tokens(partial(_attend_causally, scale=scale), q, k, v, context)
+
+
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _is_left_out(scope: Scope, query: Tensor, reason: str) -> bool:
@@ -118,8 +149,11 @@ def _attend_inside(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float |
     return _attend(scope, q, k, v, scale)
 
 
-def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Attention as the type of the layer asks, inside documents where some are set."""
+def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None, first_head: int = 0) -> Tensor:
+    """Attention as the type of the layer asks, inside documents where some are set.
+
+    `first_head` is the number of the first of these key/value heads among those of the layer.
+    """
     settings, documents = scope.settings, scope.documents
     config = settings.config
     if scope.layer_type == WINDOW:
@@ -138,7 +172,7 @@ def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) 
         if scope.spread is not None:
             scope.spread.add(scope.layer, q, k, config)
     step = scope.step if config.selection == "random" else None
-    return lighthouse_attention(q, k, v, config, scale=scale, step=step, documents=documents)
+    return lighthouse_attention(q, k, v, config, scale=scale, step=step, first_head=first_head, documents=documents)
 
 
 def _why_dense(
@@ -153,6 +187,13 @@ def _why_dense(
     """ROUTED for plain causal self-attention, else the first rule that the call breaks."""
     if not torch.compiler.is_compiling() and scope.autograd_mark != autograd_mark():
         return CHECKPOINT_INSIDE
+    return _why_not_plain(query, key, value, attn_mask, dropout_p, is_causal)
+
+
+def _why_not_plain(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> str:
+    """The same for a call of whatever layer."""
     if attn_mask is not None:
         return MASK
     if not is_causal:
@@ -171,9 +212,12 @@ def _why_dense(
 
 
 def swap() -> None:
-    """Put `causal_attention` in the place of SDPA."""
-    setattr(F, SDPA, causal_attention)
-    _checkpoint_setting.enter_context(_scope_allowed_in_checkpoint())
+    """Put `causal_attention` in the place of SDPA, until `unswap` was called as often."""
+    global _users
+    _users += 1
+    if _users == 1:
+        setattr(F, SDPA, causal_attention)
+        _checkpoint_setting.enter_context(_scope_allowed_in_checkpoint())
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("torch", "lightning_lighthouse"):
             continue
@@ -184,7 +228,11 @@ def swap() -> None:
 
 
 def unswap() -> None:
-    """Undo `swap`."""
+    """Undo `swap`. Harmless where it is undone."""
+    global _users
+    _users = max(0, _users - 1)
+    if _users:
+        return
     setattr(F, SDPA, stock_sdpa)
     for namespace, attribute in _bare_copies:
         # somebody else's later replacement is theirs

@@ -63,9 +63,7 @@ def bind(module: nn.Module, scope: Scope, route: Route) -> None:
     module.__dict__["_lighthouse_route"] = route
     module.__dict__["_lighthouse_chained"] = module.__dict__.get("forward")
     module.__dict__["forward"] = MethodType(forward, module)
-    kept = {name: value for name, value in vars(module).items() if _keeps_sdpa(value)}
-    module.__dict__["_lighthouse_kept"] = kept
-    module.__dict__.update({name: _replaced(value) for name, value in kept.items()})
+    module.__dict__["_lighthouse_kept"] = replace_kept(module)
 
 
 def unbind(module: nn.Module) -> None:
@@ -77,6 +75,13 @@ def unbind(module: nn.Module) -> None:
     module.__dict__.update(module.__dict__.pop("_lighthouse_kept", {}))
     module.__dict__.pop("_lighthouse_scope", None)
     module.__dict__.pop("_lighthouse_route", None)
+
+
+def replace_kept(module: nn.Module) -> dict[str, Any]:
+    """Replace the copies of SDPA that a module keeps; return them by attribute."""
+    kept = {name: value for name, value in vars(module).items() if _keeps_sdpa(value)}
+    module.__dict__.update({name: _replaced(value) for name, value in kept.items()})
+    return kept
 
 
 def _keeps_sdpa(value: Any) -> bool:

@@ -91,6 +91,8 @@ def write_report(
             "spike": _spike(ledger),
             "probes": _probes(trainer),
             "world_size": trainer.world_size,
+            # ranks that share a sequence; of the strategy that has it
+            "context_parallel_size": getattr(trainer.strategy, "context_parallel_size", 1),
             "device": _device(trainer.strategy.root_device),
             "versions": _versions(),
         }

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_lighthouse.checks import is_named
+from lightning_lighthouse.training.parallel import first_of_sequence
 
 # Below this loss scale no finite gradient of a sane model overflows float16: the scale is not what is wrong
 SMALLEST_LOSS_SCALE = 1.0
@@ -131,7 +132,8 @@ class FiniteGuard:
         window = self._window
         if by_loss:
             # one repeat on each rank, so that collectives meet: of the bad batch, or of any
-            window = [next((seen for seen in window if seen.bad_loss()), window[-1])] if window else []
+            bad = next((index for index, seen in enumerate(window) if seen.bad_loss()), len(window) - 1)
+            window = [window[first_of_sequence(trainer, bad)]] if window else []
         try:
             places = [_repeat(trainer, module, seen, backward=not by_loss) for seen in window]
         except Exception as error:
@@ -186,7 +188,7 @@ def _repeat(trainer: Trainer, module: LightningModule, seen: _Seen, *, backward:
         if is_named(strategy, "ParallelStrategy"):
             stack.enter_context(strategy.block_backward_sync())
         stack.enter_context(trace.watch(module, backward=backward))
-        stack.callback(_reshard, module)
+        stack.callback(reshard, module)
         output = strategy.training_step(*arguments)
         loss = output["loss"] if isinstance(output, Mapping) else output
         assert isinstance(loss, Tensor)
@@ -244,7 +246,7 @@ class _Trace:
             self.place = f"first in the gradient of {name}"
 
 
-def _reshard(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Leave the weights as a whole step would: FSDP2 keeps some gathered from a forward pass to its backward pass."""
     from torch.distributed.fsdp import FSDPModule
 

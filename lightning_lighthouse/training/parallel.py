@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_lighthouse.checks import SettingError, is_named
+from lightning_lighthouse.training.stopwatch import count_tokens
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -47,7 +48,15 @@ def free_gradients(trainer: Trainer) -> None:
             optimizer.zero_grad(set_to_none=True)
 
 
-def num_shares(trainer: Trainer) -> int:
-    """Into how many shares the data is split; ranks that split a model read the same one."""
+def tokens_of_ranks(trainer: Trainer, batch: Any) -> int:
+    """Tokens of a batch over all shares of the data; ranks that split a model or a sequence read the same one."""
     shares = trainer.distributed_sampler_kwargs
-    return int(shares["num_replicas"]) if shares else 1
+    # what neighbours of a sequence both hold counts once
+    whole = getattr(trainer.strategy, "tokens_before_slicing", None)
+    return (count_tokens(batch) if whole is None else whole) * (int(shares["num_replicas"]) if shares else 1)
+
+
+def first_of_sequence(trainer: Trainer, index: int) -> int:
+    """The lowest `index` among the ranks that share a sequence with this one: they must do the same."""
+    lowest = getattr(trainer.strategy, "lowest_of_sequence", None)
+    return index if lowest is None else lowest(index)

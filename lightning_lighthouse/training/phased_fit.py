@@ -32,14 +32,14 @@ from lightning_lighthouse.training.call_counts import CallCounts
 from lightning_lighthouse.training.last_validation import validate_now
 from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
-from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients, num_shares
+from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients, tokens_of_ranks
 from lightning_lighthouse.training.patched_model import attend, patched_model
 from lightning_lighthouse.training.progress import Progress, shown_progress
 from lightning_lighthouse.training.rank_watch import watched_ranks
 from lightning_lighthouse.training.rewarm import Rewarm
 from lightning_lighthouse.training.settings import Settings
 from lightning_lighthouse.training.step_curves import StepCurves
-from lightning_lighthouse.training.stopwatch import Stopwatch, count_tokens, timed_fetches
+from lightning_lighthouse.training.stopwatch import Stopwatch, timed_fetches
 from lightning_lighthouse.training.switching import apply_rule, describe_start, resolve_plan
 
 
@@ -280,7 +280,7 @@ class PhasedFit:
         if steps_done:
             self._steps.read(next_phase, totals)
         totals.steps += steps_done
-        self._stopwatch.stop(totals, self._phase, count_tokens(batch) * num_shares(trainer))
+        self._stopwatch.stop(totals, self._phase, tokens_of_ranks(trainer, batch))
         self._steps.add_time(totals, steps_done)
         if steps_done:
             self._steps.write()

@@ -1,0 +1,52 @@
+"""Attention over shared sequences is that of one process: every selection and type of layer, to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from places import HELPERS, ROOT
+
+SCRIPT = HELPERS / "shared_attention.py"
+SAID = {
+    "mask": "attn_mask was given; pass attn_mask=None and is_causal=True",
+    "not causal": "is_causal is False; pass is_causal=True",
+    "dropout": "dropout_p is not 0; set the dropout of the attention weights to 0",
+    "cache": "query and key lengths differ; a cache or cross-attention cannot be shared; run a prompt",
+    "length": "sees 6 tokens, this rank's slice has 4",
+}
+
+
+def shared(folder, ranks: int) -> list[dict]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder), str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+# one start of processes for all of it: they are what costs
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shared_attention_is_that_of_one_process(ranks, tmp_path):
+    for found in shared(tmp_path, ranks):
+        said = found.pop("refused")
+        assert len(found) == 11
+        for name, case in found.items():
+            assert max(case["errors"]) < 1e-13, (name, case)
+            # a quarter of the tokens is projected to q, k and v by other kernels already
+            assert case["same"] or ranks > 2, name
+        for name, words in SAID.items():
+            assert said[name].startswith("SharedCallError: ")
+            assert words in said[name]
+        few = ranks + 1
+        assert said["heads"] == (
+            f"SettingError: an attention layer has {few} query and {few} key/value heads: context_parallel_size must "
+            f"divide {few}, got {ranks}"
+        )
+        tokens = ranks * 5 + 1
+        assert said["uneven"] == (
+            f"SettingError: {tokens} tokens cannot be shared by {ranks} ranks; choose seq_len a multiple of {ranks}"
+        )

@@ -1,0 +1,133 @@
+"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS`.
+
+Every rank writes `FOLDER/<rank>.json`: for each case the largest error of output and gradients relative to the largest
+value of one process, and whether all bits are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lighthouse import LighthouseConfig, context_parallel, local_positions, patch_attention, slice_tokens
+from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.context.group import current, whole_sequences
+
+HEADS, GROUPS, DIM, WIDTH = 8, 4, 4, 16
+# no power of two, and no multiple of what windows and tiles have
+TOKENS = 508
+CASES = {
+    "dense": {"layer_types": ["dense"]},
+    "causal": {"config": LighthouseConfig(top_k=64, num_levels=2)},
+    "published": {"config": LighthouseConfig(top_k=40, selection="published", combine="mean")},
+    "strided": {"config": LighthouseConfig(top_k=40, selection="strided")},
+    "random": {"config": LighthouseConfig(top_k=40, selection="random")},
+    "dilated": {"config": LighthouseConfig(top_k=40, scorer="dilated")},
+    "window": {"layer_types": ["window"], "window": 37},
+    "sinks": {"layer_types": ["window"], "window": 37, "sink_tokens": 5},
+    "wide window": {"layer_types": ["window"], "window": 350, "sink_tokens": 2},
+    "chunk": {"layer_types": ["chunk"], "window": 100},
+    "wide chunk": {"layer_types": ["chunk"], "window": 300},
+}
+
+
+class Attention(nn.Module):
+    """One layer with grouped heads, whose keys know their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * GROUPS) * DIM, dtype=torch.float64)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        parts = self.qkv(x).unflatten(-1, (-1, DIM)).transpose(1, 2).split([HEADS, GROUPS, GROUPS], 1)
+        q, k, v = parts
+        angle = positions.double().view(-1, 1) / 10
+        k = k * (2 + angle.cos())
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return o.transpose(1, 2).flatten(2)
+
+
+def attend(layer: nn.Module, x: Tensor, weights: Tensor, case: dict, step: int = 7) -> list[Tensor]:
+    """The output, and the gradients of inputs and weights."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    options = {name: value for name, value in case.items() if name == "config"}
+    if case.get("layer_types") == ["dense"]:
+        out = layer(x, local_positions(x.shape[1]))
+        (out * weights).sum().backward()
+    else:
+        others = {name: value for name, value in case.items() if name != "config"}
+        with patch_attention(layer, **options, **others) as patch:
+            patch.set_step(step)
+            out = layer(x, local_positions(x.shape[1]))
+            (out * weights).sum().backward()
+    return [out.detach(), x.grad, layer.qkv.weight.grad.clone()]
+
+
+def work(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    layer = Attention()
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, TOKENS, WIDTH, generator=draw, dtype=torch.float64)
+    # bursts, so that norms differ and scores have something to rank
+    x = x * torch.randn(2, TOKENS, 1, generator=draw, dtype=torch.float64).exp()
+    weights = torch.randn(2, TOKENS, HEADS * DIM, generator=draw, dtype=torch.float64)
+    mine = slice(rank * TOKENS // ranks, (rank + 1) * TOKENS // ranks)
+    found = {}
+    for name, case in CASES.items():
+        whole = attend(layer, x, weights, case)
+        with context_parallel(dist.group.WORLD) as context:
+            shared = attend(layer, x[:, mine], weights[:, mine], case)
+            assert current() is context
+        assert current() is None
+        dist.all_reduce(shared[2])
+        wanted = [whole[0][:, mine], whole[1][:, mine], whole[2]]
+        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(shared, wanted, strict=True)]
+        found[name] = {"errors": errors, "same": torch.equal(shared[0], wanted[0])}
+    found["refused"] = refusals(ranks)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def refusals(ranks: int) -> dict[str, str]:
+    """What is said to calls that cannot be shared; none of them reaches the other ranks."""
+    q, k = torch.zeros(1, HEADS, 6, DIM), torch.zeros(1, GROUPS, 6, DIM)
+    few = torch.zeros(1, ranks + 1, 6, DIM)
+    calls = {
+        "mask": lambda: F.scaled_dot_product_attention(q, q, q, torch.ones(6, 6, dtype=torch.bool)),
+        "not causal": lambda: F.scaled_dot_product_attention(q, q, q),
+        "dropout": lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5, is_causal=True),
+        "cache": lambda: F.scaled_dot_product_attention(q[:, :, -1:], k, k, is_causal=True, enable_gqa=True),
+        "heads": lambda: F.scaled_dot_product_attention(few, few, few, is_causal=True),
+        "uneven": lambda: slice_tokens(torch.zeros(1, ranks * 5 + 2)),
+    }
+    said = {}
+    with context_parallel(dist.group.WORLD) as context:
+        for name, call in calls.items():
+            try:
+                call()
+            except (RuntimeError, SettingError) as error:
+                said[name] = f"{type(error).__name__}: {error}"
+        context.num_tokens = 4
+        try:
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        except RuntimeError as error:
+            said["length"] = f"{type(error).__name__}: {error}"
+        with whole_sequences():
+            assert F.scaled_dot_product_attention(q, q, q).shape == q.shape
+    return said
+
+
+if __name__ == "__main__":
+    # nothing has run yet that a fork could break, and nobody imports torch again
+    mp.start_processes(work, (int(sys.argv[2]), sys.argv[1]), nprocs=int(sys.argv[2]), start_method="fork")
