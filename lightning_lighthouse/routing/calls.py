@@ -23,6 +23,7 @@ from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
+from lightning_lighthouse.context.edges import shared_chunk, shared_window
 from lightning_lighthouse.context.exchange import exchange_tokens
 from lightning_lighthouse.context.group import Context, current
 from lightning_lighthouse.context.heard import hear
@@ -107,11 +108,23 @@ def _attend_shared(
     q, k, v = autocast(q, k, v)
     if scope is not None and scope.layer_type != UNSELECTED:
         note(reason)
+        if reason == ROUTED and scope.layer_type in (WINDOW, CHUNK):
+            return _attend_locally(context, scope, q, k, v, scale)
         if reason == ROUTED:
             first_head = context.rank * (k.shape[1] // context.size)
             attend = partial(_attend, scope, scale=scale, first_head=first_head)
             return exchange_tokens(attend, q, k, v, context)
     return exchange_tokens(partial(_attend_causally, scale=scale), q, k, v, context)
+
+
+def _attend_locally(context: Context, scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Windows or chunks, which need no more of other ranks than what crosses their edges."""
+    settings, sdpa = scope.settings, scope.settings.config.sdpa
+    assert settings.window is not None
+    if scope.layer_type == CHUNK:
+        return shared_chunk(q, k, v, context, settings.window, scale=scale, sdpa=sdpa)
+    sink_tokens = settings.sink_tokens
+    return shared_window(q, k, v, context, settings.window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

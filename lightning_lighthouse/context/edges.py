@@ -1,0 +1,116 @@
+"""Windows and chunks over shared sequences: what crosses the edges of the ranks is all that they exchange.
+
+The first tokens of a rank see some of the rank before, and sinks of the first one. Those keys and values are put in
+front of the rank's own, together with queries that nobody needs, and the ordinary attention runs on both. Where a
+window reaches further than one rank, heads are exchanged for tokens instead.
+"""
+
+# B batch, H query heads, G key/value heads, D head dim; W ranks, r rank, n tokens of a rank, E tokens in front of them
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_lighthouse.attention.windows import chunk_attention, window_attention
+from lightning_lighthouse.context.collectives import all_gather, pass_on
+from lightning_lighthouse.context.exchange import Attend, exchange_tokens
+from lightning_lighthouse.context.group import Context
+
+
+def shared_window(
+    q_BHnD: Tensor,
+    k_BGnD: Tensor,
+    v_BGnD: Tensor,
+    context: Context,
+    window: int,
+    *,
+    sink_tokens: int = 0,
+    scale: float | None = None,
+    sdpa: str = "auto",
+) -> Tensor:
+    """`window_attention` over a shared sequence, for this rank's tokens: `[B, H, n, D]`.
+
+    Args:
+        q_BHnD: Of this rank's tokens, as the others.
+        k_BGnD: Of the same.
+        v_BGnD: Of the same.
+        context: The ranks that share the sequence.
+        window: As there, in tokens of the whole sequence, as the others.
+        sink_tokens: As there.
+        scale: As there.
+        sdpa: As there.
+    """
+    attend = partial(window_attention, window=window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)
+    count = q_BHnD.shape[2]
+    if max(window - 1, sink_tokens) > count:
+        return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
+    reach = [0 if rank == 0 else window - 1 for rank in range(context.size)]
+    front = _edge(k_BGnD, v_BGnD, reach, context)
+    if sink_tokens:
+        # the sinks that the edge does not hold itself
+        missing = min(sink_tokens, context.rank * count - reach[context.rank])
+        front = torch.cat((_first(k_BGnD, v_BGnD, sink_tokens, context)[:, :, :missing], front), 2)
+    return _behind(front, attend, q_BHnD, k_BGnD, v_BGnD)
+
+
+def shared_chunk(
+    q_BHnD: Tensor,
+    k_BGnD: Tensor,
+    v_BGnD: Tensor,
+    context: Context,
+    window: int,
+    *,
+    scale: float | None = None,
+    sdpa: str = "auto",
+) -> Tensor:
+    """`chunk_attention` over a shared sequence, for this rank's tokens; nothing is sent where chunks end with ranks.
+
+    Args:
+        q_BHnD: `[B, H, n, D]`, of this rank's tokens.
+        k_BGnD: `[B, G, n, D]`.
+        v_BGnD: Alike.
+        context: The ranks that share the sequence.
+        window: As there, in tokens of the whole sequence.
+        scale: As there.
+        sdpa: As there.
+    """
+    attend = partial(chunk_attention, window=window, scale=scale, sdpa=sdpa)
+    # of the chunk that a rank's first token lies in
+    reach = [rank * q_BHnD.shape[2] % window for rank in range(context.size)]
+    if not any(reach):
+        return attend(q_BHnD, k_BGnD, v_BGnD)
+    if max(reach) > q_BHnD.shape[2]:
+        return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
+    return _behind(_edge(k_BGnD, v_BGnD, reach, context), attend, q_BHnD, k_BGnD, v_BGnD)
+
+
+def _edge(k_BGnD: Tensor, v_BGnD: Tensor, reach: list[int], context: Context) -> Tensor:
+    """Keys and values before this rank's first token, `[B, G, E, 2 D]`: `reach[r]` of them for rank r."""
+    rank, size, count = context.rank, context.size, k_BGnD.shape[2]
+    sent, received = [0] * size, [0] * size
+    if rank + 1 < size:
+        sent[rank + 1] = reach[rank + 1]
+    if rank:
+        received[rank - 1] = reach[rank]
+    last = torch.cat((k_BGnD, v_BGnD), 3)[:, :, count - sum(sent) :]
+    return pass_on(last.permute(2, 0, 1, 3), sent, received, context.group).permute(1, 2, 0, 3)
+
+
+def _first(k_BGnD: Tensor, v_BGnD: Tensor, count: int, context: Context) -> Tensor:
+    """Keys and values of the first tokens of the sequence, `[B, G, count, 2 D]`."""
+    return all_gather(torch.cat((k_BGnD, v_BGnD), 3)[:, :, :count], context.size, context.group)[0]
+
+
+def _behind(front_BGED: Tensor, attend: Attend, q_BHnD: Tensor, k_BGnD: Tensor, v_BGnD: Tensor) -> Tensor:
+    """Attend with keys and values in front of a rank's own; also without any, so that every rank has one graph.
+
+    A rank whose backward pass had no part in an exchange would let the others wait for ever.
+    """
+    count = front_BGED.shape[2]
+    k_front, v_front = front_BGED.chunk(2, 3)
+    q_front = q_BHnD.new_zeros((*q_BHnD.shape[:2], count, q_BHnD.shape[3]))
+    k, v = torch.cat((k_front, k_BGnD), 2), torch.cat((v_front, v_BGnD), 2)
+    return attend(torch.cat((q_front, q_BHnD), 2), k, v)[:, :, count:]
