@@ -19,11 +19,12 @@ from torch import Tensor
 
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast
-from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, WINDOW
+from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.context.edges import shared_chunk, shared_window
+from lightning_lighthouse.context.entries import can_exchange_entries, exchange_entries
 from lightning_lighthouse.context.exchange import exchange_tokens
 from lightning_lighthouse.context.group import Context, current
 from lightning_lighthouse.context.heard import hear
@@ -108,7 +109,8 @@ def _attend_shared(
     q, k, v = autocast(q, k, v)
     if scope is not None and scope.layer_type != UNSELECTED:
         note(reason)
-        if reason == ROUTED and scope.layer_type in (WINDOW, CHUNK):
+        is_local = scope.layer_type != LIGHTHOUSE or can_exchange_entries(scope.settings.config, q.shape[2], context)
+        if reason == ROUTED and is_local:
             return _attend_locally(context, scope, q, k, v, scale)
         if reason == ROUTED:
             first_head = context.rank * (k.shape[1] // context.size)
@@ -118,8 +120,10 @@ def _attend_shared(
 
 
 def _attend_locally(context: Context, scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Windows or chunks, which need no more of other ranks than what crosses their edges."""
+    """Attention that exchanges less than the heads of all tokens, as the type of the layer allows."""
     settings, sdpa = scope.settings, scope.settings.config.sdpa
+    if scope.layer_type == LIGHTHOUSE:
+        return exchange_entries(q, k, v, settings.config, context, scale=scale, step=_measured(scope, q, k))
     assert settings.window is not None
     if scope.layer_type == CHUNK:
         return shared_chunk(q, k, v, context, settings.window, scale=scale, sdpa=sdpa)
@@ -178,14 +182,20 @@ def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None, 
     if scope.layer_type == CHUNK:
         assert settings.window is not None
         return chunk_attention(q, k, v, settings.window, scale=scale, sdpa=config.sdpa, documents=documents)
+    step = _measured(scope, q, k)
+    return lighthouse_attention(q, k, v, config, scale=scale, step=step, first_head=first_head, documents=documents)
+
+
+def _measured(scope: Scope, q: Tensor, k: Tensor) -> Tensor | None:
+    """Show the audit queries and keys that are routed; return the step, where the selection draws for it."""
+    config = scope.settings.config
     # a compiled frame holds nothing of this
     if not torch.compiler.is_compiling():
         if scope.audit is not None:
             scope.audit.spread.add(scope.layer, q, k, config)
         if scope.spread is not None:
             scope.spread.add(scope.layer, q, k, config)
-    step = scope.step if config.selection == "random" else None
-    return lighthouse_attention(q, k, v, config, scale=scale, step=step, first_head=first_head, documents=documents)
+    return scope.step if config.selection == "random" else None
 
 
 def _why_dense(

@@ -42,6 +42,13 @@ CASES = {
     "local": {"callback": LOCAL},
     "recomputed": {"module": {"checkpoint": "block"}},
     "compiled": {"module": {"compile": True}, "backend": "aot_eager"},
+    # tiles end with the ranks, which then exchange entries
+    "even": {
+        "seq_len": 1024,
+        "callback": {"attention": LighthouseConfig(top_k=128)},
+        "module": {"checkpoint": "block", "compile": True},
+        "backend": "aot_eager",
+    },
     "saved": {"save": 2, "trainer": {"max_steps": 2}},
     "resumed-one": {"resume": "one1-saved"},
     "resumed-ddp": {"resume": "ddp2-saved"},
@@ -53,8 +60,8 @@ CASES = {
 class Rows(Dataset):
     """Seeded tokens."""
 
-    def __init__(self, count: int, seed: int, replica: int, replicas: int) -> None:
-        tokens = torch.randint(257, (count, SEQ_LEN + 1), generator=torch.Generator().manual_seed(seed))
+    def __init__(self, count: int, seed: int, seq_len: int, replica: int, replicas: int) -> None:
+        tokens = torch.randint(257, (count, seq_len + 1), generator=torch.Generator().manual_seed(seed))
         self.tokens = tokens[replica::replicas]
 
     def __len__(self) -> int:
@@ -157,16 +164,18 @@ def strategy_of(kind: str, size: int) -> Any:
     return STRATEGIES[kind](size, process_group_backend="gloo") if kind in STRATEGIES else "auto"
 
 
-def loaders(ranks: int, size: int) -> tuple[Batches, DataLoader]:
+def loaders(ranks: int, size: int, seq_len: int) -> tuple[Batches, DataLoader]:
     """Two sequences a step over all ranks; neighbours read the same ones."""
     replica, replicas = int(os.environ.get("RANK", 0)) // size, ranks // size
-    rows = [Rows(2 * STEPS, 1, replica, replicas), Rows(4, 2, replica, replicas)]
+    rows = [Rows(count, seed, seq_len, replica, replicas) for count, seed in ((2 * STEPS, 1), (4, 2))]
     return Batches(rows[0], 2 // replicas), DataLoader(rows[1], 2 // replicas)
 
 
 def train(folder: Path, name: str, ranks: int, size: int, kind: str, case: dict[str, Any]) -> None:
     seed_everything(0, verbose=False)
+    folder.mkdir(parents=True, exist_ok=True)
     torch._dynamo.reset()
+    seq_len = case.get("seq_len", SEQ_LEN)
     notes, options = Notes(), LIGHTHOUSE | case.get("callback", {})
     if "phases" in options:
         del options["switch_at"]
@@ -186,9 +195,9 @@ def train(folder: Path, name: str, ranks: int, size: int, kind: str, case: dict[
         (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(notes.tokens))
         return
     resumed = folder.parent / case["resume"] / "saved.ckpt" if "resume" in case else None
-    trainer.fit(module, *loaders(ranks, size), ckpt_path=resumed)
+    trainer.fit(module, *loaders(ranks, size, seq_len), ckpt_path=resumed)
     alone = trainer_of(folder / "alone", strategy_of(kind, size), [], devices=ranks)
-    (validated,) = alone.validate(module, loaders(ranks, size)[1], verbose=False)
+    (validated,) = alone.validate(module, loaders(ranks, size, seq_len)[1], verbose=False)
     if trainer.is_global_zero:
         report = json.loads((folder / "lighthouse.json").read_text())
         result = {

@@ -1,4 +1,4 @@
-"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS`.
+"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS [triton]`.
 
 Every rank writes `FOLDER/<rank>.json`: for each case the largest error of output and gradients relative to the largest
 value of one process, and whether all bits are equal.
@@ -20,9 +20,11 @@ from lightning_lighthouse import LighthouseConfig, context_parallel, local_posit
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.context.group import current, whole_sequences
 
-HEADS, GROUPS, DIM, WIDTH = 8, 4, 4, 16
+HEADS, GROUPS, DIM, WIDTH, BATCH = 8, 4, 4, 16, 2
 # no power of two, and no multiple of what windows and tiles have
 TOKENS = 508
+# whose tiles end with the ranks, so that only entries are exchanged
+EVEN = {"tokens": 1024, "config": LighthouseConfig(top_k=128)}
 CASES = {
     "dense": {"layer_types": ["dense"]},
     "causal": {"config": LighthouseConfig(top_k=64, num_levels=2)},
@@ -35,21 +37,38 @@ CASES = {
     "wide window": {"layer_types": ["window"], "window": 350, "sink_tokens": 2},
     "chunk": {"layer_types": ["chunk"], "window": 100},
     "wide chunk": {"layer_types": ["chunk"], "window": 300},
+    "entries": EVEN,
+    "entries, mean": {**EVEN, "config": LighthouseConfig(top_k=128, combine="mean")},
+    "entries, four levels": {**EVEN, "config": LighthouseConfig(top_k=128, num_levels=4, pooling_factor=2)},
+    "entries, two levels": {**EVEN, "config": LighthouseConfig(top_k=128, num_levels=2)},
+    "entries, published": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="published")},
+    "entries, random": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="random")},
+    "entries, strided": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="strided")},
+}
+
+
+# the kernels under Triton's slow interpreter: another form of scores and slots
+KERNELS = {
+    "causal": {"tokens": 512, "config": LighthouseConfig(backend="triton", top_k=64)},
+    "mean, four levels": {
+        "tokens": 512,
+        "config": LighthouseConfig(backend="triton", top_k=64, num_levels=4, pooling_factor=2, combine="mean"),
+    },
 }
 
 
 class Attention(nn.Module):
     """One layer with grouped heads, whose keys know their place."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * GROUPS) * DIM, dtype=torch.float64)
+        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * GROUPS) * DIM, dtype=dtype)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         parts = self.qkv(x).unflatten(-1, (-1, DIM)).transpose(1, 2).split([HEADS, GROUPS, GROUPS], 1)
         q, k, v = parts
         angle = positions.double().view(-1, 1) / 10
-        k = k * (2 + angle.cos())
+        k = k * (2 + angle.cos()).to(k.dtype)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return o.transpose(1, 2).flatten(2)
 
@@ -58,32 +77,32 @@ def attend(layer: nn.Module, x: Tensor, weights: Tensor, case: dict, step: int =
     """The output, and the gradients of inputs and weights."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
-    options = {name: value for name, value in case.items() if name == "config"}
+    options = {name: value for name, value in case.items() if name != "tokens"}
     if case.get("layer_types") == ["dense"]:
         out = layer(x, local_positions(x.shape[1]))
         (out * weights).sum().backward()
     else:
-        others = {name: value for name, value in case.items() if name != "config"}
-        with patch_attention(layer, **options, **others) as patch:
+        with patch_attention(layer, **options) as patch:
             patch.set_step(step)
             out = layer(x, local_positions(x.shape[1]))
             (out * weights).sum().backward()
     return [out.detach(), x.grad, layer.qkv.weight.grad.clone()]
 
 
-def work(rank: int, ranks: int, folder: str) -> None:
+def work(rank: int, ranks: int, folder: str, cases: dict[str, dict], dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    layer = Attention()
-    draw = torch.Generator().manual_seed(1)
-    x = torch.randn(2, TOKENS, WIDTH, generator=draw, dtype=torch.float64)
-    # bursts, so that norms differ and scores have something to rank
-    x = x * torch.randn(2, TOKENS, 1, generator=draw, dtype=torch.float64).exp()
-    weights = torch.randn(2, TOKENS, HEADS * DIM, generator=draw, dtype=torch.float64)
-    mine = slice(rank * TOKENS // ranks, (rank + 1) * TOKENS // ranks)
+    layer = Attention(dtype)
     found = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
+        tokens = case.get("tokens", TOKENS)
+        draw = torch.Generator().manual_seed(1)
+        x = torch.randn(BATCH, tokens, WIDTH, generator=draw, dtype=torch.float64)
+        # bursts, so that norms differ and scores have something to rank
+        x = (x * torch.randn(BATCH, tokens, 1, generator=draw, dtype=torch.float64).exp()).to(dtype)
+        weights = torch.randn(BATCH, tokens, HEADS * DIM, generator=draw, dtype=dtype)
+        mine = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
         whole = attend(layer, x, weights, case)
         with context_parallel(dist.group.WORLD) as context:
             shared = attend(layer, x[:, mine], weights[:, mine], case)
@@ -130,4 +149,8 @@ def refusals(ranks: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     # nothing has run yet that a fork could break, and nobody imports torch again
-    mp.start_processes(work, (int(sys.argv[2]), sys.argv[1]), nprocs=int(sys.argv[2]), start_method="fork")
+    if sys.argv[3:]:
+        HEADS, GROUPS, BATCH = 4, 2, 1
+    what = (KERNELS, torch.float32) if sys.argv[3:] else (CASES, torch.float64)
+    count = int(sys.argv[2])
+    mp.start_processes(work, (count, sys.argv[1], *what), nprocs=count, start_method="fork")
