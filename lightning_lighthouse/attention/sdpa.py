@@ -130,9 +130,16 @@ def _attend(
             stock_sdpa(*part, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
             for part in _launchable(q, k, v)
         ]
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and outs[0].requires_grad:
-        outs = [_GradientLikeOutput.apply(out) for out in outs]
+    outs = [keep_gradient_order(out) for out in outs]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def keep_gradient_order(out: Tensor) -> Tensor:
+    """What SDPA returned, so that its gradient comes in the memory order of `out`, where cuDNN could need that."""
+    if out.device.type == "cuda" and out.dtype in (torch.bfloat16, torch.float16) and out.requires_grad:
+        ordered: Tensor = _GradientLikeOutput.apply(out)
+        return ordered
+    return out
 
 
 class _GradientLikeOutput(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
-from lightning_lighthouse.context.collectives import all_gather, pass_on
+from lightning_lighthouse.context.collectives import pass_on
 from lightning_lighthouse.context.exchange import Attend, exchange_tokens
 from lightning_lighthouse.context.group import Context
 
@@ -47,13 +47,11 @@ def shared_window(
     count = q_BHnD.shape[2]
     if max(window - 1, sink_tokens) > count:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
-    reach = [0 if rank == 0 else window - 1 for rank in range(context.size)]
-    front = _edge(k_BGnD, v_BGnD, reach, context)
-    if sink_tokens:
-        # the sinks that the edge does not hold itself
-        missing = min(sink_tokens, context.rank * count - reach[context.rank])
-        front = torch.cat((_first(k_BGnD, v_BGnD, sink_tokens, context)[:, :, :missing], front), 2)
-    return _behind(front, attend, q_BHnD, k_BGnD, v_BGnD)
+    starts = [rank * count for rank in range(context.size)]
+    reach = [min(window - 1, start) for start in starts]
+    # the sinks that the edge does not hold itself
+    sinks = [min(sink_tokens, start - edge) for start, edge in zip(starts, reach, strict=True)]
+    return _behind(_in_front(k_BGnD, v_BGnD, sinks, reach, context), attend, q_BHnD, k_BGnD, v_BGnD)
 
 
 def shared_chunk(
@@ -84,24 +82,37 @@ def shared_chunk(
         return attend(q_BHnD, k_BGnD, v_BGnD)
     if max(reach) > q_BHnD.shape[2]:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
-    return _behind(_edge(k_BGnD, v_BGnD, reach, context), attend, q_BHnD, k_BGnD, v_BGnD)
+    front_BGED = _in_front(k_BGnD, v_BGnD, [0] * context.size, reach, context)
+    return _behind(front_BGED, attend, q_BHnD, k_BGnD, v_BGnD)
 
 
-def _edge(k_BGnD: Tensor, v_BGnD: Tensor, reach: list[int], context: Context) -> Tensor:
-    """Keys and values before this rank's first token, `[B, G, E, 2 D]`: `reach[r]` of them for rank r."""
+def _in_front(k_BGnD: Tensor, v_BGnD: Tensor, sinks: list[int], reach: list[int], context: Context) -> Tensor:
+    """Keys and values, `[B, G, E, 2 D]`, that rank r puts in front of its own.
+
+    In one exchange: ranks have graphs of their own, in which several might come in another order.
+
+    Args:
+        k_BGnD: Of this rank's tokens.
+        v_BGnD: Of the same.
+        sinks: So many of the sequence's first tokens for each rank, and then
+        reach: so many of those right before it.
+        context: The ranks.
+    """
     rank, size, count = context.rank, context.size, k_BGnD.shape[2]
-    sent, received = [0] * size, [0] * size
-    if rank + 1 < size:
-        sent[rank + 1] = reach[rank + 1]
+    kv_BGnD = torch.cat((k_BGnD, v_BGnD), 3)
+    parts, sent, received = [kv_BGnD[:, :, :0]], [0] * size, [0] * size
+    for other in range(size):
+        if rank == 0:
+            parts.append(kv_BGnD[:, :, : sinks[other]])
+            sent[other] += sinks[other]
+        if other == rank + 1:
+            parts.append(kv_BGnD[:, :, count - reach[other] :])
+            sent[other] += reach[other]
+    received[0] += sinks[rank]
     if rank:
-        received[rank - 1] = reach[rank]
-    last = torch.cat((k_BGnD, v_BGnD), 3)[:, :, count - sum(sent) :]
-    return pass_on(last.permute(2, 0, 1, 3), sent, received, context.group).permute(1, 2, 0, 3)
-
-
-def _first(k_BGnD: Tensor, v_BGnD: Tensor, count: int, context: Context) -> Tensor:
-    """Keys and values of the first tokens of the sequence, `[B, G, count, 2 D]`."""
-    return all_gather(torch.cat((k_BGnD, v_BGnD), 3)[:, :, :count], context.size, context.group)[0]
+        received[rank - 1] += reach[rank]
+    sent_EBGD = torch.cat(parts, 2).permute(2, 0, 1, 3)
+    return pass_on(sent_EBGD, sent, received, context.group).permute(1, 2, 0, 3)
 
 
 def _behind(front_BGED: Tensor, attend: Attend, q_BHnD: Tensor, k_BGnD: Tensor, v_BGnD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_lighthouse.context.group import current, local_positions
 from lightning_lighthouse.huggingface.fused_loss import LossBackend, check_installed, fused_loss, is_fused
 from lightning_lighthouse.huggingface.head import check_head, logits_of
 from lightning_lighthouse.huggingface.reading import empty_model, read_config, read_weights
-from lightning_lighthouse.huggingface.rope import extend_positions
+from lightning_lighthouse.huggingface.rope import check_shared, extend_positions
 from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
 from lightning_lighthouse.model.network import recompute
@@ -135,6 +135,8 @@ class HuggingFaceDecoder(LanguageModel):
             tokens: `[B, N]`.
             positions: `[B, N]`, of each token; None: from 0 on, or from this rank's first token.
         """
+        if current() is not None:
+            check_shared(self.config.get_text_config())
         if current() is not None and positions is None:
             # a model of transformers counts from 0, and so would each rank of a sequence
             positions = local_positions(tokens.shape[1], tokens.device).unsqueeze(0)

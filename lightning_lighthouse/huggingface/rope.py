@@ -11,6 +11,8 @@ from lightning_lighthouse.checks import SettingError, quoted
 GLOBAL = "full_attention"
 # Their factor says how many times further they reach
 SCALED = ("linear", "dynamic", "yarn", "llama3", "longrope")
+# These choose frequencies by the last position that they see
+BY_LENGTH = ("dynamic", "longrope")
 
 
 def extend_positions(
@@ -53,6 +55,20 @@ def extend_positions(
             )
         parameters.setdefault("original_max_position_embeddings", base)
     config.max_position_embeddings = sequence_length
+
+
+def check_shared(config: Any) -> None:
+    """Refuse rotary positions that look at the last one, which differs between the ranks of a shared sequence.
+
+    Raises:
+        SettingError: They do.
+    """
+    kind = _global(config).get("rope_type") if getattr(config, "rope_parameters", None) else None
+    if kind in BY_LENGTH:
+        raise SettingError(
+            f"rope_type {kind!r} rotates by the last position of a rank, which the ranks that share a sequence do not "
+            "agree on: use another of rope_parameters, such as yarn, or train without context parallelism"
+        )
 
 
 def _global(config: Any) -> dict[str, Any]:

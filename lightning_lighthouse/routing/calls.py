@@ -21,7 +21,7 @@ from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast
 from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
-from lightning_lighthouse.attention.sdpa import stock_sdpa
+from lightning_lighthouse.attention.sdpa import keep_gradient_order, stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.context.edges import shared_chunk, shared_window
 from lightning_lighthouse.context.entries import can_exchange_entries, exchange_entries
@@ -132,7 +132,9 @@ def _attend_locally(context: Context, scope: Scope, q: Tensor, k: Tensor, v: Ten
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = stock_sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # the gradient comes from an exchange, in whatever order that has
+    return keep_gradient_order(out)
 
 
 def _is_left_out(scope: Scope, query: Tensor, reason: str) -> bool:

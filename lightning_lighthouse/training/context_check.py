@@ -205,6 +205,8 @@ def _check_all_attend(listener: Listener, context: Context) -> None:
 
 def _check_same(trainer: Trainer, whole: Calls, shared: Calls) -> None:
     names = [name for name in shared if len(shared[name]) == len(whole.get(name, ()))]
+    if not names:
+        return
     differences = torch.stack([_difference(whole[name], shared[name]) for name in names])
     # every rank must stop, and say the same
     differences = trainer.strategy.reduce(differences, reduce_op="max")

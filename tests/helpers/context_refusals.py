@@ -143,7 +143,7 @@ class Manual(ForeignModule):
 
 def fit(
     folder: Path,
-    module: ForeignModule,
+    module: Any,
     rows: Any = None,
     callbacks: tuple[Callback, ...] = (),
     size: int = 2,
@@ -189,6 +189,35 @@ def pretrained(folder: Path) -> dict[str, Any]:
     return {"whole": whole, "shared": seen["losses"][2]}
 
 
+class Losses(Callback):
+    """The mean over the ranks of each training loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
+
+
+def continued(folder: Path) -> dict[str, float]:
+    """The loss of the first step of a `HuggingFaceDecoder`, and that of the same batch in one process."""
+    from pretrained import save_model
+
+    from lightning_lighthouse.huggingface import HuggingFaceDecoder
+
+    path = str(folder / "llama")
+    # transformers writes on one rank alone; the cases before this one have made the group
+    save_model(folder / "llama")
+    torch.distributed.barrier()
+    tokens = torch.randint(101, (2, 97), generator=torch.Generator().manual_seed(3))
+    module, losses = HuggingFaceDecoder(path, loss_chunk=17), Losses()
+    module.configure_model()
+    whole = module.loss(tokens).item()
+    module.losses, module.validation_losses = losses.losses, []
+    seen = fit(folder, module, rows=[{"tokens": row} for row in tokens], callbacks=(losses,))
+    return {"whole": whole, "shared": seen["losses"][0]}
+
+
 def placed(**options: Any) -> ForeignModule:
     return ForeignModule(model=PlacedGPT(**options))
 
@@ -226,6 +255,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         ),
         "alone": lambda: run(placed(), size=1),
         "transformers": lambda: pretrained(folder),
+        "decoder of transformers": lambda: continued(folder),
     }
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig, notices
 from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.context.group import Context, entered
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -73,6 +74,29 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(tmp_path: Path, fami
     losses = module.token_losses(tokens[:, :-1], tokens[:, 1:])
     assert losses.shape == (2, 96)
     assert losses.mean().item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_positions_are_those_of_the_whole_sequence_where_ranks_share_it(tmp_path: Path) -> None:
+    module, seen = made(save_model(tmp_path / "model")), []
+    module.model.base_model.register_forward_pre_hook(
+        lambda part, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    # nothing is exchanged, for SDPA is torch's own here
+    with entered(Context(2, 4, "no group")):
+        module.hidden(draw_tokens(length=5))
+    assert seen[0].tolist() == [[10, 11, 12, 13, 14]]
+    module.hidden(draw_tokens(length=5))
+    assert seen[1] is None
+
+
+def test_positions_by_the_last_one_are_not_shared(tmp_path: Path) -> None:
+    parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    module = made(save_model(tmp_path / "model", rope_parameters=parameters))
+    with (
+        entered(Context(0, 2, "no group")),
+        pytest.raises(SettingError, match="rope_type 'dynamic' rotates by the last"),
+    ):
+        module.loss(draw_tokens())
 
 
 def test_a_training_crosses_the_switch_and_recovers_what_it_learnt(tmp_path: Path) -> None:

@@ -153,9 +153,10 @@ def test_modules_of_others_run(case, said):
 
 
 @pytest.mark.slow
-def test_a_model_of_transformers_has_the_loss_of_the_whole_batch(said):
+@pytest.mark.parametrize("case", ["transformers", "decoder of transformers"])
+def test_a_model_of_transformers_has_the_loss_of_the_whole_batch(case, said):
     for rank in said:
-        assert rank["transformers"]["shared"] == pytest.approx(rank["transformers"]["whole"], rel=1e-6)
+        assert rank[case]["shared"] == pytest.approx(rank[case]["whole"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [ContextParallelStrategy, ContextParallelDDPStrategy])
