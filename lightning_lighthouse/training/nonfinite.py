@@ -61,6 +61,8 @@ class FiniteGuard:
         self._enabled = enabled
         self._window: list[_Seen] = []
         self._is_checked = False
+        # modules that gave finite values before the first that did not, when the batch was run again
+        self._depth = 0
 
     def start_batch(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A batch begins; under manual optimization each stands alone, for a step may never come."""
@@ -108,10 +110,11 @@ class FiniteGuard:
     def _explain(self, trainer: Trainer, module: LightningModule, by_loss: bool, phase: str, largest: Tensor) -> str:
         loss = next(filter(None, (seen.bad_loss() for seen in self._window)), "")
         where = self._locate(trainer, module, by_loss)
-        # (what is wrong here, where it began here), for each rank
-        found = _gather((loss if by_loss else "", where), trainer)
-        ranks = [rank for rank, (bad, place) in enumerate(found) if bad or (place and not by_loss)]
-        first = ranks[0] if ranks else 0
+        # (what is wrong here, where it began here, after how many modules), for each rank
+        found = _gather((loss if by_loss else "", where, self._depth), trainer)
+        ranks = [rank for rank, (bad, place, _) in enumerate(found) if bad or (place and not by_loss)]
+        # from one rank of a shared sequence it spreads to the others, within a layer
+        first = min(ranks, key=lambda rank: found[rank][2]) if ranks else 0
         what = f"loss is {found[first][0]}" if by_loss else f"largest gradient is {largest.item()}"
         if not ranks:
             who = f"rank unknown, all {len(found)} have it after the reduction" if len(found) > 1 else "rank 0"
@@ -135,7 +138,9 @@ class FiniteGuard:
             bad = next((index for index, seen in enumerate(window) if seen.bad_loss()), len(window) - 1)
             window = [window[first_of_sequence(trainer, bad)]] if window else []
         try:
-            places = [_repeat(trainer, module, seen, backward=not by_loss) for seen in window]
+            found = [_repeat(trainer, module, seen, backward=not by_loss) for seen in window]
+            places = [place for _, place in found]
+            self._depth = next((depth for depth, place in found if place), self._depth) if by_loss else 0
         except Exception as error:
             # whatever goes wrong in the repeat, the fault itself must be told
             places = [f"the layer is unknown: running the batch again failed ({type(error).__name__})"]
@@ -169,13 +174,13 @@ def _bad_parameters(module: nn.Module) -> str:
     return f"in the gradient of {_name(bad[0])}{more}" if bad else ""
 
 
-def _repeat(trainer: Trainer, module: LightningModule, seen: _Seen, *, backward: bool) -> str:
-    """Run a batch again and return where the first value that is not finite arose, or nothing."""
+def _repeat(trainer: Trainer, module: LightningModule, seen: _Seen, *, backward: bool) -> tuple[int, str]:
+    """Run a batch again and return where the first value that is not finite arose, after how many modules; or ""."""
     if not all(_is_finite(tensor) for tensor in _tensors(seen.batch)):
-        return "in the batch itself"
+        return 0, "in the batch itself"
     parameters = inspect.signature(module.training_step).parameters
     if "dataloader_iter" in parameters:
-        return "the layer is unknown: training_step takes the batches itself"
+        return 0, "the layer is unknown: training_step takes the batches itself"
     taken = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters.values())
     has_more = any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
     arguments = [seen.batch, seen.batch_idx][: 2 if has_more else taken]
@@ -195,8 +200,8 @@ def _repeat(trainer: Trainer, module: LightningModule, seen: _Seen, *, backward:
         if backward and not trace.place and loss.requires_grad:
             loss.backward()
     if trace.place or _is_finite(loss):
-        return trace.place
-    return "in the loss itself, all modules returned finite values"
+        return trace.depth, trace.place
+    return trace.depth, "in the loss itself, all modules returned finite values"
 
 
 class _Trace:
@@ -204,6 +209,8 @@ class _Trace:
 
     def __init__(self) -> None:
         self.place = ""
+        # modules that came before
+        self.depth = 0
         # the module whose gradient came last in the backward pass
         self._behind = ""
 
@@ -227,6 +234,7 @@ class _Trace:
         # a module runs before the ones that hold it are done: the innermost is first
         if not self.place and not all(map(_is_finite, outputs)) and all(map(_is_finite, _tensors((args, kwargs)))):
             self.place = f"first in the output of {name}"
+        self.depth += not self.place
         if backward:
             for tensor in outputs:
                 if tensor.requires_grad:
@@ -278,7 +286,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _gather(found: tuple[str, str], trainer: Trainer) -> list[tuple[str, str]]:
+def _gather(found: tuple[str, str, int], trainer: Trainer) -> list[tuple[str, str, int]]:
     """What every rank found, on every rank."""
     if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [found]

@@ -125,6 +125,13 @@ class Spoiling(ForeignModule):
         return loss * float("nan") if batch_idx == 1 and self.global_rank == 1 else loss
 
 
+class Poison(nn.Module):
+    """Returns a NaN on rank 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float("nan") if os.environ["RANK"] == "1" and self.training else x
+
+
 class Manual(ForeignModule):
     """Takes its optimizer steps itself."""
 
@@ -218,6 +225,13 @@ def continued(folder: Path) -> dict[str, float]:
     return {"whole": whole, "shared": seen["losses"][0]}
 
 
+def poisoned() -> ForeignModule:
+    """Its second block spoils the tokens of one rank; the third one mixes those of all."""
+    module = placed()
+    module.model.blocks[1].mlp.append(Poison())
+    return module
+
+
 def placed(**options: Any) -> ForeignModule:
     return ForeignModule(model=PlacedGPT(**options))
 
@@ -253,6 +267,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "spoilt": lambda: run(
             Spoiling(model=PlacedGPT()), callbacks=(LighthouseCallback(2, CONFIG),), accumulate_grad_batches=4
         ),
+        "poisoned": lambda: run(poisoned(), callbacks=(LighthouseCallback(2, CONFIG),)),
         "alone": lambda: run(placed(), size=1),
         "transformers": lambda: pretrained(folder),
         "decoder of transformers": lambda: continued(folder),

@@ -132,6 +132,8 @@ REFUSED = {
     "written out": "model.blocks.2.attn.0 ran without a call of scaled_dot_product_attention",
     "no attention": "ForeignModule cannot share sequences: no module calls SDPA",
     "dropout": "dropout_p is not 0",
+    # attention in the block behind it has spread it to both
+    "poisoned": "rank 0, 1 of 2: first in the output of model.blocks.1.mlp.2",
     "spoilt": "NonFiniteError: the loss is nan at step 0, lighthouse phase, rank 1 of 2",
 }
 
