@@ -139,6 +139,7 @@ def estimate_step(
     accumulated: int = 1,
     recomputes: bool = False,
     shards: int = 1,
+    sharers: int = 1,
 ) -> StepEstimate:
     """Calculate a step of one phase on one GPU.
 
@@ -151,8 +152,9 @@ def estimate_step(
         accumulated: Batches of a step.
         recomputes: Whether blocks are computed again in the backward pass.
         shards: Ranks that parameters, gradients and optimizer are spread over.
+        sharers: Ranks that share each sequence: its tokens, and within attention its heads.
     """
-    tokens = num_tokens * batch_size * accumulated
+    tokens = num_tokens * batch_size * accumulated / sharers
     again = 4 / 3 if recomputes else 1.0
     head = size.vocabulary * size.width
     flops = {
@@ -171,7 +173,7 @@ def estimate_step(
         )
         seconds = {
             "products": (flops["blocks"] + flops["head"]) / speed.products,
-            "attention": attention * batch_size * accumulated * (1 + FORWARD_SHARE * recomputes),
+            "attention": attention * batch_size * accumulated / sharers * (1 + FORWARD_SHARE * recomputes),
             "elementwise": tokens * len(layers) * size.feed_forward * speed.elementwise * again
             + tokens * size.vocabulary * LOGIT_BYTES * LOGIT_PASSES / speed.copied,
             "optimizer": OPTIMIZER_BYTES * size.num_parameters / shards / speed.copied,
@@ -180,7 +182,8 @@ def estimate_step(
     if speed is not None:
         routed = sum(layer.layer_type == LIGHTHOUSE for layer in layers)
         launch = accumulated * (len(layers) * speed.launch + routed * speed.launch_stages)
-    return StepEstimate(flops, seconds, launch, _memory_gib(size, layers, num_tokens * batch_size, recomputes, shards))
+    held = num_tokens * batch_size / sharers
+    return StepEstimate(flops, seconds, launch, _memory_gib(size, layers, held, recomputes, shards))
 
 
 def _attention_seconds(size: AttentionSize, layer: LayerPlan, num_tokens: int, speed: CardSpeed) -> float:
@@ -202,7 +205,7 @@ def _attention_seconds(size: AttentionSize, layer: LayerPlan, num_tokens: int, s
     return attend + speed.stage_seconds + moved / (speed.stage_share * speed.copied)
 
 
-def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: int, recomputes: bool, shards: int) -> float:
+def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: float, recomputes: bool, shards: int) -> float:
     """The peak: what is held all along, and what the backward pass needs of `tokens` tokens."""
     kept = [
         STREAM_BYTES * size.width

@@ -13,6 +13,7 @@ from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, spread
 from lightning_lighthouse.bench.card_speeds import CARDS, CardSpeed
 from lightning_lighthouse.bench.step_estimate import LayerPlan, ModelSize, StepEstimate, estimate_step, model_size
 from lightning_lighthouse.bench.steps import time_steps
+from lightning_lighthouse.checks import is_named
 from lightning_lighthouse.cli.check import RecipeCheck
 from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.parser import Parser
@@ -63,6 +64,7 @@ class Run(NamedTuple):
         accumulated: Batches of a step.
         devices: Ranks that train.
         shards: Ranks that the parameters are spread over.
+        sharers: Ranks that share a sequence.
         recomputes: Whether blocks are computed again in the backward pass.
         is_compiled: Whether they are compiled.
     """
@@ -75,12 +77,14 @@ class Run(NamedTuple):
     accumulated: int
     devices: int
     shards: int
+    sharers: int
     recomputes: bool
     is_compiled: bool
 
     def estimate(self, layers: Sequence[LayerPlan], speed: CardSpeed | None, **changes: Any) -> StepEstimate:
         """A step of these layers."""
-        told = {"recomputes": self.recomputes, "shards": self.shards, "accumulated": self.accumulated, **changes}
+        told = {"recomputes": self.recomputes, "shards": self.shards, "accumulated": self.accumulated}
+        told |= {"sharers": self.sharers, **changes}
         num_tokens, batch_size = told.pop("num_tokens", self.num_tokens), told.pop("batch_size", self.batch_size)
         return estimate_step(self.size, layers, num_tokens, batch_size, speed, **told)
 
@@ -105,7 +109,9 @@ class Planned(RecipeCheck):
             size = model_size(self.model, list(layers.values()))
         except ValueError as error:
             raise UsageError(f"plan cannot read the model's sizes: {error}") from None
-        devices = trainer.devices if type(trainer.devices) is int and trainer.devices > 0 else 1
+        # a flag is text
+        count = str(trainer.devices)
+        devices = int(count) if count.isdecimal() and int(count) > 0 else 1
         ranks = devices * trainer.num_nodes
         hparams = dict(self.model.hparams)
         return Run(
@@ -116,10 +122,23 @@ class Planned(RecipeCheck):
             getattr(data, "batch_size", None) or 1,
             trainer.accumulate_grad_batches,
             ranks,
-            ranks if "FSDP" in str(trainer.strategy) or "ModelParallel" in str(trainer.strategy) else 1,
+            ranks if _shards(trainer.strategy) else 1,
+            _sharers(trainer.strategy, ranks),
             hparams.get("checkpoint") == "block" or hparams.get("activation_checkpointing") is True,
             bool(hparams.get("compile")),
         )
+
+
+def _shards(strategy: Any) -> bool:
+    """Whether a strategy, or what the Trainer knows it by, spreads the parameters over the ranks."""
+    return is_named(strategy, "ModelParallelStrategy") or any(word in str(strategy) for word in ("FSDP", "ModelPar"))
+
+
+def _sharers(strategy: Any, ranks: int) -> int:
+    sharers: int = getattr(strategy, "context_parallel_size", 1)
+    if sharers < 1 or ranks % sharers:
+        raise UsageError(f"context_parallel_size must divide the {ranks} ranks, got {sharers}")
+    return sharers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -131,6 +150,8 @@ def main(argv: Sequence[str]) -> int:
     require_recipe("plan", recipe)
     with quiet_lightning(), torch.device("meta"):
         run = Planned(recipe).read()
+    if arguments.probe and run.sharers > 1:
+        raise UsageError(f"--probe measures one GPU, and {run.sharers} share each sequence: leave --probe out")
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     card = arguments.card or here
     speed = CARDS.get(card or "")
@@ -172,13 +193,14 @@ def _parts(callback: LighthouseCallback, layers: dict[str, Any], max_steps: int)
 
 
 def _print_run(run: Run, card: str | None, speed: CardSpeed | None, is_probed: bool) -> None:
-    tokens = run.num_tokens * run.batch_size * run.accumulated * run.devices
+    tokens = run.num_tokens * run.batch_size * run.accumulated * run.devices // run.sharers
     steps = sum(part.steps for part in run.parts)
+    shared = f", {run.sharers} share each sequence" if run.sharers > 1 else ""
     again = f", {run.accumulated} of them a step" if run.accumulated > 1 else ""
     print(
         f"{type(run.module).__name__}: {run.size.num_parameters / 1e6:,.1f}M parameters, "
         f"{len(run.size.attention)} attention layers; {run.batch_size} x {run.num_tokens:,} tokens a batch{again}, "
-        f"{run.devices} GPU{'s' * (run.devices > 1)}; {steps:,} steps, {steps * tokens / 1e6:,.1f}M tokens"
+        f"{run.devices} GPU{'s' * (run.devices > 1)}{shared}; {steps:,} steps, {steps * tokens / 1e6:,.1f}M tokens"
     )
     if not is_probed:
         how = "estimated from what was measured on it" if speed is not None else "no times: nothing was measured on it"

@@ -93,6 +93,25 @@ def test_without_a_gpu_and_a_card_there_are_no_times(capsys, monkeypatch):
     assert rows["dense"][3] == "-"
 
 
+def test_gpus_that_share_a_sequence_have_their_part_of_it_each(capsys):
+    recipe = str(RECIPES / "books-262k-2gpu.yaml")
+    given = (recipe, "--card", "NVIDIA H200", "--data.source", "text")
+    out, shared = planned(capsys, *given)
+    assert "1 x 262,144 tokens a batch, 2 GPUs, 2 share each sequence; 1,000 steps, 262.1M tokens" in out
+    assert "what GPUs say to each other is not counted" in out
+    alone = ("--trainer.devices", "1", "--trainer.strategy", "auto")
+    out, whole = planned(capsys, *given, *alone)
+    assert "1 GPU; 1,000 steps, 262.1M tokens" in out
+    for name in ("lighthouse", "dense"):
+        # products, attention, time, hours, memory
+        for one, all_of_it in zip(shared[name][1:6], whole[name][1:6], strict=True):
+            ratio = float(one.replace(",", "")) / float(all_of_it.replace(",", ""))
+            assert ratio == pytest.approx(0.5, abs=0.02), name
+    assert "2 share each sequence: leave --probe out" in refusal(capsys, "plan", *given, "--probe")
+    few = refusal(capsys, "plan", *given, "--trainer.devices", "3")
+    assert "context_parallel_size must divide the 3 ranks, got 2" in few
+
+
 @pytest.mark.slow
 def test_a_probe_measures_each_phase_on_this_machine(capsys):
     out, rows = planned(capsys, "tiny.yaml", "--probe", "--repeats", "2")
