@@ -24,21 +24,28 @@ SAID = {
 LOCAL = {"window", "sinks", "chunk", "wide chunk"}
 
 
-def shared(folder, ranks: int, *more: str) -> list[dict]:
+def shared(folder, ranks: int, cases: str) -> list[dict]:
     settings = {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     environment = os.environ | settings | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder), str(ranks), *more]
+    command = [sys.executable, str(SCRIPT), str(folder), str(ranks), cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 # one start of processes for all of it: they are what costs
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_shared_attention_is_that_of_one_process(ranks, tmp_path):
-    for found in shared(tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "cases", "count"),
+    [
+        (2, "quick", 13),
+        pytest.param(2, "all", 18, marks=pytest.mark.slow),
+        pytest.param(4, "all", 18, marks=pytest.mark.slow),
+    ],
+)
+def test_shared_attention_is_that_of_one_process(ranks, cases, count, tmp_path):
+    for found in shared(tmp_path, ranks, cases):
         said = found.pop("refused")
-        assert len(found) == 18
+        assert len(found) == count
         for name, case in found.items():
             assert max(case["errors"]) < 1e-13, (name, case)
             # a quarter of the tokens is projected to q, k and v by other kernels already

@@ -1,4 +1,4 @@
-"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS [triton]`.
+"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS quick|all|triton`.
 
 Every rank writes `FOLDER/<rank>.json`: for each case the largest error of output and gradients relative to the largest
 value of one process, and whether all bits are equal.
@@ -38,8 +38,14 @@ CASES = {
     "chunk": {"layer_types": ["chunk"], "window": 100},
     "wide chunk": {"layer_types": ["chunk"], "window": 300},
     "entries": EVEN,
+    "entries, mean, four levels": {
+        **EVEN,
+        "config": LighthouseConfig(top_k=128, num_levels=4, pooling_factor=2, combine="mean"),
+    },
+}
+# those that take longer, or differ little
+MORE = {
     "entries, mean": {**EVEN, "config": LighthouseConfig(top_k=128, combine="mean")},
-    "entries, four levels": {**EVEN, "config": LighthouseConfig(top_k=128, num_levels=4, pooling_factor=2)},
     "entries, two levels": {**EVEN, "config": LighthouseConfig(top_k=128, num_levels=2)},
     "entries, published": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="published")},
     "entries, random": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="random")},
@@ -149,8 +155,10 @@ def refusals(ranks: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     # nothing has run yet that a fork could break, and nobody imports torch again
-    if sys.argv[3:]:
+    if sys.argv[3] == "triton":
         HEADS, GROUPS, BATCH = 4, 2, 1
-    what = (KERNELS, torch.float32) if sys.argv[3:] else (CASES, torch.float64)
+        what = KERNELS, torch.float32
+    else:
+        what = CASES if sys.argv[3] == "quick" else CASES | MORE, torch.float64
     count = int(sys.argv[2])
     mp.start_processes(work, (count, sys.argv[1], *what), nprocs=count, start_method="fork")
