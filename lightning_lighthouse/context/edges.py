@@ -45,7 +45,8 @@ def shared_window(
     """
     attend = partial(window_attention, window=window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)
     count = q_BHnD.shape[2]
-    if max(window - 1, sink_tokens) > count:
+    # ranks differ here in sizes, and a compiler may leave out what is empty on one of them: the others would wait
+    if torch.compiler.is_compiling() or max(window - 1, sink_tokens) > count:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
     starts = [rank * count for rank in range(context.size)]
     reach = [min(window - 1, start) for start in starts]
@@ -80,7 +81,7 @@ def shared_chunk(
     reach = [rank * q_BHnD.shape[2] % window for rank in range(context.size)]
     if not any(reach):
         return attend(q_BHnD, k_BGnD, v_BGnD)
-    if max(reach) > q_BHnD.shape[2]:
+    if torch.compiler.is_compiling() or max(reach) > q_BHnD.shape[2]:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
     front_BGED = _in_front(k_BGnD, v_BGnD, [0] * context.size, reach, context)
     return _behind(front_BGED, attend, q_BHnD, k_BGnD, v_BGnD)

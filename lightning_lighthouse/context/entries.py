@@ -23,7 +23,7 @@ from lightning_lighthouse.attention.backends import choose_stages
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
 from lightning_lighthouse.attention.sdpa import causal_sdpa
-from lightning_lighthouse.context.collectives import all_gather, pass_on
+from lightning_lighthouse.context.collectives import all_gather
 from lightning_lighthouse.context.exchange import exchange_tokens
 from lightning_lighthouse.context.group import Context
 from lightning_lighthouse.notices import log_once
@@ -128,10 +128,11 @@ def _own(stages: ModuleType, whole: Any, shape: PyramidShape, part: PyramidShape
 
 def _reaching(stages: ModuleType, slots: Tensor, shape: PyramidShape, part: PyramidShape, context: Context) -> Tensor:
     """`[B, G, L - 1]` bool: whether the last entry of each level of the rank before is gathered; none for the first."""
-    if context.rank == 0:
-        return slots.new_zeros((*slots.shape[:2], part.num_levels - 1), dtype=torch.bool)
+    # one more in front, which the first rank reads: ranks whose graphs differ would be compiled to different exchanges
+    slots = torch.cat((slots.new_full((*slots.shape[:2], 1), -1), slots), -1)
     last = [
-        _rows(stages, shape, level)[0] + context.rank * part.entries(level) - 1 for level in range(1, part.num_levels)
+        _rows(stages, shape, level)[0] + context.rank * part.entries(level) if context.rank else 0
+        for level in range(1, part.num_levels)
     ]
     return slots[..., last] >= 0
 
@@ -154,15 +155,11 @@ def _scatter(
     last = [_rows(stages, part, level)[0] + part.entries(level) - 1 for level in range(1, levels)]
     rows_BHL = own.slots[..., last].repeat_interleave(heads, 1).clamp(min=0).long()
     sent_BHLD = o_BHsD.gather(2, rows_BHL.unsqueeze(-1).expand(-1, -1, -1, o_BHsD.shape[3]))
-    ahead, behind = [0] * context.size, [0] * context.size
-    if context.rank + 1 < context.size:
-        ahead[context.rank + 1] = levels - 1
-    if context.rank:
-        behind[context.rank - 1] = levels - 1
-    sent_LBHD = sent_BHLD.permute(2, 0, 1, 3)[: sum(ahead)]
-    front_BHLD = pass_on(sent_LBHD, ahead, behind, context.group).permute(1, 2, 0, 3)
+    # of all ranks, though one is enough: every rank then takes part, whatever a compiler leaves out
+    fronts = all_gather(sent_BHLD, context.size, context.group)
+    front_BHLD = fronts[(context.rank - 1) % context.size]
     # the gradient of a row that nobody reads is whatever was in memory
-    is_read = reaching_BGL.repeat_interleave(heads, 1).unsqueeze(-1)[:, :, : front_BHLD.shape[2]]
+    is_read = reaching_BGL.repeat_interleave(heads, 1).unsqueeze(-1)
     front_BHLD = torch.where(is_read, front_BHLD, 0)
     extended, num_front = _with_front(part)
     unread = o_BHsD.new_zeros((*o_BHsD.shape[:2], num_front - front_BHLD.shape[2], o_BHsD.shape[3]))

@@ -20,7 +20,8 @@ SEQ_LEN = 1012
 
 
 def launch(script: str, *arguments: str) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    settings = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join([str(HELPERS), str(ROOT)])}
     command = [sys.executable, str(HELPERS / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,7 +38,7 @@ def runs(tmp_path_factory) -> Path:
         "context_run.py",
         str(folder),
         "one:1:1:plain,local,even,accumulated,saved,recipe",
-        "ddp:2:2:plain,local,even,recomputed,compiled,accumulated,saved,resumed-one",
+        "ddp:2:2:plain,local,even,recomputed,compiled,inductor,accumulated,saved,resumed-one",
         "fsdp:2:2:plain,local,even",
         "one:1:1:resumed-ddp",
         "ddp:4:2:plain,recipe",
@@ -56,6 +57,7 @@ def result(runs: Path, name: str) -> dict[str, Any]:
     [
         *((f"ddp2-{case}", case) for case in ("plain", "local", "even", "accumulated")),
         *((f"ddp2-{case}", "plain") for case in ("recomputed", "compiled")),
+        ("ddp2-inductor", "even"),
         *((f"fsdp2-{case}", case) for case in ("plain", "local", "even")),
         *((f"{kind}4-plain", "plain") for kind in ("ddp", "fsdp")),
     ],
