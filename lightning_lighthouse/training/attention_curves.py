@@ -86,6 +86,10 @@ class AttentionCurves:
         """A batch begins, in its phase; where a point is due, the spread of its scores is measured."""
         ids = token_ids(batch)
         self._counted = 0 if ids is None or ids.ndim == 0 else ids.shape[-1]
+        whole = getattr(self._trainer.strategy, "tokens_before_slicing", None)
+        if whole is not None and ids is not None and ids.ndim == 2:
+            # attention sees the sequence, of which this rank holds a slice
+            self._counted = whole // ids.shape[0]
         self._num_tokens = self._length(self._counted)
         self._types = () if self._patch is None else tuple(self._patch.attending)
         self._meter = SpreadMeter() if is_due and self._patch is not None and self._patch.is_on else None

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from places import HELPERS, ROOT
 
 from lightning_lighthouse import ContextParallelDDPStrategy, ContextParallelStrategy
+from lightning_lighthouse.model import Decoder
+from lightning_lighthouse.training.attention_curves import AttentionCurves
 
 SEQ_LEN = 1012
 
@@ -170,3 +173,15 @@ def test_a_model_of_transformers_has_the_loss_of_the_whole_batch(case, said):
 def test_values_of_other_types_are_refused(kind, options):
     with pytest.raises(TypeError, match=r"must be (int|bool), got"):
         kind(**options)
+
+
+def test_flops_of_a_slice_are_those_of_the_sequence_that_attention_sees():
+    module = Decoder(num_layers=2, dim=32, num_heads=4, ffn_dim=48)
+    found = []
+    for columns, strategy in ((129, SimpleNamespace()), (65, SimpleNamespace(tokens_before_slicing=2 * 129))):
+        trainer = SimpleNamespace(strategy=strategy, datamodule=None)
+        curves = AttentionCurves(trainer, module, None, None, keeps_documents=False)
+        curves.begin({"tokens": torch.zeros(2, columns, dtype=torch.int64)}, False)
+        found.append(curves.flops(2 * 129))
+    assert found[0] == found[1]
+    assert found[0][0] > 0
