@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lighthouse.attention.layer_types import DENSE, in_words
+from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.checks import warn
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
 from lightning_lighthouse.cli.parser import Parser
@@ -32,7 +33,7 @@ from lightning_lighthouse.evaluation.samples import enough
 from lightning_lighthouse.huggingface.pretrained import load_pretrained
 from lightning_lighthouse.huggingface.reading import is_model, is_name
 from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer, check_tokenizer
-from lightning_lighthouse.notices import progress_bar, quiet_lightning, shown_notices
+from lightning_lighthouse.notices import quiet_lightning, shown_notices
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
 from lightning_lighthouse.runs.final_weights import FINAL

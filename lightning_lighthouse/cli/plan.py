@@ -13,7 +13,7 @@ from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, spread
 from lightning_lighthouse.bench.card_speeds import CARDS, CardSpeed
 from lightning_lighthouse.bench.step_estimate import LayerPlan, ModelSize, StepEstimate, estimate_step, model_size
 from lightning_lighthouse.bench.steps import time_steps
-from lightning_lighthouse.checks import is_named
+from lightning_lighthouse.checks import is_named, quoted
 from lightning_lighthouse.cli.check import RecipeCheck
 from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.parser import Parser
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     card = arguments.card or here
     speed = CARDS.get(card or "")
     if arguments.card is not None and speed is None:
-        raise UsageError(f"--card must be one of {', '.join(CARDS)}, got {arguments.card!r}")
+        raise UsageError(f"--card must be one of {', '.join(CARDS)}, got {quoted(arguments.card)}")
     _print_run(run, card, speed, arguments.probe)
     measured = _probe(run, recipe, arguments.repeats) if arguments.probe else {}
     _print_table(run, speed, measured)
@@ -292,8 +292,8 @@ def _pays(run: Run, speed: CardSpeed | None) -> list[str]:
             for layers in (first.layers, run.parts[-1].layers)
         )
         if cheap < 0.95 * dense:
-            return [f"{first.name!r} is faster than dense from {num_tokens:,} tokens on, by these estimates"]
-    return [f"{first.name!r} is not faster than dense at any length up to {LENGTHS[-1]:,} tokens"]
+            return [f"{quoted(first.name)} is faster than dense from {num_tokens:,} tokens on, by these estimates"]
+    return [f"{quoted(first.name)} is not faster than dense at any length up to {LENGTHS[-1]:,} tokens"]
 
 
 def _limits(run: Run, card: str | None, speed: CardSpeed | None, is_probed: bool) -> list[str]:

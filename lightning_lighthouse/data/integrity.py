@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.data.manifest import INDEX, FileRecord, Manifest
-from lightning_lighthouse.notices import progress_bar
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.checks import shown
 from lightning_lighthouse.huggingface.trained import Trained
-from lightning_lighthouse.notices import progress_bar
 
 SHARD = "5GB"
 # beside the weights there are a config, a tokenizer, and what the file system wants

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.huggingface.head import cap_of, scale_of
 from lightning_lighthouse.notices import log_once
 
@@ -41,7 +41,7 @@ def is_fused(backend: LossBackend, device: torch.device) -> bool:
     fused = backend == "liger" or (backend == "auto" and device.type == "cuda" and _is_installed())
     if backend == "auto":
         name = "liger" if fused else "chunked"
-        log_once("loss backend", f"loss_backend='auto' runs {name!r} on {device.type}")
+        log_once("loss backend", f"loss_backend='auto' runs {quoted(name)} on {device.type}")
     return fused
 
 

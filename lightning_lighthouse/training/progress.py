@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_lighthouse.bars import EVERY_SECONDS, is_terminal
 from lightning_lighthouse.checks import is_named
-from lightning_lighthouse.notices import EVERY_SECONDS, is_terminal
 from lightning_lighthouse.phases.events import BatchEnd
 from lightning_lighthouse.phases.pace import TimeLeft, spans_left, time_left
 from lightning_lighthouse.phases.schedule import DENSE

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from places import RECIPES
-from pretrained import WORDS, save_model, save_tokenizer
+from pretrained import WORDS
+from shipped import is_pretrained, models, save_base
 
 from lightning_lighthouse.cli import commands as cli
 from lightning_lighthouse.cli.fit import MODEL
@@ -29,23 +30,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def models(path: Path) -> dict:
-    """The settings of a recipe's model."""
-    return yaml.safe_load(path.read_text()).get("model", {})
-
-
-def is_pretrained(path: Path) -> bool:
-    return models(path).get("class_path", "").endswith("HuggingFaceDecoder")
-
-
 @pytest.fixture
 def base(request, folder):
     """The folder of the pretrained model that a recipe names, where it names one: a tiny one."""
-    path = request.getfixturevalue("path")
-    if is_pretrained(path):
-        pytest.importorskip("transformers", reason="needs the extra hf")
-        save_model(Path(models(path)["init_args"]["model"]))
-        save_tokenizer(Path(models(path)["init_args"]["model"]))
+    save_base(request.getfixturevalue("path"))
 
 
 def names(paths: list[Path]) -> list[str]:

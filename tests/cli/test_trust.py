@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cli_parts import RECIPE, config, refusal
 from places import RECIPES
+from shipped import save_base
 
 from lightning_lighthouse.cli import commands as cli
 from lightning_lighthouse.cli import recipe_check as cli_check
@@ -154,4 +155,5 @@ def test_a_model_of_ones_own_is_not_trusted(capsys):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_recipes_can_be_trusted(capsys, path):
     flags = ["--data.source", "text.jsonl", "--trainer.accelerator", "cpu"]
+    save_base(path)
     assert cli.main(["check", str(path), *flags, "--trusted_classes_only"]) == 0

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.data.preparing.sources import Document, find_files, read_documents
 from lightning_lighthouse.data.preparing.token_folder import is_token_folder, read_token_documents, token_files
 from lightning_lighthouse.data.tokenizers import ByteTokenizer, Tokenizer
 from lightning_lighthouse.data.workers import leave_signals_to, worker_context
-from lightning_lighthouse.notices import progress_bar
 
 # Text that one task hands to a tokenizing process: enough to hide what the hand-over costs
 TASK_BYTES = 2**20
