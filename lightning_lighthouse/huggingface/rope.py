@@ -66,8 +66,8 @@ def check_shared(config: Any) -> None:
     kind = _global(config).get("rope_type") if getattr(config, "rope_parameters", None) else None
     if kind in BY_LENGTH:
         raise SettingError(
-            f"rope_type {quoted(kind)} rotates by the last position of a rank, which the ranks that share a sequence do not "
-            "agree on: use another of rope_parameters, such as yarn, or train without context parallelism"
+            f"rope_type {quoted(kind)} rotates by the last position of a rank, which the ranks that share a sequence "
+            "do not agree on: use another of rope_parameters, such as yarn, or train without context parallelism"
         )
 
 
