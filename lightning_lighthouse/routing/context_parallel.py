@@ -1,9 +1,9 @@
 """`context_parallel`: attention over sequences that several ranks share, in plain PyTorch.
 
-with context_parallel(group):
-    tokens = slice_tokens(tokens)
-    loss = loss_of(model(tokens[:, :-1], positions=local_positions(n)), tokens[:, 1:])
-    loss.backward()
+    with context_parallel(group):
+        tokens = slice_tokens(tokens)
+        loss = loss_of(model(tokens[:, :-1], positions=local_positions(n)), tokens[:, 1:])
+        loss.backward()
 """
 
 from __future__ import annotations
