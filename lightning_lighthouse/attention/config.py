@@ -45,6 +45,9 @@ class LighthouseConfig:
             neighbourhood depend on later tokens. "strided": evenly spaced ones. "random": drawn by a hash of the
             seed, the step, the level, the key/value head and the entry. The last two read no scores.
         combine: How the outputs of several levels meet in one token. "sum" as published, or "mean".
+        rotate: How rotary positions and pooling meet. "before": q and k are pooled as they come, rotated. "after": an
+            entry is the mean of its tokens unrotated, rotated at the last token that it covers; the frequencies come
+            from the model (docs/understand/design.md, section 2).
         cover_prefix: Force entry 0 of every level to win, so that every token receives at least one output. Under
             "causal" and "strided" it wins in any case.
         seed: Seed of selection="random", at most 2^32 - 1.
@@ -65,6 +68,7 @@ class LighthouseConfig:
     dilation: int = 4
     selection: Literal["published", "causal", "strided", "random"] = "causal"
     combine: Literal["sum", "mean"] = "sum"
+    rotate: Literal["before", "after"] = "before"
     cover_prefix: bool = True
     seed: int = 0
     backend: Literal["auto", "reference", "triton"] = "auto"

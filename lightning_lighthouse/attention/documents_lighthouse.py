@@ -23,6 +23,7 @@ from lightning_lighthouse.attention.documents_loop import each_document
 from lightning_lighthouse.attention.documents_sdpa import attend_rows, documents_sdpa
 from lightning_lighthouse.attention.host_tables import boundaries
 from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.rotation import Rotation
 from lightning_lighthouse.attention.sdpa import causal_sdpa
 from lightning_lighthouse.notices import notice_once
 
@@ -37,6 +38,7 @@ def documents_lighthouse(
     scale: float | None,
     step: Tensor | None,
     first_head: int,
+    rotation: Rotation | None,
 ) -> Tensor:
     """As `lighthouse_attention`, inside documents, for sequences that are long enough to be compressed."""
     check_covers(documents, q)
@@ -47,13 +49,13 @@ def documents_lighthouse(
         raise ValueError('scorer=\'dilated\' does not know documents yet; use "norm", or selection="strided"')
     stages = choose_stages(config, q.device, q.dtype)
     if stages is reference:
-        return _one_by_one(q, k, v, documents, config, shape, scale, step, first_head)
+        return _one_by_one(q, k, v, documents, config, shape, scale, step, first_head, rotation)
     # a compiled frame reads what was settled before it, for it cannot count documents without knowing them
     is_crowded = documents.is_crowded if torch.compiler.is_compiling() else settle_documents(documents, config)
     if is_crowded:
         return documents_sdpa(q, k, v, documents, scale=scale, backend=config.sdpa)
     packing = Packing.of(shape, batch, config.resolve_max_documents(num_tokens), config.selection)
-    return _all_at_once(stages, q, k, v, documents.host, packing, config, scale, step, first_head)
+    return _all_at_once(stages, q, k, v, documents.host, packing, config, scale, step, first_head, rotation)
 
 
 def settle_documents(documents: Documents, config: LighthouseConfig) -> bool:
@@ -103,11 +105,20 @@ def _one_by_one(
     scale: float | None,
     step: Tensor | None,
     first_head: int,
+    rotation: Rotation | None,
 ) -> Tensor:
     """By the reference."""
     if settle_documents(documents, config):
         return documents_sdpa(q, k, v, documents, scale=scale, backend=config.sdpa)
-    attend = partial(_attend_document, config=config, shape=shape, scale=scale, step=step, first_head=first_head)
+    attend = partial(
+        _attend_document,
+        config=config,
+        shape=shape,
+        scale=scale,
+        step=step,
+        first_head=first_head,
+        rotation=rotation,
+    )
     return each_document(attend, q, k, v, documents)
 
 
@@ -120,12 +131,13 @@ def _attend_document(
     scale: float | None,
     step: Tensor | None,
     first_head: int,
+    rotation: Rotation | None,
 ) -> Tensor:
     own = shape.of_document(q.shape[2])
     with torch.no_grad():
         scores = reference.score(q, k, v, own, config)
         selection = reference.select_document(scores, own, config, step, first_head)
-    o = causal_sdpa(*reference.gather(q, k, v, selection, own), scale=scale, backend=config.sdpa)
+    o = causal_sdpa(*reference.gather(q, k, v, selection, own, rotation), scale=scale, backend=config.sdpa)
     return reference.scatter(o, selection, own, config)
 
 
@@ -140,6 +152,7 @@ def _all_at_once(
     scale: float | None,
     step: Tensor | None,
     first_head: int,
+    rotation: Rotation | None,
 ) -> Tensor:
     """By the kernels."""
     batch = q.shape[0]
@@ -147,7 +160,10 @@ def _all_at_once(
     # detached, and not under no_grad: a frame that ends here in an error would leave gradients off
     chosen_by = q.detach(), k.detach()
     slots = stages.select_documents_fwd(*chosen_by, host, *packing, config.cover_prefix, config.seed, step, first_head)
-    qs, ks, vs = (stages.gather_documents_fwd(x, slots, host, *packing) for x in (q, k, v))
+    turns = None if rotation is None else rotation.steps(packing.shape.pooling_factor, packing.shape.num_levels - 1, q)
+    distance = 0 if rotation is None else rotation.distance
+    qs, ks = (stages.gather_documents_fwd(x, slots, host, *packing, turns, distance) for x in (q, k))
+    vs = stages.gather_documents_fwd(v, slots, host, *packing, None, 0)
     o = attend_rows(qs, ks, vs, host, scale, config.sdpa, packing)
     out = stages.scatter_documents_fwd(o, slots, host, *packing, config.combine == "mean")
     return out if batch == 1 else out[0].unflatten(1, (batch, -1)).transpose(0, 1)

@@ -20,6 +20,7 @@ from lightning_lighthouse.attention.documents_lighthouse import documents_lighth
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.rotation import Rotation, check_rotation
 from lightning_lighthouse.attention.sdpa import causal_sdpa
 from lightning_lighthouse.checks import check_count
 from lightning_lighthouse.notices import notice_once
@@ -37,6 +38,7 @@ def lighthouse_attention(
     step: Tensor | None = None,
     first_head: int = 0,
     documents: Documents | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Causal self-attention over a pyramid of pooled q, k and v.
 
@@ -53,19 +55,21 @@ def lighthouse_attention(
         first_head: Number of the first of these key/value heads among those of the layer, where they are split over
             calls or ranks: selection="random" draws for each head by its number.
         documents: Of these sequences: no token sees anything of another document. None: a sequence is one.
+        rotation: How q and k were rotated; needed, and read, with `rotate="after"` alone.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together, the backend cannot run on the device, the documents
-            are of another batch, or the scorer knows none.
+            are of another batch, the scorer knows none, or the rotation is wider than a head or missing.
         TypeError: `first_head` is no int, or `documents` are none.
     """
     config = config or DEFAULT
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     check_count("first_head", first_head)
+    rotation = check_rotation(rotation, config, q.shape[3])
     shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
@@ -78,14 +82,16 @@ def lighthouse_attention(
             return documents_sdpa(q, k, v, documents, scale=scale, backend=config.sdpa)
         return causal_sdpa(q, k, v, scale=scale, backend=config.sdpa)
     if documents is not None:
-        return documents_lighthouse(q, k, v, documents, config, scale=scale, step=step, first_head=first_head)
+        return documents_lighthouse(
+            q, k, v, documents, config, scale=scale, step=step, first_head=first_head, rotation=rotation
+        )
 
     stages = choose_stages(config, q.device, q.dtype)
     # the selection is a choice, not a function: no gradient reaches the scores
     with torch.no_grad():
         scores = score_entries(stages, q, k, v, shape, config, scale=scale)
         selection = stages.select(scores, shape, config, step, first_head)
-    qs, ks, vs = stages.gather(q, k, v, selection, shape)
+    qs, ks, vs = stages.gather(q, k, v, selection, shape, rotation)
     o = causal_sdpa(qs, ks, vs, scale=scale, backend=config.sdpa)
     return stages.scatter(o, selection, shape, config)
 

@@ -3,7 +3,7 @@
 The stages on one layout, `[B, H, N, D]`: score > select > gather (which pools) > attend > scatter. Attention itself is
 stock SDPA and lives in `attention.py`; the others have twins of the same names in `kernels/`, with scores and
 selections of their own. Clarity comes before speed: this file is what the kernels are tested against. It imports torch,
-`config` and `winners` only.
+`config`, `rotation` and `winners` only.
 """
 
 # B batch, H query heads, G key/value heads, N tokens, D head dim, T tiles, C candidates or winners of a tile,
@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_lighthouse.attention import selections as winners
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
+from lightning_lighthouse.attention.rotation import Rotation
 
 
 class Selection(NamedTuple):
@@ -183,22 +184,33 @@ def _order(entries: Tensor, levels: Tensor, shape: PyramidShape) -> Selection:
 
 
 def gather(
-    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, selection: Selection, shape: PyramidShape
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    v_BGND: Tensor,
+    selection: Selection,
+    shape: PyramidShape,
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pool q, k and v alike and take the selected entries: `[B, H, N, D] -> [B, H, S, D]`.
 
-    An entry is the mean over its window. Padding counts as zeros and every entry is divided by its whole window.
+    An entry is the mean over its window. Padding counts as zeros and every entry is divided by its whole window. Under
+    a rotation the tokens of q and k are first rotated on to the last one of the window.
     """
-    qs_BHSD, ks_BGSD, vs_BGSD = (_gather_one(x, selection, shape) for x in (q_BHND, k_BGND, v_BGND))
-    return qs_BHSD, ks_BGSD, vs_BGSD
+    qs_BHSD, ks_BGSD = (_gather_one(x, selection, shape, rotation) for x in (q_BHND, k_BGND))
+    return qs_BHSD, ks_BGSD, _gather_one(v_BGND, selection, shape, None)
 
 
-def _gather_one(x_BHND: Tensor, selection: Selection, shape: PyramidShape) -> Tensor:
+def _gather_one(x_BHND: Tensor, selection: Selection, shape: PyramidShape, rotation: Rotation | None) -> Tensor:
     dtype = sum_dtype(x_BHND.dtype)
     padded = F.pad(x_BHND, (0, 0, 0, shape.padded_tokens - shape.num_tokens)).to(dtype)
-    pyramid_BHMD = torch.cat(
-        [padded.unflatten(2, (-1, shape.window(level))).mean(3) for level in range(shape.num_levels)], dim=2
-    )
+    levels = []
+    for level in range(shape.num_levels):
+        window = shape.window(level)
+        windows = padded.unflatten(2, (-1, window))
+        if rotation is not None and level > 0:
+            windows = rotation.turn(windows, rotation.within(window, windows))
+        levels.append(windows.mean(3))
+    pyramid_BHMD = torch.cat(levels, dim=2)
     rows_BHS = _per_query_head(selection.index, x_BHND.shape[1])
     return _take_rows(pyramid_BHMD, rows_BHS).to(x_BHND.dtype)
 

@@ -53,10 +53,10 @@ def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
     problem = difference(
         layer,
         num_tokens,
-        lambda q, k, v: lighthouse_attention(q, k, v, chosen),
-        lambda q, k, v: lighthouse_attention(q, k, v, reference),
+        lambda q, k, v: lighthouse_attention(q, k, v, chosen, rotation=layer.rotation),
+        lambda q, k, v: lighthouse_attention(q, k, v, reference, rotation=layer.rotation),
         # fused attention knows no float64
-        lambda q, k, v: lighthouse_attention(q, k, v, replace(reference, sdpa="math")),
+        lambda q, k, v: lighthouse_attention(q, k, v, replace(reference, sdpa="math"), rotation=layer.rotation),
     )
     return None if problem is None else f"backend {quoted(config.backend)} is wrong on {layer.device.type}: {problem}"
 

@@ -139,7 +139,7 @@ def measure_lighthouse(
     """The layer, SDPA alone on its own gathered rows, in turns with it, and the us of each stage."""
 
     def lighthouse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lighthouse_attention(q, k, v, config)
+        return lighthouse_attention(q, k, v, config, rotation=layer.rotation)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_sdpa(q, k, v, scale=None, backend=config.sdpa)
@@ -148,7 +148,7 @@ def measure_lighthouse(
     forward, both = passes(lighthouse, sets)
     peak = peak_mib(both, layer.device)
     alone_ms = latency_ms(both, layer.device, min(repeats, FEW))
-    forward_alone, both_alone = passes(attend, [_own_rows(inputs, config) for inputs in sets])
+    forward_alone, both_alone = passes(attend, [_own_rows(inputs, config, layer) for inputs in sets])
     both_ms, gathered_ms = issued_ms([both, both_alone], layer.device, repeats)
     forward_ms, gathered_forward_ms = issued_ms([forward, forward_alone], layer.device, repeats)
     stages = stage_times(sets[0], config, layer, min(repeats, FEW))
@@ -160,10 +160,11 @@ def stage_times(inputs: list[Tensor], config: LighthouseConfig, layer: Layer, re
     q, k, v, dout = inputs
     shape = config.pyramid(q.shape[2])
     stages = choose_stages(config, q.device, q.dtype)
+    rotation = layer.rotation if config.rotate == "after" else None
     with torch.no_grad():
         scores = score_entries(stages, q, k, v, shape, config, scale=None)
         selection = stages.select(scores, shape, config)
-    rows = stages.gather(q, k, v, selection, shape)
+    rows = stages.gather(q, k, v, selection, shape, rotation)
     qs, ks, vs = (x.detach().requires_grad_() for x in rows)
     o = causal_sdpa(qs, ks, vs, scale=None, backend=config.sdpa)
     os = o.detach().requires_grad_()
@@ -184,7 +185,7 @@ def stage_times(inputs: list[Tensor], config: LighthouseConfig, layer: Layer, re
     runs = {
         "score": without_grad(lambda: score_entries(stages, q, k, v, shape, config, scale=None)),
         "select": without_grad(lambda: stages.select(scores, shape, config)),
-        "gather": without_grad(lambda: stages.gather(q, k, v, selection, shape)),
+        "gather": without_grad(lambda: stages.gather(q, k, v, selection, shape, rotation)),
         "attend": lambda _: causal_sdpa(qs, ks, vs, scale=None, backend=config.sdpa),
         "scatter": without_grad(lambda: stages.scatter(os, selection, shape, config)),
         "scatter_backward": backward([out], [os], [dout]),
@@ -203,14 +204,15 @@ def input_sets(layer: Layer, num_tokens: int) -> list[list[Tensor]]:
     return sets
 
 
-def _own_rows(inputs: list[Tensor], config: LighthouseConfig) -> list[Tensor]:
+def _own_rows(inputs: list[Tensor], config: LighthouseConfig, layer: Layer) -> list[Tensor]:
     """The gathered q, k and v of a layer, and the gradient that reaches its attention."""
     q, k, v, dout = inputs
     shape = config.pyramid(q.shape[2])
     stages = choose_stages(config, q.device, q.dtype)
+    rotation = layer.rotation if config.rotate == "after" else None
     with torch.no_grad():
         selection = stages.select(score_entries(stages, q, k, v, shape, config, scale=None), shape, config)
-        rows = stages.gather(q, k, v, selection, shape)
+        rows = stages.gather(q, k, v, selection, shape, rotation)
         o = causal_sdpa(*rows, scale=None, backend=config.sdpa)
     o.requires_grad_()
     (do,) = torch.autograd.grad(stages.scatter(o, selection, shape, config), o, dout)

@@ -75,11 +75,12 @@ def _sizes(config: LighthouseConfig) -> str:
 
 
 def _choice(config: LighthouseConfig) -> str:
-    return config.selection if config.scorer == "norm" else f"{config.selection}/{config.scorer}"
+    scorer = "" if config.scorer == "norm" else f"/{config.scorer}"
+    return config.selection + scorer + ("" if config.rotate == "before" else f"/{config.rotate}")
 
 
 def _comparisons(measured: Sequence[Measured]) -> Iterator[str]:
-    """Selections and scorers against the first one at the same sizes."""
+    """Selections, scorers and rotations against the first one at the same sizes."""
     first: dict[tuple[int, str], Measured] = {}
     for config, row in measured:
         other, before = first.setdefault((row.num_tokens, _sizes(config)), (config, row))

@@ -8,12 +8,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_lighthouse.attention.rotation import Rotation
 
 Run = Callable[[int], Any]
 
@@ -45,6 +48,12 @@ class Layer:
         q, k, v and the output are read or written once, and so are their gradients.
         """
         return 4 * (self.heads + self.kv_heads)
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """Rotary positions over the whole head, for rotate="after"; made once, as a model's are."""
+        exponents = torch.arange(0, self.head_dim, 2, device=self.device) / self.head_dim
+        return Rotation(10_000.0**-exponents)
 
     def moved_bytes(self, num_rows: int) -> int:
         """Bytes that forward + backward must move for `num_rows` tokens and entries."""

@@ -91,7 +91,7 @@ LENGTHS = {"cuda": [8192, 16384, 32768, 65536, 98304, 131072], "cpu": [512, 1024
 MODEL_LENGTH = {"cuda": 98304, "cpu": 1024}
 WINDOWS = {"cuda": [512, 1024, 4096], "cpu": [64]}
 # Fields of LighthouseConfig that take several values, all of which are measured.
-SEVERAL = ("num_levels", "pooling_factor", "top_k", "scorer", "selection")
+SEVERAL = ("num_levels", "pooling_factor", "top_k", "scorer", "selection", "rotate")
 # tokens, levels, pooling factor, top_k: the rows of docs/numbers/benchmarks.md
 PRESETS = {
     "published": [
@@ -277,9 +277,9 @@ def _settings(asked: Namespace) -> list[tuple[int, LighthouseConfig]]:
         sizes = list(product(sorted(set(asked.lengths)), *(values[name] for name in names)))
     settings = []
     for num_tokens, *numbers in sizes:
-        for scorer, selection in product(values["scorer"], values["selection"]):
+        for scorer, selection, rotate in product(values["scorer"], values["selection"], values["rotate"]):
             chosen: dict[str, Any] = dict(zip(names, numbers, strict=True))
-            config = LighthouseConfig(**common, **chosen, scorer=scorer, selection=selection)
+            config = LighthouseConfig(**common, **chosen, scorer=scorer, selection=selection, rotate=rotate)
             # refuses what cannot be numbered
             config.pyramid(num_tokens)
             settings.append((num_tokens, config))

@@ -328,6 +328,7 @@ def _probe(run: Run, recipe: Sequence[str], repeats: int) -> dict[str, tuple[flo
                 "window": part.phase.window,
                 "sink_tokens": part.phase.sink_tokens,
                 "hf_assume_causal": callback.hf_assume_causal,
+                "rotary": callback.rotary,
             }
         probed = LighthouseCallback(1.0, **how)
         shape = (run.batch_size, run.num_tokens)

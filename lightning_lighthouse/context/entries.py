@@ -22,6 +22,7 @@ from lightning_lighthouse.attention import reference
 from lightning_lighthouse.attention.backends import choose_stages
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
+from lightning_lighthouse.attention.rotation import Rotation, check_rotation
 from lightning_lighthouse.attention.sdpa import causal_sdpa
 from lightning_lighthouse.context.collectives import all_gather
 from lightning_lighthouse.context.exchange import exchange_tokens
@@ -55,6 +56,7 @@ def exchange_entries(
     *,
     scale: float | None = None,
     step: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """`lighthouse_attention` over a shared sequence, for this rank's tokens: `[B, H, n, D]`.
 
@@ -66,7 +68,10 @@ def exchange_entries(
         context: The ranks that share the sequence.
         scale: As there.
         step: As there.
+        rotation: As there.
     """
+    # windows lie within a rank, so that offsets inside them are the same on all
+    rotation = check_rotation(rotation, config, q_BHnD.shape[3])
     shape = config.pyramid(q_BHnD.shape[2] * context.size)
     part = replace(shape, num_tokens=shape.num_tokens // context.size, num_tiles=shape.num_tiles // context.size)
     stages = choose_stages(config, q_BHnD.device, q_BHnD.dtype)
@@ -74,7 +79,7 @@ def exchange_entries(
         scores = stages.score(q_BHnD, k_BGnD, v_BGnD, part, config)
         whole = stages.select(_of_all_ranks(stages, scores, part, context), shape, config, step)
         own = _own(stages, whole, shape, part, context)
-    qs, ks, vs = stages.gather(q_BHnD, k_BGnD, v_BGnD, own, part)
+    qs, ks, vs = stages.gather(q_BHnD, k_BGnD, v_BGnD, own, part, rotation)
     attend = partial(causal_sdpa, scale=scale, backend=config.sdpa)
     o_BHsD = exchange_tokens(attend, qs, ks, vs, context)
     return _scatter(stages, o_BHsD, own, _reaching(stages, whole.slots, shape, part, context), part, config, context)

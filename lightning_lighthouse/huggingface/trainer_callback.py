@@ -20,6 +20,7 @@ from lightning_lighthouse.phases.plan import PhasePlan, PlannedPhase, describe_s
 from lightning_lighthouse.phases.schedule import DENSE, SwitchState, resume_switch
 from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch, patch_attention
+from lightning_lighthouse.routing.rotary import RotarySetting, check_rotary
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 
 try:
@@ -61,6 +62,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         documents: Of batches that pack several, as DataCollatorWithFlattening makes them: True keeps attention inside
             each, by `cu_seq_lens_q` or restarting `position_ids`, in every phase and layer; False refuses them;
             "ignore" lets attention go across documents.
+        rotary: How the model rotates q and k, as in `patch_attention`; None: found, where rotate="after" asks.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -84,6 +86,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         sink_tokens: int = 0,
         phases: list[Phase | dict[str, Any]] | None = None,
         documents: DocumentsSetting = False,
+        rotary: RotarySetting | None = None,
     ) -> None:
         check_type("attention", attention, LighthouseConfig | dict)
         check_type("select", select, str | None)
@@ -92,6 +95,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         check_type("hf_assume_causal", hf_assume_causal, bool)
         check_layers(dense_layers)
         check_documents(documents, hf_assume_causal)
+        check_rotary(rotary)
         self.phases = None if phases is None else [_phase(phase) for phase in phases]
         self._phases_asked = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
@@ -105,6 +109,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self.allow_return = allow_return
         self.hf_assume_causal = hf_assume_causal
         self.documents = documents
+        self.rotary = rotary
 
         self._plan: PhasePlan | None = None
         # the phase whose attention the patch has
@@ -130,6 +135,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             "sink_tokens": self.sink_tokens,
             "phases": None if self.phases is None else [asdict(phase) for phase in self.phases],
             "documents": self.documents,
+            "rotary": self.rotary,
         }
         plan = self._plan
         saved = {
@@ -162,6 +168,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
                 select=self.select,
                 hf_assume_causal=self.hf_assume_causal,
                 documents=self.documents,
+                rotary=self.rotary,
             )
             self._contexts.callback(self._patch.restore)
             self._patch.documents.watches_evaluation = True

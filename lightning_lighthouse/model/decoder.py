@@ -103,6 +103,11 @@ class Decoder(LanguageModel):
         self._initialize()
 
     @property
+    def rotary(self) -> dict[str, float | str]:
+        """How q and k are rotated, for pooling that must know it (routing/rotary.py)."""
+        return {"rope_theta": self.shape.rope_theta, "pairing": "half"}
+
+    @property
     def num_vocabulary(self) -> int:
         """Tokens that the model knows."""
         return int(self.hparams["vocab_size"])

@@ -21,6 +21,7 @@ from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast
 from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
+from lightning_lighthouse.attention.rotation import Rotation
 from lightning_lighthouse.attention.sdpa import keep_gradient_order, stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.context.edges import shared_chunk, shared_window
@@ -123,7 +124,8 @@ def _attend_locally(context: Context, scope: Scope, q: Tensor, k: Tensor, v: Ten
     """Attention that exchanges less than the heads of all tokens, as the type of the layer allows."""
     settings, sdpa = scope.settings, scope.settings.config.sdpa
     if scope.layer_type == LIGHTHOUSE:
-        return exchange_entries(q, k, v, settings.config, context, scale=scale, step=_measured(scope, q, k))
+        step, rotation = _measured(scope, q, k), _rotation(scope, q)
+        return exchange_entries(q, k, v, settings.config, context, scale=scale, step=step, rotation=rotation)
     assert settings.window is not None
     if scope.layer_type == CHUNK:
         return shared_chunk(q, k, v, context, settings.window, scale=scale, sdpa=sdpa)
@@ -185,7 +187,17 @@ def _attend(scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None, 
         assert settings.window is not None
         return chunk_attention(q, k, v, settings.window, scale=scale, sdpa=config.sdpa, documents=documents)
     step = _measured(scope, q, k)
-    return lighthouse_attention(q, k, v, config, scale=scale, step=step, first_head=first_head, documents=documents)
+    return lighthouse_attention(
+        q, k, v, config, scale=scale, step=step, first_head=first_head, documents=documents,
+        rotation=_rotation(scope, q),
+    )  # fmt: skip
+
+
+def _rotation(scope: Scope, q: Tensor) -> Rotation | None:
+    """How q and k were rotated, where pooling must know it."""
+    if scope.settings.config.rotate == "before" or scope.rotary is None:
+        return None
+    return scope.rotary.rotation(q)
 
 
 def _measured(scope: Scope, q: Tensor, k: Tensor) -> Tensor | None:

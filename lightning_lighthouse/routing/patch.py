@@ -7,9 +7,9 @@ call is routed is in `routing`. No parameter is added and no module renamed: `st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from lightning_lighthouse.routing.kept_documents import KeptDocuments, find_othe
 from lightning_lighthouse.routing.layers import Route, bind, scope_of, unbind
 from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.reasons import NO_REASONS
+from lightning_lighthouse.routing.rotary import check_rotary, find_rotary
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
 from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
 from lightning_lighthouse.routing.trained_dense import TrainedDense
@@ -45,8 +46,10 @@ class Patch(Shared):
         statement: CausalStatement,
         others: dict[str, nn.Module],
         documents: DocumentsSetting,
+        rotary: Mapping[str, Any] | None,
     ) -> None:
         self.model = model
+        self._rotary = rotary
         self.targets = targets
         self.scope = Scope(settings)
         # all attention layers, the dense ones too
@@ -166,12 +169,16 @@ class Patch(Shared):
 
         Raises:
             TypeError: One has the wrong type.
-            ValueError: A type does not exist, or there are more than layers; a value is missing, or used by no type.
+            ValueError: A type does not exist, or there are more than layers; a value is missing, or used by no type;
+                SettingError with rotate="after" where the model does not show how it rotates.
         """
         types = spread_over(check_layer_types(layer_types, window, sink_tokens), len(self.layers))
         by_name = dict(zip(self.layers, types, strict=True))
         asked = config or self.scope.settings.config
         self.documents.attend(asked, LIGHTHOUSE in types)
+        if asked.rotate == "after":
+            routed = {name: module for name, module in self.targets.items() if by_name[name] == LIGHTHOUSE}
+            self.scope.rotary = find_rotary(self.model, routed, self._rotary)
         self._layer_types = {name: by_name[name] for name in self.targets}
         self.scope.settings = Settings(asked, window, sink_tokens)
         self.hand_back(())
@@ -329,6 +336,7 @@ def patch_attention(
     window: int | None = None,
     sink_tokens: int = 0,
     documents: DocumentsSetting = False,
+    rotary: Mapping[str, Any] | None = None,
 ) -> Patch:
     """Prepare the causal self-attention of `model` to be routed: to Lighthouse Attention, or as `layer_types` says.
 
@@ -351,6 +359,8 @@ def patch_attention(
         documents: Of batches that pack several. True: attention stays inside those that `Patch.set_documents` is told,
             in every layer, dense ones too; a call that cannot is an error. False: what shows in the inputs of a
             transformers model that they are packed is an error. "ignore": attention goes across documents.
+        rotary: How the model rotates q and k, read with `rotate="after"` alone: `{"rope_theta": 10000.0}`, with
+            "pairing" ("half" or "interleaved") and "partial_rotary_factor" where it needs them. None: it is found.
 
     Returns:
         The handle, off: `on()`, `off()`, `dense()`, `check()`, `restore()`. As a context manager it is on, and an
@@ -363,6 +373,7 @@ def patch_attention(
     if type(hf_assume_causal) is not bool:
         raise TypeError(f"hf_assume_causal must be a bool, got {quoted(hf_assume_causal)}")
     check_documents(documents, hf_assume_causal)
+    check_rotary(rotary)
     layers = find_targets(model, select)
     targets = choose_routed(layers, dense_layers)
     settings = Settings(config or LighthouseConfig(), window, sink_tokens)
@@ -372,16 +383,13 @@ def patch_attention(
         raise ValueError(f"{type(model).__name__} is patched already ({taken[0]}); restore the first patch before")
     check_layer_types(layer_types, window, sink_tokens)
     spread_over(layer_types, len(layers))
-    patch = Patch(
-        model, layers, targets, settings, CausalStatement(model, hf_assume_causal, documents), others, documents
-    )
+    statement = CausalStatement(model, hf_assume_causal, documents)
+    patch = Patch(model, layers, targets, settings, statement, others, documents, rotary)
     if not scopes:
         swap()
     scopes.append(patch.scope)
-    for name, module in targets.items():
-        bind(module, patch.scope, Route(name))
-    for name, module in others.items():
-        bind(module, patch.scope, Route(name, DENSE, name in layers))
+    for name, module in (*targets.items(), *others.items()):
+        bind(module, patch.scope, Route(name) if name in targets else Route(name, DENSE, name in layers))
     generation.bind(model, patch)
     try:
         patch.attend(layer_types, window=window, sink_tokens=sink_tokens)

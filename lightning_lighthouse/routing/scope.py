@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.rotation import Rotation
 
 if TYPE_CHECKING:
     from lightning_lighthouse.routing.audit import Audit
@@ -49,6 +50,14 @@ class Settings:
     sink_tokens: int = 0
 
 
+class Rotary(Shared):
+    """How the layers of a model rotate q and k; routing/rotary.py has the kinds."""
+
+    def rotation(self, q: Tensor) -> Rotation:
+        """As q, `[..., D]`, was rotated."""
+        raise NotImplementedError
+
+
 class Scope(Shared):
     """The state of one patch that its calls depend on.
 
@@ -65,6 +74,8 @@ class Scope(Shared):
         self.audit: Audit | None = None
         # Measures what the scores of a batch have to rank, where somebody asks; eager only.
         self.spread: SpreadMeter | None = None
+        # Of the routed layers, found once a config asks for it.
+        self.rotary: Rotary | None = None
         # Those of the batch that runs, until its backward is done; None: a sequence is one.
         self.documents: Documents | None = None
         # Whether a call without them would be a mistake: training under documents=True.

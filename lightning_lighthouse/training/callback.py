@@ -20,6 +20,7 @@ from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch
+from lightning_lighthouse.routing.rotary import RotarySetting, check_rotary
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 from lightning_lighthouse.runs.step_boundary import StepBoundary
 from lightning_lighthouse.training.batch_documents import watched_batches
@@ -67,6 +68,7 @@ class LighthouseCallback(Callback):
             `plateau`, `return_steps` and `rewarm_steps` belong to the last switch (docs/use/phases.md).
         documents: Of batches that pack several: True keeps attention inside each, in every phase and layer, False
             refuses them, "ignore" lets attention go across (docs/use/documents.md).
+        rotary: How the model rotates q and k, as in `patch_attention`; None: found, where rotate="after" asks.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -96,6 +98,7 @@ class LighthouseCallback(Callback):
         sink_tokens: int = 0,
         phases: list[Phase] | None = None,
         documents: DocumentsSetting = False,
+        rotary: RotarySetting | None = None,
     ) -> None:
         check_type("attention", attention, LighthouseConfig)
         check_type("select", select, str | None)
@@ -107,25 +110,22 @@ class LighthouseCallback(Callback):
             check_type(name, flag, bool)
         check_layers(dense_layers)
         check_documents(documents, hf_assume_causal)
+        check_rotary(rotary)
         phases_asked(switch_at, layer_types, window, sink_tokens, phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
-        self.layer_types = layer_types
-        self.window = window
-        self.sink_tokens = sink_tokens
+        self.layer_types, self.window, self.sink_tokens = layer_types, window, sink_tokens
         self.phases = phases
         self.plateau = plateau
         self.return_steps = check_count("return_steps", return_steps)
         self.rewarm_steps = check_count("rewarm_steps", rewarm_steps)
         self.attention = attention
-        self.dense_layers = dense_layers
-        self.select = select
+        self.dense_layers, self.select = dense_layers, select
         self.enabled = enabled
         self.on_unroutable = on_unroutable
         self.allow_return = allow_return
         self.validation_metric = validation_metric
         self.stop_on_nonfinite = stop_on_nonfinite
-        self.hf_assume_causal = hf_assume_causal
-        self.documents = documents
+        self.hf_assume_causal, self.documents, self.rotary = hf_assume_causal, documents, rotary
 
         self._run = RunState()
         # the checkpoint's, until the Trainer knows its step

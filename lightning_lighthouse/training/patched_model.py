@@ -40,6 +40,7 @@ def patched_model(settings: Settings, module: LightningModule, contexts: ExitSta
             select=settings.select,
             hf_assume_causal=settings.hf_assume_causal,
             documents=settings.documents,
+            rotary=settings.rotary,
         )
         contexts.callback(patch.restore)
         for phase in reversed(phases):

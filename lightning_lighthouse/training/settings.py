@@ -9,6 +9,7 @@ from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.routing.packing import DocumentsSetting
+from lightning_lighthouse.routing.rotary import RotarySetting
 from lightning_lighthouse.routing.targets import DenseLayers
 
 
@@ -28,6 +29,7 @@ class Settings(Protocol):
     stop_on_nonfinite: bool
     hf_assume_causal: bool
     documents: DocumentsSetting
+    rotary: RotarySetting | None
 
     @property
     def all_phases(self) -> Sequence[Phase]:

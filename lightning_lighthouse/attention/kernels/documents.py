@@ -87,28 +87,48 @@ def _empty_slots(
 select_documents_fwd = Operator(_select_documents, _empty_slots)
 
 
-def _gather_documents(x: Tensor, slots: Tensor, host: Tensor, numbers: list[int], rule: str) -> Tensor:
+def _gather_documents(
+    x: Tensor, slots: Tensor, host: Tensor, numbers: list[int], rule: str, turns: Tensor | None, distance: int
+) -> Tensor:
     tables, windows = _tables(host, numbers, rule, x)
     # rows that no tile fills are keys behind all others of their document, where NaN would not be masked
-    xs = _empty_gathered(x, slots, host, numbers, rule).zero_()
-    collect(x, xs, slots, windows, shift=0, mean=False, windows=tables.windows)
+    xs = _empty_gathered(x, slots, host, numbers, rule, turns, distance).zero_()
+    collect(x, xs, slots, windows, 0, False, tables.windows, turns, distance)
     return xs
 
 
-def _empty_gathered(x: Tensor, slots: Tensor, host: Tensor, numbers: list[int], rule: str) -> Tensor:
+def _empty_gathered(
+    x: Tensor, slots: Tensor, host: Tensor, numbers: list[int], rule: str, turns: Tensor | None, distance: int
+) -> Tensor:
     return empty_heads_inner(x, Packing(numbers, rule).capacity.rows)
 
 
 def _gather_documents_backward(
-    dxs: Tensor, slots: Tensor, host: Tensor, numbers: list[int], rule: str, heads_inner: bool
+    dxs: Tensor,
+    slots: Tensor,
+    host: Tensor,
+    numbers: list[int],
+    rule: str,
+    heads_inner: bool,
+    turns: Tensor | None,
+    distance: int,
 ) -> Tensor:
     tables, windows = _tables(host, numbers, rule, dxs)
-    dx = _empty_tokens(dxs, slots, host, numbers, rule, heads_inner)
-    spread(dxs, dx, slots, windows, shift=0, mean=False, windows=tables.windows)
+    dx = _empty_tokens(dxs, slots, host, numbers, rule, heads_inner, turns, distance)
+    spread(dxs, dx, slots, windows, 0, False, tables.windows, turns, distance)
     return dx
 
 
-def _empty_tokens(dxs: Tensor, slots: Tensor, host: Tensor, numbers: list[int], rule: str, heads_inner: bool) -> Tensor:
+def _empty_tokens(
+    dxs: Tensor,
+    slots: Tensor,
+    host: Tensor,
+    numbers: list[int],
+    rule: str,
+    heads_inner: bool,
+    turns: Tensor | None,
+    distance: int,
+) -> Tensor:
     # in the memory order of x
     num_tokens = numbers[0] * Packing(numbers, rule).shape.num_tokens
     if heads_inner:
@@ -117,15 +137,15 @@ def _empty_tokens(dxs: Tensor, slots: Tensor, host: Tensor, numbers: list[int], 
 
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, slots, host, ctx.numbers, ctx.rule = inputs
-    ctx.save_for_backward(slots, host)
+    x, slots, host, ctx.numbers, ctx.rule, turns, ctx.distance = inputs
+    ctx.save_for_backward(slots, host, turns)
     ctx.heads_inner = x.stride(1) < x.stride(2)
 
 
 def _gather_backward(ctx: Any, dxs: Tensor) -> tuple[Tensor | None, ...]:
-    slots, host = ctx.saved_tensors
-    dx = gather_documents_bwd(dxs, slots, host, ctx.numbers, ctx.rule, ctx.heads_inner)
-    return dx, None, None, None, None
+    slots, host, turns = ctx.saved_tensors
+    dx = gather_documents_bwd(dxs, slots, host, ctx.numbers, ctx.rule, ctx.heads_inner, turns, ctx.distance)
+    return dx, None, None, None, None, None, None
 
 
 gather_documents_bwd = Operator(_gather_documents_backward, _empty_tokens)

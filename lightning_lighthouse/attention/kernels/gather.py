@@ -12,25 +12,30 @@ from lightning_lighthouse.attention.kernels.ops import Operator, empty_heads_inn
 from lightning_lighthouse.attention.kernels.rows import collect, spread
 from lightning_lighthouse.attention.kernels.tiles import Selection
 from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.rotation import Rotation
 
 
-def _gather(x: Tensor, slots: Tensor, sizes: list[int]) -> Tensor:
-    xs = _empty_gathered(x, slots, sizes)
-    collect(x, xs, slots, unpack(sizes), shift=0, mean=False)
+def _gather(x: Tensor, slots: Tensor, sizes: list[int], turns: Tensor | None, distance: int) -> Tensor:
+    xs = _empty_gathered(x, slots, sizes, turns, distance)
+    collect(x, xs, slots, unpack(sizes), shift=0, mean=False, turns=turns, distance=distance)
     return xs
 
 
-def _empty_gathered(x: Tensor, slots: Tensor, sizes: list[int]) -> Tensor:
+def _empty_gathered(x: Tensor, slots: Tensor, sizes: list[int], turns: Tensor | None, distance: int) -> Tensor:
     return empty_heads_inner(x, unpack(sizes).num_gathered)
 
 
-def _gather_backward(dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool) -> Tensor:
-    dx = _empty_tokens(dxs, slots, sizes, heads_inner)
-    spread(dxs, dx, slots, unpack(sizes), shift=0, mean=False)
+def _gather_backward(
+    dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool, turns: Tensor | None, distance: int
+) -> Tensor:
+    dx = _empty_tokens(dxs, slots, sizes, heads_inner, turns, distance)
+    spread(dxs, dx, slots, unpack(sizes), shift=0, mean=False, turns=turns, distance=distance)
     return dx
 
 
-def _empty_tokens(dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool) -> Tensor:
+def _empty_tokens(
+    dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool, turns: Tensor | None, distance: int
+) -> Tensor:
     # in the memory order of x
     num_tokens = unpack(sizes).num_tokens
     if heads_inner:
@@ -39,16 +44,15 @@ def _empty_tokens(dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: boo
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, slots, sizes = inputs
-    # neither x nor what was gathered: integers alone
-    ctx.save_for_backward(slots)
-    ctx.sizes = sizes
+    x, slots, ctx.sizes, turns, ctx.distance = inputs
+    # neither x nor what was gathered: integers, and a few angles
+    ctx.save_for_backward(slots, turns)
     ctx.heads_inner = x.stride(1) < x.stride(2)
 
 
 def _backward(ctx: Any, dxs: Tensor) -> tuple[Tensor | None, ...]:
-    (slots,) = ctx.saved_tensors
-    return gather_bwd(dxs, slots, ctx.sizes, ctx.heads_inner), None, None
+    slots, turns = ctx.saved_tensors
+    return gather_bwd(dxs, slots, ctx.sizes, ctx.heads_inner, turns, ctx.distance), None, None, None, None
 
 
 gather_bwd = Operator(_gather_backward, _empty_tokens)
@@ -56,13 +60,21 @@ gather_fwd = Operator(_gather, _empty_gathered, _setup_context, _backward)
 
 
 def gather(
-    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, selection: Selection, shape: PyramidShape
+    q_BHND: Tensor,
+    k_BGND: Tensor,
+    v_BGND: Tensor,
+    selection: Selection,
+    shape: PyramidShape,
+    rotation: Rotation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pool q, k and v alike and take the selected entries: `[B, H, N, D] -> [B, H, S, D]`.
 
-    An entry is the mean over its window. Padding counts as zeros and every entry is divided by its whole window.
+    An entry is the mean over its window. Padding counts as zeros and every entry is divided by its whole window. Under
+    a rotation the tokens of q and k are first rotated on to the last one of the window.
     """
-    # one operator each, so that the backward frees each short gradient before it makes the next long one
     sizes = pack(shape)
-    qs_BHSD, ks_BGSD, vs_BGSD = (gather_fwd(x, selection.slots, sizes) for x in (q_BHND, k_BGND, v_BGND))
-    return qs_BHSD, ks_BGSD, vs_BGSD
+    turns = None if rotation is None else rotation.steps(shape.pooling_factor, shape.num_levels - 1, q_BHND)
+    distance = 0 if rotation is None else rotation.distance
+    # one operator each, so that the backward frees each short gradient before it makes the next long one
+    qs_BHSD, ks_BGSD = (gather_fwd(x, selection.slots, sizes, turns, distance) for x in (q_BHND, k_BGND))
+    return qs_BHSD, ks_BGSD, gather_fwd(v_BGND, selection.slots, sizes, None, 0)

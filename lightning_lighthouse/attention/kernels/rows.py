@@ -6,6 +6,11 @@ spreads and its backward collects. They differ twice: gather divides by the wind
 a level with windows of w tokens writes to tokens `(i + 1) w - 1 .. (i + 2) w - 2`, which is window i + 1 where token j
 counts as j + 1. Nothing here needs an atomic, and every sum has one order.
 
+Gather may rotate the tokens of a window on to its last one (attention/rotation.py). Sums are then built up from the
+first child to the last, as Horner does a polynomial: before each child the sum so far is rotated on by one child, which
+takes one angle a level. To rotate, every channel needs its partner; so each sum is carried twice, the second time with
+the partners in the places of the channels, and no channel has to cross threads.
+
 The slot map of the kernels holds the levels above the tokens entry by entry. The tokens of one window are gathered
 together or not at all, next to each other, so level 0 needs one number a window: the slot of its first token.
 """
@@ -91,11 +96,22 @@ def rows_of(p_windows, i_token, num_tokens, num_coarsest, w: tl.constexpr, TABLE
 
 
 @triton.jit
-def load_rows(p_rows, i_row, stride_row, stride_dim, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `[E, BLOCK_D]` in fp32, zeros where masked."""
+def load_rows(
+    p_rows, i_row, stride_row, stride_dim, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIR: tl.constexpr = 0
+):
+    """Rows `[E, BLOCK_D]` in fp32, zeros where masked.
+
+    PAIR: each channel is its partner, PAIR channels away.
+    """
     i_dim = tl.arange(0, BLOCK_D)
+    if PAIR:
+        RUN: tl.constexpr = min(PAIR & -PAIR, 16)
+        i_dim = tl.where(i_dim // PAIR % 2 == 0, i_dim + PAIR, i_dim - PAIR)
+        # which the compiler does not see, and would load channels one by one
+        i_dim = tl.max_contiguous(tl.multiple_of(i_dim, RUN), RUN)
     mask = m_row[:, None]
-    if D != BLOCK_D:
+    # channels that are not rotated have no partner
+    if D != BLOCK_D or (PAIR and D % (2 * PAIR) != 0):
         mask = mask & (i_dim < D)[None, :]
     o_row = i_row.to(tl.int64)[:, None] * stride_row + i_dim[None, :] * stride_dim
     return tl.load(p_rows + o_row, mask=mask, other=0.0).to(tl.float32)
@@ -113,13 +129,31 @@ def store_rows(p_rows, b_rows, i_row, stride_row, m_row, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def load_turn(p_turns, LEVEL: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and signed sines `[1, BLOCK_D]` that rotate on by one child of a window of LEVEL."""
+    i_dim = tl.arange(0, BLOCK_D)
+    p_cos = p_turns + (LEVEL - 1) * D + i_dim
+    b_cos = tl.load(p_cos, mask=i_dim < D, other=1.0)
+    b_sin = tl.load(p_cos + (L - 1) * D, mask=i_dim < D, other=0.0)
+    return b_cos[None, :], b_sin[None, :]
+
+
+@triton.jit
+def turned(b_rows, b_partners, b_cos, b_sin):
+    """Rows, rotated, and their partners."""
+    return b_rows * b_cos + b_partners * b_sin, b_partners * b_cos - b_rows * b_sin
+
+
+@triton.jit
 def _collect(
-    p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, p_windows, i_window, b_levels,
+    p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, p_windows, p_turns, i_window, b_levels,
     num_tokens, num_coarsest,
     LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """Sums `[E, BLOCK_D]` of the windows `i_window` of LEVEL; what they and the windows in them gather is stored.
+
+    With the sums come those of the partners, zeros where nothing is rotated, PAIR 0.
 
     SHIFT is 0 in gather, which stores means; it is 1 in scatter, which stores sums, where token j counts as j + 1 and
     window i as entry i - 1. MEAN: divide each row by the number of levels that write to its token; `b_levels` of them
@@ -128,6 +162,9 @@ def _collect(
     b_slot = load_slots(p_slots, i_window - SHIFT, num_coarsest, LEVEL, L, W)
     b_levels += (b_slot >= 0).to(tl.int32)
     b_sum = tl.zeros((i_window.shape[0], BLOCK_D), tl.float32)
+    b_partners = tl.zeros((i_window.shape[0], BLOCK_D), tl.float32)
+    if PAIR:
+        b_cos, b_sin = load_turn(p_turns, LEVEL, L, D, BLOCK_D)
     if LEVEL == 1:
         b_first = load_slots(p_slots, i_window, num_coarsest, 0, L, W)
         b_before = load_slots(p_slots, i_window - 1, num_coarsest, 0, L, W) if SHIFT else b_first
@@ -139,6 +176,9 @@ def _collect(
             if MEAN:
                 m_slot = token_slots(b_before, b_first, i_child, W, SHIFT) >= 0
                 b_rows = b_rows / tl.maximum(b_levels + m_slot.to(tl.int32), 1).to(tl.float32)[:, None]
+            if PAIR:
+                b_sum, b_partners = turned(b_sum, b_partners, b_cos, b_sin)
+                b_partners += load_rows(p_tokens, i_row, stride_token, stride_dim, m_token, D, BLOCK_D, PAIR)
             b_sum += b_rows
         # few tokens are gathered themselves; their rows come from the cache
         for i_child in tl.range(W, loop_unroll_factor=UNROLL):
@@ -152,35 +192,46 @@ def _collect(
             store_rows(p_gathered, b_rows, b_token_slot, stride_slot, m_slot, D, BLOCK_D)
     else:
         for i_child in range(W):
-            b_sum += _collect(
-                p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, p_windows,
+            b_child, b_child_partners = _collect(
+                p_tokens, stride_token, stride_dim, p_gathered, stride_slot, p_slots, p_windows, p_turns,
                 i_window * W + i_child, b_levels,
-                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
+                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE, PAIR,
             )  # fmt: skip
+            if PAIR:
+                b_sum, b_partners = turned(b_sum, b_partners, b_cos, b_sin)
+                b_partners += b_child_partners
+            b_sum += b_child
     b_entry = b_sum if SHIFT else b_sum * (1.0 / W**LEVEL)
     store_rows(p_gathered, b_entry, b_slot, stride_slot, b_slot >= 0, D, BLOCK_D)
-    return b_sum
+    return b_sum, b_partners
 
 
 @triton.jit
 def _spread(
-    p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, p_windows, i_window, b_above, b_levels,
-    num_tokens, num_coarsest,
+    p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, p_windows, p_turns, i_window,
+    b_above, b_above_partners, b_levels, num_tokens, num_coarsest,
     LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """Store into every token of the windows `i_window` of LEVEL the sum of the gathered entries above it.
 
-    `b_above` is the sum over the coarser levels. The other arguments are those of `_collect`, its transpose.
+    `b_above` is the sum over the coarser levels. The other arguments are those of `_collect`, its transpose: what that
+    rotates on from child to child this rotates back, from the last child to the first.
     """
     b_slot = load_slots(p_slots, i_window - SHIFT, num_coarsest, LEVEL, L, W)
     b_rows = load_rows(p_gathered, b_slot, stride_slot, stride_dim, b_slot >= 0, D, BLOCK_D)
     b_sum = b_above + (b_rows if SHIFT else b_rows * (1.0 / W**LEVEL))
+    b_partners = b_above_partners
+    if PAIR:
+        b_rows = load_rows(p_gathered, b_slot, stride_slot, stride_dim, b_slot >= 0, D, BLOCK_D, PAIR)
+        b_partners = b_above_partners + b_rows * (1.0 / W**LEVEL)
+        b_cos, b_sin = load_turn(p_turns, LEVEL, L, D, BLOCK_D)
     b_levels += (b_slot >= 0).to(tl.int32)
     if LEVEL == 1:
         b_first = load_slots(p_slots, i_window, num_coarsest, 0, L, W)
         b_before = load_slots(p_slots, i_window - 1, num_coarsest, 0, L, W) if SHIFT else b_first
-        for i_child in tl.range(W, loop_unroll_factor=UNROLL):
+        for i_turn in tl.range(W, loop_unroll_factor=UNROLL):
+            i_child = W - 1 - i_turn if PAIR else i_turn
             i_token = i_window * W + (i_child - SHIFT)
             b_token_slot = token_slots(b_before, b_first, i_child, W, SHIFT)
             m_slot = b_token_slot >= 0
@@ -189,13 +240,18 @@ def _spread(
                 b_token = b_token / tl.maximum(b_levels + m_slot.to(tl.int32), 1).to(tl.float32)[:, None]
             i_row, m_token = rows_of(p_windows, i_token, num_tokens, num_coarsest, W ** (L - 1), TABLE)
             store_rows(p_tokens, b_token, i_row, stride_token, m_token, D, BLOCK_D)
+            if PAIR:
+                b_sum, b_partners = turned(b_sum, b_partners, b_cos, -b_sin)
     else:
-        for i_child in range(W):
+        for i_turn in range(W):
+            i_child = W - 1 - i_turn if PAIR else i_turn
             _spread(
-                p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, p_windows,
-                i_window * W + i_child, b_sum, b_levels,
-                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
+                p_gathered, stride_slot, stride_dim, p_tokens, stride_token, p_slots, p_windows, p_turns,
+                i_window * W + i_child, b_sum, b_partners, b_levels,
+                num_tokens, num_coarsest, LEVEL - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE, PAIR,
             )  # fmt: skip
+            if PAIR:
+                b_sum, b_partners = turned(b_sum, b_partners, b_cos, -b_sin)
 
 
 @triton.jit
@@ -211,10 +267,11 @@ def locate(num_blocks, G: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_slots", "num_blocks"])
 def _collect_kernel(
-    p_x, stride_xb, stride_xh, stride_xn, stride_xd, p_y, stride_yb, stride_yh, stride_ys, p_slots, p_windows,
+    p_x, stride_xb, stride_xh, stride_xn, stride_xd, p_y, stride_yb, stride_yh, stride_ys, p_slots, p_windows, p_turns,
     num_tokens, num_coarsest, num_slots, num_blocks,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
     p_slots += (i_batch * G + i_head) * num_slots
@@ -223,8 +280,8 @@ def _collect_kernel(
     b_levels = tl.zeros((BLOCK_E,), tl.int32)
     for _ in range(R):
         _collect(
-            p_x, stride_xn, stride_xd, p_y, stride_ys, p_slots, p_windows, i_window, b_levels, num_tokens, num_coarsest,
-            L - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
+            p_x, stride_xn, stride_xd, p_y, stride_ys, p_slots, p_windows, p_turns, i_window, b_levels,
+            num_tokens, num_coarsest, L - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE, PAIR,
         )  # fmt: skip
         p_x += stride_xh
         p_y += stride_yh
@@ -232,10 +289,11 @@ def _collect_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_slots", "num_blocks"])
 def _spread_kernel(
-    p_y, stride_yb, stride_yh, stride_ys, stride_yd, p_x, stride_xb, stride_xh, stride_xn, p_slots, p_windows,
+    p_y, stride_yb, stride_yh, stride_ys, stride_yd, p_x, stride_xb, stride_xh, stride_xn, p_slots, p_windows, p_turns,
     num_tokens, num_coarsest, num_slots, num_blocks,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_batch, i_head, i_window = locate(num_blocks, G, BLOCK_E)
     p_slots += (i_batch * G + i_head) * num_slots
@@ -245,8 +303,8 @@ def _spread_kernel(
     b_above = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for _ in range(R):
         _spread(
-            p_y, stride_ys, stride_yd, p_x, stride_xn, p_slots, p_windows, i_window, b_above, b_levels,
-            num_tokens, num_coarsest, L - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE,
+            p_y, stride_ys, stride_yd, p_x, stride_xn, p_slots, p_windows, p_turns, i_window,
+            b_above, b_above, b_levels, num_tokens, num_coarsest, L - 1, L, W, D, BLOCK_D, SHIFT, MEAN, TABLE, PAIR,
         )  # fmt: skip
         p_y += stride_yh
         p_x += stride_xh
@@ -260,14 +318,18 @@ def collect(
     shift: int,
     mean: bool,
     windows: Tensor | None = None,
+    turns: Tensor | None = None,
+    distance: int = 0,
 ) -> None:
     """Write into y what its entries gather from the rows of x. The last dimension of y is contiguous.
 
     `windows` `[2, U]` int32 says where the coarsest windows lie: their first rows, and how many they have.
+    `turns` `[2, L - 1, D]`, by `Rotation.steps`, rotates the tokens of windows on to the last one; the two channels of
+    a pair are `distance` apart.
     """
     x_BHND = within_reach(x_BHND)
     rows = x_BHND, *x_BHND.stride(), y_BHSD, *y_BHSD.stride()[:3]
-    _launch(_collect_kernel, rows, slots_BGP, shape, shift, mean, windows)
+    _launch(_collect_kernel, rows, slots_BGP, shape, shift, mean, windows, turns, distance)
 
 
 def spread(
@@ -278,11 +340,13 @@ def spread(
     shift: int,
     mean: bool,
     windows: Tensor | None = None,
+    turns: Tensor | None = None,
+    distance: int = 0,
 ) -> None:
     """Write into the rows of x what the entries y above them hold. The last dimension of x is contiguous."""
     y_BHSD = within_reach(y_BHSD)
     rows = y_BHSD, *y_BHSD.stride(), x_BHND, *x_BHND.stride()[:3]
-    _launch(_spread_kernel, rows, slots_BGP, shape, shift, mean, windows)
+    _launch(_spread_kernel, rows, slots_BGP, shape, shift, mean, windows, turns, distance)
 
 
 def _launch(
@@ -293,6 +357,8 @@ def _launch(
     shift: int,
     mean: bool,
     windows: Tensor | None,
+    turns: Tensor | None,
+    distance: int,
 ) -> None:
     batch, heads, _, dim = rows[0].shape
     groups, num_slots = slots_BGP.shape[1:]
@@ -301,9 +367,9 @@ def _launch(
     num_blocks = ceil_div(num_coarsest(shape) + shift, block_rows)
     with on_device_of(slots_BGP):
         kernel[(batch * num_blocks * groups,)](
-            *rows, slots_BGP, windows, shape.num_tokens, num_coarsest(shape), num_slots, num_blocks,
+            *rows, slots_BGP, windows, turns, shape.num_tokens, num_coarsest(shape), num_slots, num_blocks,
             groups, heads // groups, shape.num_levels, shape.pooling_factor, dim,
-            shift, mean, windows is not None, block_rows, block_dim, num_warps=NUM_WARPS,
+            shift, mean, windows is not None, distance, block_rows, block_dim, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_a_second_derivative_is_an_error_and_not_nothing(way):
     sizes = ops.pack(shape)
     o = kernels.gather(q, k, v, kernels.Selection(slots, slots), shape)[0].detach().requires_grad_()
     for x, y in (
-        (q, getattr(GATHER_MODULE.gather_fwd, way)(q, slots, sizes)),
+        (q, getattr(GATHER_MODULE.gather_fwd, way)(q, slots, sizes, None, 0)),
         (o, getattr(SCATTER_MODULE.scatter_fwd, way)(o, slots, sizes, False)),
     ):
         # of a square: the incoming gradient depends on x
