@@ -1,4 +1,6 @@
-"""Compiles the kernels with tables of documents for compute capability 9.0, which needs no GPU; prints a line for each.
+"""Compiles kernels for compute capability 9.0, which needs no GPU: those with tables of documents, those that rotate.
+
+It prints a line for each.
 
 In a process of its own, for Triton interprets or compiles all kernels of a process.
 """
@@ -19,7 +21,7 @@ TILES = {"L": 3, "W": 4, "CHUNK": 128, "TABLE": True}
 
 def compiled(module: str, name: str, **constants) -> None:
     kernel = getattr(import_module(f"{KERNELS}.{module}"), name)
-    types = {"p_scores": "*fp32", **POINTERS}
+    types = {"p_scores": "*fp32", "p_turns": "*fp32", **POINTERS}
     signature = {
         arg: "constexpr" if arg in constants else types.get(arg, "*bf16" if arg.startswith("p_") else "i32")
         for arg in kernel.arg_names
@@ -30,8 +32,10 @@ def compiled(module: str, name: str, **constants) -> None:
 
 
 for kernel in ("_collect_kernel", "_spread_kernel"):
-    compiled("rows", kernel, **ROWS, SHIFT=0, MEAN=False)
-    compiled("rows", kernel, **ROWS, SHIFT=1, MEAN=True)
+    compiled("rows", kernel, **ROWS, SHIFT=0, MEAN=False, PAIR=0)
+    compiled("rows", kernel, **ROWS, SHIFT=1, MEAN=True, PAIR=0)
+    for pair in (12, 8, 1):
+        compiled("rows", kernel, **ROWS, SHIFT=0, MEAN=False, PAIR=pair)
 for kernel in ("_score_kernel", "_score_first_kernel"):
     compiled("score", kernel, **ROWS)
 for rule in ("published", "strided", "random"):

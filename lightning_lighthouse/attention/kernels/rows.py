@@ -9,7 +9,7 @@ counts as j + 1. Nothing here needs an atomic, and every sum has one order.
 Gather may rotate the tokens of a window on to its last one (attention/rotation.py). Sums are then built up from the
 first child to the last, as Horner does a polynomial: before each child the sum so far is rotated on by one child, which
 takes one angle a level. To rotate, every channel needs its partner; so each sum is carried twice, the second time with
-the partners in the places of the channels, and no channel has to cross threads.
+the partners in the places of the channels, and no channel crosses threads.
 
 The slot map of the kernels holds the levels above the tokens entry by entry. The tokens of one window are gathered
 together or not at all, next to each other, so level 0 needs one number a window: the slot of its first token.
@@ -99,22 +99,24 @@ def rows_of(p_windows, i_token, num_tokens, num_coarsest, w: tl.constexpr, TABLE
 def load_rows(
     p_rows, i_row, stride_row, stride_dim, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, PAIR: tl.constexpr = 0
 ):
-    """Rows `[E, BLOCK_D]` in fp32, zeros where masked.
-
-    PAIR: each channel is its partner, PAIR channels away.
-    """
+    """Rows `[E, BLOCK_D]` in fp32, zeros where masked; with PAIR the partner of each channel, PAIR channels away."""
     i_dim = tl.arange(0, BLOCK_D)
-    if PAIR:
+    if PAIR > 1:
         RUN: tl.constexpr = min(PAIR & -PAIR, 16)
         i_dim = tl.where(i_dim // PAIR % 2 == 0, i_dim + PAIR, i_dim - PAIR)
-        # which the compiler does not see, and would load channels one by one
+        # the compiler does not see that they run on, and would load them one by one
         i_dim = tl.max_contiguous(tl.multiple_of(i_dim, RUN), RUN)
     mask = m_row[:, None]
     # channels that are not rotated have no partner
     if D != BLOCK_D or (PAIR and D % (2 * PAIR) != 0):
         mask = mask & (i_dim < D)[None, :]
     o_row = i_row.to(tl.int64)[:, None] * stride_row + i_dim[None, :] * stride_dim
-    return tl.load(p_rows + o_row, mask=mask, other=0.0).to(tl.float32)
+    b_rows = tl.load(p_rows + o_row, mask=mask, other=0.0).to(tl.float32)
+    # neighbours are in one thread already
+    if PAIR == 1:
+        b_first, b_second = tl.split(tl.reshape(b_rows, (i_row.shape[0], BLOCK_D // 2, 2)))
+        b_rows = tl.reshape(tl.join(b_second, b_first), (i_row.shape[0], BLOCK_D))
+    return b_rows
 
 
 @triton.jit
@@ -129,13 +131,13 @@ def store_rows(p_rows, b_rows, i_row, stride_row, m_row, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def load_turn(p_turns, LEVEL: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Cosines and signed sines `[1, BLOCK_D]` that rotate on by one child of a window of LEVEL."""
-    i_dim = tl.arange(0, BLOCK_D)
-    p_cos = p_turns + (LEVEL - 1) * D + i_dim
-    b_cos = tl.load(p_cos, mask=i_dim < D, other=1.0)
-    b_sin = tl.load(p_cos + (L - 1) * D, mask=i_dim < D, other=0.0)
-    return b_cos[None, :], b_sin[None, :]
+def load_turn(p_turns, i_window, LEVEL: tl.constexpr, L: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and signed sines that rotate on by one child of windows of LEVEL, `[E, BLOCK_D]`: for each the same."""
+    # rows as those they are for, so that threads hold the same channels of both
+    m_row = i_window >= 0
+    b_cos = load_rows(p_turns + (LEVEL - 1) * D, i_window * 0, 0, 1, m_row, D, BLOCK_D)
+    b_sin = load_rows(p_turns + (LEVEL + L - 2) * D, i_window * 0, 0, 1, m_row, D, BLOCK_D)
+    return b_cos, b_sin
 
 
 @triton.jit
@@ -162,9 +164,9 @@ def _collect(
     b_slot = load_slots(p_slots, i_window - SHIFT, num_coarsest, LEVEL, L, W)
     b_levels += (b_slot >= 0).to(tl.int32)
     b_sum = tl.zeros((i_window.shape[0], BLOCK_D), tl.float32)
-    b_partners = tl.zeros((i_window.shape[0], BLOCK_D), tl.float32)
+    b_partners = b_sum
     if PAIR:
-        b_cos, b_sin = load_turn(p_turns, LEVEL, L, D, BLOCK_D)
+        b_cos, b_sin = load_turn(p_turns, i_window, LEVEL, L, D, BLOCK_D)
     if LEVEL == 1:
         b_first = load_slots(p_slots, i_window, num_coarsest, 0, L, W)
         b_before = load_slots(p_slots, i_window - 1, num_coarsest, 0, L, W) if SHIFT else b_first
@@ -225,7 +227,7 @@ def _spread(
     if PAIR:
         b_rows = load_rows(p_gathered, b_slot, stride_slot, stride_dim, b_slot >= 0, D, BLOCK_D, PAIR)
         b_partners = b_above_partners + b_rows * (1.0 / W**LEVEL)
-        b_cos, b_sin = load_turn(p_turns, LEVEL, L, D, BLOCK_D)
+        b_cos, b_sin = load_turn(p_turns, i_window, LEVEL, L, D, BLOCK_D)
     b_levels += (b_slot >= 0).to(tl.int32)
     if LEVEL == 1:
         b_first = load_slots(p_slots, i_window, num_coarsest, 0, L, W)
