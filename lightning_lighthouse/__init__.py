@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_lighthouse.attention.config import LighthouseConfig
     from lightning_lighthouse.attention.documents import Documents
     from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
+    from lightning_lighthouse.attention.rotation import Rotation
     from lightning_lighthouse.checks import LighthouseWarning
     from lightning_lighthouse.context.group import local_positions, whole_sequences
     from lightning_lighthouse.context.slices import slice_tokens
@@ -45,6 +46,7 @@ _HOMES = {
     "LighthouseWarning": "checks",
     "Phase": "phases.phase",
     "PlateauRule": "phases.plateau",
+    "Rotation": "attention.rotation",
     "WeightedSource": "data.settings",
     "LongContextEvaluation": "evaluation.long_context",
     "LighthouseTrainerCallback": "huggingface.trainer_callback",
@@ -72,6 +74,7 @@ __all__ = [
     "LongContextEvaluation",
     "Phase",
     "PlateauRule",
+    "Rotation",
     "WeightedSource",
     "causal_attention",
     "context_parallel",

@@ -3,5 +3,6 @@
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention, select_entries
+from lightning_lighthouse.attention.rotation import Rotation
 
-__all__ = ["Documents", "LighthouseConfig", "lighthouse_attention", "select_entries"]
+__all__ = ["Documents", "LighthouseConfig", "Rotation", "lighthouse_attention", "select_entries"]

@@ -38,8 +38,8 @@ def shared(folder, ranks: int, cases: str) -> list[dict]:
     ("ranks", "cases", "count"),
     [
         (2, "quick", 13),
-        pytest.param(2, "all", 18, marks=pytest.mark.slow),
-        pytest.param(4, "all", 18, marks=pytest.mark.slow),
+        pytest.param(2, "all", 19, marks=pytest.mark.slow),
+        pytest.param(4, "all", 19, marks=pytest.mark.slow),
     ],
 )
 def test_shared_attention_is_that_of_one_process(ranks, cases, count, tmp_path):

@@ -47,6 +47,11 @@ CASES = {
 MORE = {
     "entries, mean": {**EVEN, "config": LighthouseConfig(top_k=128, combine="mean")},
     "entries, two levels": {**EVEN, "config": LighthouseConfig(top_k=128, num_levels=2)},
+    "entries, rotated after": {
+        **EVEN,
+        "config": LighthouseConfig(top_k=128, rotate="after"),
+        "rotary": {"rope_theta": 50.0},
+    },
     "entries, published": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="published")},
     "entries, random": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="random")},
     "entries, strided": {"tokens": 2048, "config": LighthouseConfig(top_k=256, selection="strided")},
