@@ -45,9 +45,6 @@ class LighthouseConfig:
             neighbourhood depend on later tokens. "strided": evenly spaced ones. "random": drawn by a hash of the
             seed, the step, the level, the key/value head and the entry. The last two read no scores.
         combine: How the outputs of several levels meet in one token. "sum" as published, or "mean".
-        rotate: How rotary positions and pooling meet. "before": q and k are pooled as they come, rotated. "after": an
-            entry is the mean of its tokens unrotated, rotated at the last token that it covers; the frequencies come
-            from the model (docs/understand/design.md, section 2).
         cover_prefix: Force entry 0 of every level to win, so that every token receives at least one output. Under
             "causal" and "strided" it wins in any case.
         seed: Seed of selection="random", at most 2^32 - 1.
@@ -55,6 +52,9 @@ class LighthouseConfig:
         sdpa: Backend of the stock attention call. "auto": cuDNN on compute capability 9.0, torch's choice elsewhere.
         max_documents: Documents of a sequence that memory is kept for, on average over a batch; at least 1. A batch
             with more runs dense inside its documents. None: `max(16, N // 256)`. Not used without documents.
+        rotate: How rotary positions and pooling meet. "before": q and k are pooled as they come, rotated. "after": an
+            entry is the mean of its tokens unrotated, rotated at the last token that it covers; the frequencies come
+            from the model (docs/understand/design.md, section 2).
 
     Raises:
         TypeError: A value has the wrong type.
@@ -68,12 +68,12 @@ class LighthouseConfig:
     dilation: int = 4
     selection: Literal["published", "causal", "strided", "random"] = "causal"
     combine: Literal["sum", "mean"] = "sum"
-    rotate: Literal["before", "after"] = "before"
     cover_prefix: bool = True
     seed: int = 0
     backend: Literal["auto", "reference", "triton"] = "auto"
     sdpa: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     max_documents: int | None = None
+    rotate: Literal["before", "after"] = "before"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -120,6 +120,13 @@ def test_every_combination_is_a_row_and_scorers_are_compared(
     assert f"261 tokens, 3 4 16: causal/dilated takes {share:.3f} of causal" in capsys.readouterr().out
 
 
+def test_rotations_are_compared_once_the_backend_has_agreed() -> None:
+    asked = make_parser().parse_args(["--lengths", "512", "--device", "cpu", "--rotate", "before", "after"])
+    _, settings = complete(asked)
+    assert [config.rotate for _, config in settings] == ["before", "after"]
+    assert disagreement(LAYER, LighthouseConfig(rotate="after")) is None
+
+
 def test_options_are_spelled_like_the_keys_of_a_recipe() -> None:
     parser = make_parser()
     long = [option for option in parser._option_string_actions if option.startswith("--")]

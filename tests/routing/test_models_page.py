@@ -11,6 +11,7 @@ from families import GROUPED, build_transformers
 from foreign import GPT, VOCABULARY, ForeignModule, ResumableLoader
 from places import DOCS
 
+from lightning_lighthouse import LighthouseCallback, LighthouseConfig
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 
 DOCUMENT = DOCS / "use" / "models.md"
@@ -31,7 +32,7 @@ def run(words, names):
 
 
 def test_every_block_is_run_here():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 @pytest.mark.parametrize("words", ["with patch_attention(", "patch.on()"], ids=["with", "handle"])
@@ -49,6 +50,13 @@ def test_training_without_lightning(words):
     run(words, names)
     assert not torch.equal(module.model.head.weight, before)
     assert set(vars(module.model.blocks[1].attn)) == keys
+
+
+def test_rotary_positions_that_are_given():
+    names = {"LighthouseCallback": LighthouseCallback, "LighthouseConfig": LighthouseConfig}
+    run('rotate="after"', names)
+    with pytest.raises(ValueError, match="rotary must have"):
+        LighthouseCallback(rotary={"pairing": "half"})
 
 
 def test_attention_called_by_itself():

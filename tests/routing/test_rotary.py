@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from families import GROUPED, TRANSFORMERS, build_transformers
 from fitting import fit
 from foreign import GPT
+from jsonargparse import ArgumentParser
 from patching import run, same, tokens
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -204,6 +205,15 @@ def test_a_wrong_argument_says_what_is_allowed(rotary, error, message):
         patch_attention(GPT(), AFTER, rotary=rotary)
     with pytest.raises(error, match=message):
         LighthouseCallback(rotary=rotary)
+
+
+def test_yaml_can_hold_it():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LighthouseCallback, "lighthouse")
+    text = "lighthouse: {attention: {rotate: after}, rotary: {rope_theta: 10000, pairing: interleaved}}"
+    callback = parser.instantiate_classes(parser.parse_string(text)).lighthouse
+    assert callback.attention.rotate == "after"
+    assert callback.rotary == {"rope_theta": 10000.0, "pairing": "interleaved"}
 
 
 def test_a_training_takes_what_is_given(tmp_path):
