@@ -218,13 +218,13 @@ def _pairing(holder: nn.Module, buffer: str, layer: nn.Module) -> str | None:
     apply = next((found for kind in type(layer).__mro__ if (found := _apply_of(kind))), None)
     if apply is None:
         return None
-    # a copy: some change their frequencies when they are asked
-    maker = deepcopy(holder)
-    inv_freq = getattr(maker, buffer)
-    x = torch.linspace(0.5, 2.0, 2 * len(inv_freq), device=inv_freq.device).view(1, 1, 1, -1)
-    needs_type = "layer_type" in inspect.signature(maker.forward).parameters
     try:
         with torch.no_grad():
+            # a copy: some change their frequencies when they are asked
+            maker = deepcopy(holder)
+            inv_freq = getattr(maker, buffer)
+            x = torch.linspace(0.5, 2.0, 2 * len(inv_freq), device=inv_freq.device).view(1, 1, 1, -1)
+            needs_type = "layer_type" in inspect.signature(maker.forward).parameters
             positions = torch.full((1, 1), TRIAL, device=x.device)
             cos, sin = maker(x, positions, **({"layer_type": _layer_type(layer)} if needs_type else {}))
             rotated = apply(x, x, cos, sin)[0]
