@@ -4,6 +4,8 @@
         tokens = slice_tokens(tokens)
         loss = loss_of(model(tokens[:, :-1], positions=local_positions(n)), tokens[:, 1:])
         loss.backward()
+
+Under Lightning the strategies in `training/context_strategies.py` do all of that.
 """
 
 from __future__ import annotations
