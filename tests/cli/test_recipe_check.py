@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 
 ATTENTION = (
-    "backend, combine, cover_prefix, dilation, max_documents, num_levels, pooling_factor, scorer, "
+    "backend, combine, cover_prefix, dilation, max_documents, num_levels, pooling_factor, rotate, scorer, "
     "sdpa, seed, selection, top_k"
 )
 BAD_FLAGS = {
