@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from packed import CASES, documents_of, packed_case, run
 from places import ROOT
 from selecting import small_tiles
+from torch.library import opcheck
 from twins import DEVICE
 
 from lightning_lighthouse import Documents, LighthouseConfig
@@ -213,15 +214,13 @@ def test_operators_are_well_formed():
     operators = torch.ops.lightning_lighthouse
     arguments = (q, k, documents.host, *packing, True, 0, None, 0)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operators.select_documents.default, arguments, test_utils=utils)
+    opcheck(operators.select_documents.default, arguments, test_utils=utils)
     slots = operators.select_documents(*arguments)
     x = k.requires_grad_()
     rest = (slots, documents.host, *packing)
-    torch.library.opcheck(
-        operators.gather_documents.default, (x, *rest, None, 0), test_utils=(*utils, "test_autograd_registration")
-    )
+    opcheck(operators.gather_documents.default, (x, *rest, None, 0), test_utils=(*utils, "test_autograd_registration"))
     xs = operators.gather_documents(x, *rest, None, 0)
-    torch.library.opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
+    opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
 
 
 @pytest.mark.slow
