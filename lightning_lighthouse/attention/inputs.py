@@ -21,18 +21,21 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError, with the sizes, if shapes, dtypes or devices do not fit together."""
-    sizes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must be [batch, heads, tokens, head dim], got {sizes}")
+        raise ValueError(f"q, k and v must be [batch, heads, tokens, head dim], got {_sizes(q, k, v)}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"k and v must have one shape, and batch, tokens and head dim of q, got {sizes}")
+        raise ValueError(f"k and v must have one shape, and batch, tokens and head dim of q, got {_sizes(q, k, v)}")
     if min(*q.shape[1:], *k.shape[1:]) < 1:
-        raise ValueError(f"q, k and v must have at least one head, token and channel, got {sizes}")
+        raise ValueError(f"q, k and v must have at least one head, token and channel, got {_sizes(q, k, v)}")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the query heads must be a multiple of the key/value heads, got {sizes}")
+        raise ValueError(f"the query heads must be a multiple of the key/value heads, got {_sizes(q, k, v)}")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
             f"q, k and v must have one floating dtype of 16, 32 or 64 bits, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"

@@ -1,7 +1,8 @@
 """Lighthouse Attention as one function: score > select > gather > attend > scatter (arXiv 2605.06554, section 3).
 
 The stages come from one of two backends with the same names: `reference` (plain PyTorch, everywhere) or `kernels`
-(Triton, CUDA). Attention itself is stock SDPA on the short gathered sequence.
+(Triton, CUDA). Attention itself is stock SDPA on the short gathered sequence. In training the kernels run as one
+operator around it (`fused_lighthouse.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.documents_lighthouse import documents_lighthouse
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
+from lightning_lighthouse.attention.operators import remembered
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.attention.rotation import Rotation, check_rotation
-from lightning_lighthouse.attention.sdpa import causal_sdpa
+from lightning_lighthouse.attention.sdpa import causal_sdpa, kernel_of
 from lightning_lighthouse.checks import check_count
 from lightning_lighthouse.notices import notice_once
 
@@ -70,7 +72,7 @@ def lighthouse_attention(
     check_inputs(q, k, v)
     check_count("first_head", first_head)
     rotation = check_rotation(rotation, config, q.shape[3])
-    shape = config.pyramid(q.shape[2])
+    shape = _pyramid(config, q.shape[2])
     if not shape.compresses:
         notice_once(
             "short",
@@ -87,6 +89,19 @@ def lighthouse_attention(
         )
 
     stages = choose_stages(config, q.device, q.dtype)
+    kernel = _fused_kernel(stages, q, k, v, config)
+    if kernel is not None:
+        # Triton is imported only where it is used
+        from lightning_lighthouse.attention.fused_lighthouse import fused_lighthouse
+
+        scores = None
+        # norms are taken inside
+        if config.scorer != "norm" or not config.reads_scores:
+            with torch.no_grad():
+                scores = score_entries(stages, q, k, v, shape, config, scale=scale)
+        return fused_lighthouse(
+            q, k, v, scores, shape, config, kernel, scale=scale, step=step, first_head=first_head, rotation=rotation
+        )
     # the selection is a choice, not a function: no gradient reaches the scores
     with torch.no_grad():
         scores = score_entries(stages, q, k, v, shape, config, scale=scale)
@@ -94,6 +109,19 @@ def lighthouse_attention(
     qs, ks, vs = stages.gather(q, k, v, selection, shape, rotation)
     o = causal_sdpa(qs, ks, vs, scale=scale, backend=config.sdpa)
     return stages.scatter(o, selection, shape, config)
+
+
+_pyramid = remembered(LighthouseConfig.pyramid)
+
+
+def _fused_kernel(stages: ModuleType, q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> str | None:
+    """The kernel of attention with which all stages run as one operator; None where they run one by one.
+
+    They do in the reference, around SDPA that is more than one kernel, and without gradients: SDPA then leaves out what
+    its backward would read.
+    """
+    wants_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return kernel_of(q, k, config.sdpa) if stages.FUSED and wants_gradient else None
 
 
 def score_entries(

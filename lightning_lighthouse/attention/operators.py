@@ -7,14 +7,16 @@ watches the dispatcher, an operator is therefore called as the function, or the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from lightning_lighthouse.attention.pyramid import PyramidShape
+
+T = TypeVar("T")
 
 NAMESPACE = "lightning_lighthouse"
 
@@ -27,6 +29,7 @@ class Operator:
         fake: The same without the kernels: memory of the right shape and strides.
         setup_context: As in `torch.autograd.Function`; together with `backward`.
         backward: As in `torch.autograd.Function`. None: no gradient.
+        keeps: Only the first output is a result, and the others are there to be saved: no caller sees them.
     """
 
     def __init__(
@@ -35,16 +38,20 @@ class Operator:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        *,
+        keeps: bool = False,
     ) -> None:
         name = forward.__name__.strip("_")
         definition = library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
         definition.register_fake(fake)
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.forward = forward
+        self.keeps = keeps
         self.direct = forward
         if backward is not None:
             assert setup_context is not None
             definition.register_autograd(once_differentiable(backward), setup_context=setup_context)
-            self.direct = _autograd_function(forward, setup_context, backward)
+            self.direct = _autograd_function(forward, setup_context, backward, keeps)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         watched = (
@@ -53,27 +60,50 @@ class Operator:
             or torch._C._are_functorch_transforms_active()
         )
         if watched or type(x) not in (Tensor, torch.nn.Parameter):
-            return self.op(x, *arguments)
-        return self.direct(x, *arguments)
+            output = self.op(x, *arguments)
+            return output[0] if self.keeps else output
+        if torch.is_grad_enabled():
+            return self.direct(x, *arguments)
+        output = self.forward(x, *arguments)
+        return output[0] if self.keeps else output
 
 
 def _autograd_function(
-    forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+    forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any], keeps: bool
 ) -> Callable[..., Any]:
+    backward_once = once_differentiable(backward)
+
     # torch calls a separate setup_context only after inspecting the signature of forward, every time
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = forward(*inputs)
             setup_context(ctx, inputs, output)
-            return output
+            return output[0] if keeps else output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            return backward(ctx, *gradients)
+            # without gradients of gradients there is nothing to forbid
+            return (backward_once if torch.is_grad_enabled() else backward)(ctx, *gradients)
 
     return Direct.apply
+
+
+def remembered(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, its last results remembered where nothing is compiled."""
+    cached = lru_cache(maxsize=256)(function)
+
+    @wraps(function)
+    def call(*arguments: Any) -> T:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return cached(*arguments)
+        except TypeError:
+            # symbols, as a trace has them for sizes that change, have no hash
+            return function(*arguments)
+
+    return call
 
 
 def empty_heads_inner(x_BHRD: Tensor, rows: int) -> Tensor:
@@ -91,14 +121,10 @@ def pack(shape: PyramidShape) -> list[int]:
 
 def unpack(sizes: list[int]) -> PyramidShape:
     """The inverse of `pack`."""
-    # symbols, as Dynamo traces sizes that change, have no hash
-    is_traced = any(isinstance(size, torch.SymInt) for size in sizes)
-    return _unpack(*sizes) if is_traced else _unpack_cached(*sizes)
+    return _unpack(*sizes)
 
 
+@remembered
 def _unpack(*sizes: int) -> PyramidShape:
     tokens, levels, factor, tiles, tile_entries, *winners = sizes
     return PyramidShape(tokens, levels, factor, tiles, tile_entries, tuple(winners))
-
-
-_unpack_cached = lru_cache(maxsize=256)(_unpack)

@@ -70,7 +70,7 @@ class PyramidShape:
     @property
     def tile_gathered(self) -> int:
         """Gathered entries of one tile: every candidate of every level."""
-        return sum(self.candidates(level) for level in range(self.num_levels))
+        return self.tile_entries + self.pooling_factor * sum(self.winners)
 
     @property
     def num_gathered(self) -> int:
@@ -86,6 +86,11 @@ class PyramidShape:
 def ceil_div(numerator: int, denominator: int) -> int:
     """The quotient of two positive integers, rounded up."""
     return (numerator + denominator - 1) // denominator
+
+
+def power_of_two(number: int) -> int:
+    """The lowest power of two that is at least a positive integer."""
+    return 1 << (number - 1).bit_length()
 
 
 def _pyramid(num_levels: int, pooling_factor: int, top_k: int, num_tokens: int, num_tiles: int) -> PyramidShape:

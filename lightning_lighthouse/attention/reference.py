@@ -22,6 +22,9 @@ from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
 from lightning_lighthouse.attention.rotation import Rotation
 
+# Whether all stages can run as one operator
+FUSED = False
+
 
 class Selection(NamedTuple):
     """Which entries are gathered, in the order of the gathered sequence.

@@ -99,6 +99,29 @@ def backend_of(q: Tensor, k: Tensor, backend: str) -> tuple[str, bool]:
     return chosen, repeats
 
 
+def kernel_of(q: Tensor, k: Tensor, backend: str) -> str | None:
+    """The name in `sdpa_kernels.KERNELS` of what `causal_sdpa` runs, with its backward, for q `[B, H, S, D]`.
+
+    None where it does more than call one of these kernels.
+
+    Raises:
+        ValueError: The named backend cannot run this call.
+    """
+    if q.device.type == "cpu":
+        return "cpu" if _cpu_kernel_is_enabled() else None
+    if q.device.type != "cuda" or q.shape[0] > MAX_BATCH:
+        return None
+    chosen, repeats = backend_of(q, k, backend)
+    # flash gets head dims that are no multiple of 8 padded
+    is_padded = chosen == "flash" and q.shape[3] % 8 != 0
+    return None if chosen == "math" or repeats or is_padded else chosen
+
+
+@torch.compiler.assume_constant_result
+def _cpu_kernel_is_enabled() -> bool:
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
 def _plain_sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     """Query heads, key/value heads and head dim as plain ints, also where Dynamo traces them as symbols."""
     # it knows that a range has a plain length; int() of a symbol is one again
@@ -156,10 +179,15 @@ class _GradientLikeOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        dims = zip(gradient.shape, gradient.stride(), ctx.strides, strict=True)
-        if all(size == 1 or stride == wanted for size, stride, wanted in dims):
-            return gradient
-        return gradient.new_empty_strided(gradient.shape, ctx.strides).copy_(gradient)
+        return in_memory_order(gradient, ctx.strides)
+
+
+def in_memory_order(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor itself, or a copy of it with these strides."""
+    dims = zip(x.shape, x.stride(), strides, strict=True)
+    if all(size == 1 or stride == wanted for size, stride, wanted in dims):
+        return x
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _launchable(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

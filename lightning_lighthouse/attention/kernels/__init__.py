@@ -25,6 +25,7 @@ from lightning_lighthouse.attention.kernels.select import select
 from lightning_lighthouse.attention.kernels.tiles import Selection
 
 __all__ = [
+    "FUSED",
     "Selection",
     "check_device",
     "gather",
@@ -37,6 +38,9 @@ __all__ = [
     "select_documents_fwd",
 ]
 
+
+# Whether all stages can run as one operator
+FUSED = True
 
 # Older GPUs have no bf16
 MIN_CAPABILITY = (8, 0)

@@ -24,16 +24,16 @@ together or not at all, next to each other, so level 0 needs one number a window
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_lighthouse.attention.kernels.launch import MOST_KEPT, Launch
 from lightning_lighthouse.attention.kernels.ops import within_reach
-from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
+from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div, power_of_two
 
 # Values of one block: 16 bytes of bf16 for each thread of a warp, so that one load is one instruction
 WARP_VALUES = 256
@@ -269,7 +269,8 @@ def locate(num_blocks, G: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_slots", "num_blocks"])
 def _collect_kernel(
-    p_x, stride_xb, stride_xh, stride_xn, stride_xd, p_y, stride_yb, stride_yh, stride_ys, p_slots, p_windows, p_turns,
+    p_x, p_y, p_slots, p_windows, p_turns,
+    stride_xb, stride_xh, stride_xn, stride_xd, stride_yb, stride_yh, stride_ys,
     num_tokens, num_coarsest, num_slots, num_blocks,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
     SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, PAIR: tl.constexpr,
@@ -291,7 +292,8 @@ def _collect_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_slots", "num_blocks"])
 def _spread_kernel(
-    p_y, stride_yb, stride_yh, stride_ys, stride_yd, p_x, stride_xb, stride_xh, stride_xn, p_slots, p_windows, p_turns,
+    p_y, p_x, p_slots, p_windows, p_turns,
+    stride_yb, stride_yh, stride_ys, stride_yd, stride_xb, stride_xh, stride_xn,
     num_tokens, num_coarsest, num_slots, num_blocks,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
     SHIFT: tl.constexpr, MEAN: tl.constexpr, TABLE: tl.constexpr, PAIR: tl.constexpr,
@@ -330,8 +332,8 @@ def collect(
     a pair are `distance` apart.
     """
     x_BHND = within_reach(x_BHND)
-    rows = x_BHND, *x_BHND.stride(), y_BHSD, *y_BHSD.stride()[:3]
-    _launch(_collect_kernel, rows, slots_BGP, shape, shift, mean, windows, turns, distance)
+    plan = _plan("collect", *_sizes(x_BHND, y_BHSD, slots_BGP), shape, shift, mean, windows is not None, distance)
+    plan(x_BHND, y_BHSD, slots_BGP, windows, turns)
 
 
 def spread(
@@ -347,32 +349,40 @@ def spread(
 ) -> None:
     """Write into the rows of x what the entries y above them hold. The last dimension of x is contiguous."""
     y_BHSD = within_reach(y_BHSD)
-    rows = y_BHSD, *y_BHSD.stride(), x_BHND, *x_BHND.stride()[:3]
-    _launch(_spread_kernel, rows, slots_BGP, shape, shift, mean, windows, turns, distance)
+    plan = _plan("spread", *_sizes(y_BHSD, x_BHND, slots_BGP), shape, shift, mean, windows is not None, distance)
+    plan(y_BHSD, x_BHND, slots_BGP, windows, turns)
 
 
-def _launch(
-    kernel: Any,
-    rows: tuple[Any, ...],
-    slots_BGP: Tensor,
+def _sizes(source: Tensor, target: Tensor, slots_BGP: Tensor) -> tuple[Any, ...]:
+    return source.shape, source.stride(), target.stride(), slots_BGP.shape
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _plan(
+    name: str,
+    source_shape: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    target_strides: tuple[int, ...],
+    slots_shape: tuple[int, ...],
     shape: PyramidShape,
     shift: int,
     mean: bool,
-    windows: Tensor | None,
-    turns: Tensor | None,
+    has_table: bool,
     distance: int,
-) -> None:
-    batch, heads, _, dim = rows[0].shape
-    groups, num_slots = slots_BGP.shape[1:]
+) -> Launch:
+    batch, heads, _, dim = source_shape
+    groups, num_slots = slots_shape[1:]
     block_rows, block_dim = block_of(dim, NUM_WARPS)
     # the last token counts as one more in scatter, and may open one more window
     num_blocks = ceil_div(num_coarsest(shape) + shift, block_rows)
-    with on_device_of(slots_BGP):
-        kernel[(batch * num_blocks * groups,)](
-            *rows, slots_BGP, windows, turns, shape.num_tokens, num_coarsest(shape), num_slots, num_blocks,
-            groups, heads // groups, shape.num_levels, shape.pooling_factor, dim,
-            shift, mean, windows is not None, distance, block_rows, block_dim, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    return Launch(
+        _collect_kernel if name == "collect" else _spread_kernel,
+        batch * num_blocks * groups,
+        (*source_strides, *target_strides[:3], shape.num_tokens, num_coarsest(shape), num_slots, num_blocks),
+        (groups, heads // groups, shape.num_levels, shape.pooling_factor, dim, shift, mean, has_table, distance,
+         block_rows, block_dim),
+        NUM_WARPS,
+    )  # fmt: skip
 
 
 def num_coarsest(shape: PyramidShape) -> int:
@@ -387,12 +397,5 @@ def num_slots(shape: PyramidShape) -> int:
 
 def block_of(head_dim: int, num_warps: int) -> tuple[int, int]:
     """Rows of one block, and the head dim as a power of two."""
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_two(head_dim)
     return max(1, num_warps * WARP_VALUES // block_dim), block_dim
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Make the device of x current, for Triton launches on the current one."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()

@@ -10,6 +10,8 @@ Under selection="causal" an entry has the score of its first token, and only one
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.kernels.launch import MOST_KEPT, Launch
 from lightning_lighthouse.attention.kernels.ops import Operator, pack, unpack, within_reach
 from lightning_lighthouse.attention.kernels.rows import (
     UNROLL,
@@ -26,7 +29,6 @@ from lightning_lighthouse.attention.kernels.rows import (
     load_rows,
     locate,
     num_coarsest,
-    on_device_of,
     rows_of,
 )
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
@@ -84,8 +86,9 @@ def _score_windows(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_blocks", "num_scores", "stride_scores"])
 def _score_kernel(
-    p_q, stride_qb, stride_qh, stride_qn, stride_qd, p_k, stride_kb, stride_kh, stride_kn, stride_kd, p_scores,
-    p_windows, num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
+    p_q, p_k, p_scores, p_windows,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
     TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +105,9 @@ def _score_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_coarsest", "num_blocks", "num_scores", "stride_scores"])
 def _score_first_kernel(
-    p_q, stride_qb, stride_qh, stride_qn, stride_qd, p_k, stride_kb, stride_kh, stride_kn, stride_kd, p_scores,
-    p_windows, num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
+    p_q, p_k, p_scores, p_windows,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    num_tokens, num_coarsest, num_blocks, num_scores, stride_scores,
     G: tl.constexpr, R: tl.constexpr, L: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
     TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -137,18 +141,32 @@ def launch_score(
 ) -> None:
     """Write the scores `[2, B, G, .]`; `windows` as in `collect`."""
     q, k = within_reach(q), within_reach(k)
-    batch, heads, _, dim = q.shape
-    groups = k.shape[1]
+    plan = _plan(q.shape, q.stride(), k.shape[1], k.stride(), scores.shape[3], shape, first, windows is not None)
+    plan(q, k, scores, windows)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    groups: int,
+    k_strides: tuple[int, ...],
+    num_scores: int,
+    shape: PyramidShape,
+    first: bool,
+    has_table: bool,
+) -> Launch:
+    batch, heads, _, dim = q_shape
     block_rows, block_dim = block_of(dim, NUM_WARPS)
-    kernel = _score_first_kernel if first else _score_kernel
     num_blocks = ceil_div(shape.entries(1) if first else num_coarsest(shape), block_rows)
-    with on_device_of(q):
-        kernel[(batch * num_blocks * groups,)](
-            q, *q.stride(), k, *k.stride(), scores, windows,
-            shape.num_tokens, num_coarsest(shape), num_blocks, scores.shape[-1], scores.stride(0),
-            groups, heads // groups, shape.num_levels, shape.pooling_factor, dim,
-            windows is not None, block_rows, block_dim, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    return Launch(
+        _score_first_kernel if first else _score_kernel,
+        batch * num_blocks * groups,
+        (*q_strides, *k_strides, shape.num_tokens, num_coarsest(shape), num_blocks, num_scores,
+         batch * groups * num_scores),
+        (groups, heads // groups, shape.num_levels, shape.pooling_factor, dim, has_table, block_rows, block_dim),
+        NUM_WARPS,
+    )  # fmt: skip
 
 
 def _empty_scores(q: Tensor, k: Tensor, sizes: list[int], first: bool) -> Tensor:

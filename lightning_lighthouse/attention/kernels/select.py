@@ -12,6 +12,8 @@ keys are a hash and have one threshold; evenly spaced winners need none. `select
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.hashing import mix
+from lightning_lighthouse.attention.kernels.launch import MOST_KEPT, Launch
 from lightning_lighthouse.attention.kernels.ops import Operator, pack, unpack
-from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest, on_device_of
+from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest
 from lightning_lighthouse.attention.kernels.select_causal import select_causal_fwd
 from lightning_lighthouse.attention.kernels.tiles import (
     ABOVE_ALL,
@@ -75,9 +78,9 @@ def _random_keys(state, i_head, b_entry, LEVEL: tl.constexpr):
 @triton.jit(do_not_specialize=["num_coarsest", "num_slots", "num_scores", "stride_scores", "tile_entries", "winners",
                                "num_tiles", "tile_gathered", "groups", "first_head", "state", "C"])  # fmt: skip
 def _select_kernel(
-    p_scores, p_index, p_slots, p_scratch, p_tiles,
+    p_scores, p_index, p_slots, p_scratch, p_tiles, state,
     num_coarsest, num_slots, num_scores, stride_scores, num_tiles, tile_entries, winners, tile_gathered, groups,
-    first_head, state, C, RULE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, COVER: tl.constexpr,
+    first_head, C, RULE: tl.constexpr, L: tl.constexpr, W: tl.constexpr, COVER: tl.constexpr,
     CHUNK: tl.constexpr, TABLE: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0) % num_tiles
@@ -196,23 +199,42 @@ def launch_select(
     `tiles` `[4, num_tiles]` int32 says where they lie: `tile_of`. With it there is no index, and slots are -1 before.
     """
     candidates = most_candidates(shape)
-    groups = scores.shape[2]
-    programs = scores.shape[1] * groups * num_tiles
+    programs = scores.shape[1] * scores.shape[2] * num_tiles
     # two rows of keys, and three rows a level with winners
     scratch = torch.empty(programs, 3 * shape.num_levels - 1, candidates, dtype=torch.int32, device=scores.device)
     state = mix(mix(0, seed), 0 if step is None else int(step))
-    chunk, num_warps = chunk_of(candidates)
-    with on_device_of(scores):
-        _select_kernel[(programs,)](
-            scores, index, slots, scratch, tiles,
-            num_windows, slots.shape[-1], scores.shape[-1], scores.stride(0),
-            num_tiles, shape.tile_entries, shape.winners[1], shape.tile_gathered, groups, first_head,
-            # the same bits with a sign, so that the type does not depend on the value
-            state - 2**32 if state >= 2**31 else state,
-            candidates, rule, shape.num_levels, shape.pooling_factor, cover_prefix, chunk, tiles is not None,
-            tiles is not None and rule != "strided",
-            num_warps=num_warps,
-        )  # fmt: skip
+    plan = _plan(
+        scores.shape, scores.stride(0), slots.shape[-1], shape, num_windows, num_tiles, rule, cover_prefix, first_head,
+        chunk_of(candidates), tiles is not None,
+    )  # fmt: skip
+    # the same bits with a sign, so that the type does not depend on the value
+    plan(scores, index, slots, scratch, tiles, changing=(state - 2**32 if state >= 2**31 else state,))
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _plan(
+    scores_shape: tuple[int, ...],
+    stride_scores: int,
+    num_slots: int,
+    shape: PyramidShape,
+    num_windows: int,
+    num_tiles: int,
+    rule: str,
+    cover_prefix: bool,
+    first_head: int,
+    chunk_and_warps: tuple[int, int],
+    has_table: bool,
+) -> Launch:
+    _, batch, groups, num_scores = scores_shape
+    chunk, num_warps = chunk_and_warps
+    return Launch(
+        _select_kernel,
+        batch * groups * num_tiles,
+        (num_windows, num_slots, num_scores, stride_scores, num_tiles, shape.tile_entries, shape.winners[1],
+         shape.tile_gathered, groups, first_head, most_candidates(shape)),
+        (rule, shape.num_levels, shape.pooling_factor, cover_prefix, chunk, has_table, has_table and rule != "strided"),
+        num_warps,
+    )  # fmt: skip
 
 
 def _empty(

@@ -12,13 +12,16 @@ tile before left over, for which its own pass over s_q is repeated here. The las
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_lighthouse.attention.kernels.launch import MOST_KEPT, Launch
 from lightning_lighthouse.attention.kernels.ops import Operator, unpack
-from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest, on_device_of
+from lightning_lighthouse.attention.kernels.rows import level_start, num_coarsest
 from lightning_lighthouse.attention.kernels.tiles import (
     ABOVE_ALL,
     WON,
@@ -199,17 +202,40 @@ def launch_select_causal(
     programs = scores.shape[1] * scores.shape[2] * num_tiles
     scratch = torch.empty(programs, 5 * (levels - 1) + 1, candidates, dtype=torch.int32, device=scores.device)
     pivots = torch.empty(programs, levels - 1, dtype=torch.int32, device=scores.device)
-    chunk, num_warps = chunk_of(candidates)
-    with on_device_of(scores):
-        for level in range(levels, 0, -1):
-            _causal_kernel[(programs,)](
-                scores, index, slots, scratch, pivots, tiles,
-                num_windows, slots.shape[-1], scores.shape[-1], scores.stride(0),
-                num_tiles, shape.tile_entries, shape.winners[1],
-                shape.candidates(level) if level < levels else 0, shape.tile_gathered, candidates,
-                level, levels, shape.pooling_factor, chunk, tiles is not None,
-                num_warps=num_warps,
-            )  # fmt: skip
+    plans = _plans(
+        scores.shape, scores.stride(0), slots.shape[-1], shape, num_windows, num_tiles, chunk_of(candidates),
+        tiles is not None,
+    )  # fmt: skip
+    for plan in plans:
+        plan(scores, index, slots, scratch, pivots, tiles)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _plans(
+    scores_shape: tuple[int, ...],
+    stride_scores: int,
+    num_slots: int,
+    shape: PyramidShape,
+    num_windows: int,
+    num_tiles: int,
+    chunk_and_warps: tuple[int, int],
+    has_table: bool,
+) -> list[Launch]:
+    """One a level, the coarsest first."""
+    _, batch, groups, num_scores = scores_shape
+    chunk, num_warps = chunk_and_warps
+    levels = shape.num_levels
+    return [
+        Launch(
+            _causal_kernel,
+            batch * groups * num_tiles,
+            (num_windows, num_slots, num_scores, stride_scores, num_tiles, shape.tile_entries, shape.winners[1],
+             shape.candidates(level) if level < levels else 0, shape.tile_gathered, most_candidates(shape)),
+            (level, levels, shape.pooling_factor, chunk, has_table),
+            num_warps,
+        )
+        for level in range(levels, 0, -1)
+    ]  # fmt: skip
 
 
 def _empty(scores: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lighthouse.attention.kernels.rows import level_entries, level_start, num_slots
-from lightning_lighthouse.attention.pyramid import PyramidShape
+from lightning_lighthouse.attention.pyramid import PyramidShape, power_of_two
 
 # Candidates of a tile read at once. Larger tiles are read in chunks; smaller ones, the usual case, take one.
 MAX_CHUNK = 2048
@@ -216,5 +216,5 @@ def most_candidates(shape: PyramidShape) -> int:
 
 def chunk_of(candidates: int) -> tuple[int, int]:
     """Candidates of one chunk, and the warps that work on it."""
-    chunk = min(MAX_CHUNK, max(32, triton.next_power_of_2(candidates)))
+    chunk = min(MAX_CHUNK, max(32, power_of_two(candidates)))
     return chunk, max(1, min(8, chunk // 128))

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_lighthouse.attention.kernels.launch import on_device_of
 from lightning_lighthouse.attention.kernels.ops import empty_heads_inner
-from lightning_lighthouse.attention.kernels.rows import locate, on_device_of, store_rows
+from lightning_lighthouse.attention.kernels.rows import locate, store_rows
 from lightning_lighthouse.attention.kernels.window_tiles import Tile, tiles_for
 from lightning_lighthouse.attention.pyramid import ceil_div
 
