@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.bench.timing import Layer, make_inputs
 from lightning_lighthouse.checks import quoted
@@ -17,6 +18,7 @@ from lightning_lighthouse.checks import quoted
 MAX_PADDING = 4
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+DocumentAttend = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 
 
 def small_length(device: torch.device) -> int:

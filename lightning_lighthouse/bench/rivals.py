@@ -1,6 +1,7 @@
-"""What others offer for windows and chunks: torch's varlen_attn, and FlexAttention with a block mask.
+"""What others offer for windows, chunks and documents: torch's varlen_attn, and FlexAttention with a block mask.
 
-Both are set up here and called elsewhere, so that bounds, masks and compilation stay out of the times.
+For windows and chunks both are set up here and called elsewhere, so that bounds, masks and compilation stay out of the
+times. For documents bounds and masks are made in each call, as each batch has others.
 """
 
 # N tokens, M blocks of tokens, C tokens of a block
@@ -8,12 +9,16 @@ Both are set up here and called elsewhere, so that bounds, masks and compilation
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from lightning_lighthouse.bench.agreement import Attend
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.host_tables import boundaries, to_device
+from lightning_lighthouse.bench.agreement import Attend, DocumentAttend
 from lightning_lighthouse.bench.timing import Layer
 
 # Tokens of a block of the mask: FlexAttention's own choice
@@ -25,13 +30,8 @@ def varlen_attention(layer: Layer, num_tokens: int, kind: str, window: int) -> A
 
     It knows no sinks, and takes 16 bits on CUDA.
     """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    takes_windows = "window_size" in inspect.signature(varlen_attn).parameters
-    is_served = layer.device.type == "cuda" and layer.dtype.itemsize == 2 and layer.heads == layer.kv_heads
-    if not (takes_windows and is_served):
+    varlen_attn = _varlen_attn(layer)
+    if varlen_attn is None:
         return None
     starts = [0] if kind == "window" else range(0, num_tokens, window)
     bounds = torch.tensor([*starts, num_tokens], dtype=torch.int32, device=layer.device)
@@ -45,6 +45,71 @@ def varlen_attention(layer: Layer, num_tokens: int, kind: str, window: int) -> A
         return out.transpose(0, 1).unsqueeze(0)
 
     return attend
+
+
+def varlen_documents(layer: Layer) -> DocumentAttend | None:
+    """`varlen_attn` over the documents of one sequence, its bounds made in each call; None where torch has none."""
+    varlen_attn = _varlen_attn(layer)
+    if varlen_attn is None:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        bounds, longest = to_device(boundaries(documents.host), q.device), documents.longest
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out.transpose(0, 1).unsqueeze(0)
+
+    return attend
+
+
+def _varlen_attn(layer: Layer) -> Callable[..., Any] | None:
+    """The function itself; None where torch has none with windows, or it does not take such a layer."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes_windows = "window_size" in inspect.signature(varlen_attn).parameters
+    is_served = layer.device.type == "cuda" and layer.dtype.itemsize == 2 and layer.heads == layer.kv_heads
+    return varlen_attn if takes_windows and is_served else None
+
+
+class FlexDocuments:
+    """FlexAttention inside the documents of one sequence, compiled when first called, each batch with its own mask.
+
+    Args:
+        layer: The layer.
+        num_tokens: N.
+    """
+
+    def __init__(self, layer: Layer, num_tokens: int) -> None:
+        # torch stops compiling a function after a few variants, and would then take N x N memory
+        torch.compiler.reset()
+        self._attend = torch.compile(flex_attention, dynamic=False)
+        self._make_mask = torch.compile(create_block_mask, dynamic=False)
+        self._is_grouped = layer.heads != layer.kv_heads
+        self._num_tokens = num_tokens
+        # one memory for all batches, so that all have one mask function, and nothing is compiled anew
+        self._ids = ids = torch.zeros(num_tokens, dtype=torch.int64, device=layer.device)
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (ids[query] == ids[key])
+
+        self._sees = sees
+
+    def block_mask(self, documents: Documents) -> BlockMask:
+        """The mask of a batch."""
+        device = self._ids.device
+        self._ids.copy_(documents.document_ids(device)[0])
+        mask = self._make_mask(self._sees, None, None, self._num_tokens, self._num_tokens, device=device.type)
+        assert isinstance(mask, BlockMask)
+        return mask
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """Attention, under a mask made for it."""
+        mask = self.block_mask(documents)
+        out: Tensor = self._attend(q, k, v, block_mask=mask, enable_gqa=self._is_grouped)
+        return out
 
 
 def flex(layer: Layer, num_tokens: int, kind: str, window: int, sink_tokens: int) -> Attend | None:

@@ -1,8 +1,8 @@
 """`lighthouse bench`: dense SDPA, Lighthouse Attention and its floor, measured in one run on the user's own device.
 
 One layer over lengths and settings, or with `--model` a whole training step under Lightning's Trainer; with `--type`
-local attention instead of Lighthouse. Nothing is timed until the chosen backends have agreed with the reference on a
-small case. What cannot be measured is left blank.
+local attention instead of Lighthouse, with `--documents` inside packed ones. Nothing is timed until the chosen backends
+have agreed with the reference on a small case. What cannot be measured is left blank.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from lightning_lighthouse.attention.backends import check_backend
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.bench.agreement import disagreement, small_case
+from lightning_lighthouse.bench.document_kinds import KINDS
+from lightning_lighthouse.bench.documents import DocumentRow, bench_documents, document_disagreement
 from lightning_lighthouse.bench.layer import LayerRow
 from lightning_lighthouse.bench.rows import append_csv, check_csv, describe
 from lightning_lighthouse.bench.steps import StepRow, bench_steps
@@ -47,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layer, settings = complete(asked)
         described = describe(layer, asked.commit)
         if asked.csv is not None:
-            row_class = StepRow if asked.model else LayerRow if asked.type == "lighthouse" else WindowRow
-            columns = [field.name for part in (type(settings[0][1]), row_class) for field in fields(part)]
+            columns = [field.name for part in (type(settings[0][1]), _row_class(asked)) for field in fields(part)]
             check_csv(asked.csv, [*described, *columns])
     except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
@@ -57,13 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join([described["device"], *versions, described["dtype"]]))
     if layer.device.type == "cpu":
         print("on a CPU: these times say nothing about a GPU, and memory is not measured")
-    problem = _problem(layer, [setting for _, setting in settings])
+    problem = _problem(layer, [setting for _, setting in settings], bool(asked.documents))
     if problem is not None:
         print(f"lighthouse bench: {problem}; nothing was timed", file=sys.stderr)
         return 1
     rows: Iterator[tuple[Any, Any]]
     if asked.model:
         rows = bench_steps(asked.model, layer, settings, asked.dense_layers, asked.compile, asked.repeats)
+    elif asked.documents:
+        rows = bench_documents(layer, settings, asked.documents, asked.dense_up_to, asked.repeats)
     elif asked.type == "lighthouse":
         rows = bench_layer(layer, settings, asked.dense_up_to, asked.repeats)
     else:
@@ -74,12 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _problem(layer: Layer, settings: Sequence[Any]) -> str | None:
+def _row_class(asked: Namespace) -> type:
+    if asked.model:
+        return StepRow
+    if asked.documents:
+        return DocumentRow
+    return LayerRow if asked.type == "lighthouse" else WindowRow
+
+
+def _problem(layer: Layer, settings: Sequence[Any], with_documents: bool) -> str | None:
     """What is wrong with the first of the settings that is; None: nothing."""
+    lighthouse_disagreement = document_disagreement if with_documents else disagreement
     # the small case has a budget of its own
     cases = [replace(each, top_k=None) if isinstance(each, LighthouseConfig) else each for each in settings]
     for case in dict.fromkeys(cases):
-        compare: Any = disagreement if isinstance(case, LighthouseConfig) else window_disagreement
+        compare: Any = lighthouse_disagreement if isinstance(case, LighthouseConfig) else window_disagreement
         problem = compare(layer, case)
         if problem is not None:
             return str(problem)
@@ -88,6 +100,7 @@ def _problem(layer: Layer, settings: Sequence[Any]) -> str | None:
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LENGTHS = {"cuda": [8192, 16384, 32768, 65536, 98304, 131072], "cpu": [512, 1024, 2048, 4096]}
+DOCUMENTS_LENGTH = {"cuda": 98304, "cpu": 2048}
 MODEL_LENGTH = {"cuda": 98304, "cpu": 1024}
 WINDOWS = {"cuda": [512, 1024, 4096], "cpu": [64]}
 # Fields of LighthouseConfig that take several values, all of which are measured.
@@ -142,6 +155,7 @@ def make_parser() -> Parser:
     add("--model", choices=["toy", "small", "base", "paper"], help="measure a training step of this preset, at one N")
     add("--dense_layers", type=_layer, nargs="*", metavar="L", help="its dense layers, or published (default: none)")
     add("--compile", action=YesNo, help="compile the model (default: on a GPU)")
+    add("--documents", choices=list(KINDS), nargs="+", metavar="KIND", help=f"inside packed ones: {', '.join(KINDS)}")
     local = parser.add_argument_group(
         "local attention", "with --type window or chunk, beside what others offer; all combinations are measured"
     )
@@ -196,8 +210,10 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, Any]]]:
         _refuse(asked, "--type lighthouse", "with", "window", "sink_tokens")
     else:
         _refuse_lighthouse(asked)
+    if asked.documents:
+        _complete_documents(asked)
     if asked.model:
-        _refuse(asked, "--model", "with", "what", "heads", "kv_heads", "head_dim", "dense_up_to", "preset")
+        _refuse(asked, "--model", "with", "what", "documents", "heads", "kv_heads", "head_dim", "dense_up_to", "preset")
         _complete_model(asked)
     else:
         _refuse(asked, "--model", "without", "dense_layers", "compile")
@@ -241,12 +257,19 @@ def _refuse(asked: Namespace, option: str, how: str, *names: str) -> None:
 def _refuse_lighthouse(asked: Namespace) -> None:
     """Local attention has none of the settings of Lighthouse but the backend of stock attention."""
     option = f"--type {asked.type}"
-    _refuse(asked, option, "with", "model", "preset", *SEVERAL)
+    _refuse(asked, option, "with", "model", "preset", "documents", *SEVERAL)
     if asked.type == "chunk":
         _refuse(asked, option, "with", "sink_tokens")
     for field in fields(LighthouseConfig):
         if field.name not in (*SEVERAL, "sdpa") and getattr(asked, field.name) != field.default:
             raise ValueError(f"--{field.name} does not go with {option}; leave it out")
+
+
+def _complete_documents(asked: Namespace) -> None:
+    if "dilated" in (asked.scorer or ()):
+        raise ValueError("--scorer dilated does not go with --documents; leave it out")
+    if not asked.preset:
+        asked.lengths = asked.lengths or [DOCUMENTS_LENGTH[asked.device]]
 
 
 def _complete_model(asked: Namespace) -> None:
