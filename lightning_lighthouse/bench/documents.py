@@ -40,8 +40,8 @@ BATCHES = 10
 # The layer that is estimated for, in bf16 on CUDA: heads, key/value heads, head dim.
 ESTIMATED = (8, 8, 128)
 WAYS = ("masked", "lighthouse", "flex", "varlen")
-# Calls of each batch on the device alone
-FEW = 2
+# Calls on the device alone, all batches together
+FEW = 10
 
 Offer = Callable[[int], DocumentAttend | None]
 Sequences = Sequence[tuple[int, ...]]
@@ -291,11 +291,13 @@ def measure_ways(
     for name, attend in ways.items():
         forward, both = document_passes(attend, sets, sequences)
         try:
-            # all batches, so that whatever is compiled or planned for one of them is there
-            peaks[name] = peak_mib(all_of(both, count), layer.device)
+            both_of_all = all_of(both, count)
+            # compiles, and plans for every batch
+            both_of_all(0)
+            peaks[name] = peak_mib(both_of_all, layer.device)
             if layer.device.type == "cuda":
                 device[name] = mean_device_ms(both, layer, count)
-            runs[name] = all_of(forward, count), all_of(both, count)
+            runs[name] = all_of(forward, count), both_of_all
         except (RuntimeError, NotImplementedError, ValueError) as error:
             if name in ("masked", "lighthouse") and not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -333,12 +335,12 @@ def all_of(run: Run, count: int) -> Run:
 
 
 def mean_device_ms(run: Run, layer: Layer, count: int) -> float:
-    """ms on the device alone, over all batches: one at a time, for the CPU cannot issue many ahead."""
+    """ms on the device alone, a batch at a time: many documents are many launches, of which few can wait."""
 
     def only(turn: int) -> Run:
         return lambda _: run(turn)
 
-    return mean(device_ms(only(turn), layer.device, FEW) for turn in range(count))
+    return mean(device_ms(only(turn), layer.device, math.ceil(FEW / count)) for turn in range(count))
 
 
 def tables_ms(layer: Layer, sequences: Sequences, config: LighthouseConfig) -> float | None:

@@ -7,6 +7,7 @@ from places import DOCS
 
 from lightning_lighthouse import LighthouseConfig
 from lightning_lighthouse.bench.document_estimate import describe, estimate
+from lightning_lighthouse.bench.document_kinds import DESCRIPTIONS, KINDS, draw_sequences
 
 PAPER = LighthouseConfig(top_k=1536)
 
@@ -73,6 +74,22 @@ def test_the_page_has_the_rows_that_are_estimated():
             f"| {count} of {tokens:,} tokens | {found.length:,.0f} | {found.dense_ms:.3g} | {found.lighthouse_ms:.3g} |"
         )
         assert row in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_has_the_documents_that_are_drawn(kind):
+    sequences = draw_sequences(kind, 98_304, 200)
+    # also of more documents than memory is kept for by default
+    each = [estimate([lengths], LighthouseConfig(max_documents=1024)) for lengths in sequences]
+    documents, length, gathered = (
+        sum(getattr(found, name) for found in each) / 200 for name in ("documents", "length", "gathered")
+    )
+    most_documents, most_gathered = (max(getattr(found, name) for found in each) for name in ("documents", "gathered"))
+    row = (
+        f"| `{kind}` | {DESCRIPTIONS[kind]} | {documents:.0f}, {most_documents:.0f} | {length:,.0f} | "
+        f"{gathered:.3f}, {most_gathered:.3f} |"
+    )
+    assert row in (DOCS / "understand" / "documents.md").read_text(), row
 
 
 def test_lighthouse_loses_below_a_length_of_about_600():
