@@ -117,7 +117,7 @@ def document_disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
 
 def small_documents(num_tokens: int, config: LighthouseConfig) -> Documents:
     """Documents of a small case that Lighthouse does not leave dense: long and short ones if possible."""
-    short = [1, num_tokens // 14, 17, num_tokens // 6]
+    short = [3, num_tokens // 14, 17, num_tokens // 6]
     first = num_tokens * 5 // 8
     for lengths in ([first, *short], [first], []):
         documents = Documents([[*lengths, num_tokens - sum(lengths)]])
@@ -242,7 +242,7 @@ def measure_row(
     is_estimated = layer.device.type == "cuda" and layer.dtype == torch.bfloat16
     is_estimated &= (layer.heads, layer.kv_heads, layer.head_dim) == ESTIMATED
     estimates = (expected.dense_ms, expected.lighthouse_ms) if is_estimated else (None, None)
-    flex = ways.get("flex")
+    flex = ways["flex"] if "flex" in times else None
     return DocumentRow(
         kind=kind,
         num_tokens=num_tokens,
