@@ -65,6 +65,7 @@ def test_a_document_goes_on_in_the_next_sequence() -> None:
     assert all(lengths[0] >= 350 for lengths in draw_sequences("whole", 701, 20))
 
 
+@pytest.mark.filterwarnings("ignore::lightning_lighthouse.LighthouseWarning")
 def test_documents_are_measured_printed_and_written(
     few_batches: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_way_that_goes_across_documents_is_not_timed(
     assert "masked" not in shown.out
 
 
+@pytest.mark.filterwarnings("ignore::lightning_lighthouse.LighthouseWarning")
 def test_others_that_are_wrong_or_cannot_run_are_left_out_and_said_why(
     few_batches: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
