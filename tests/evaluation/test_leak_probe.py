@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from probing import CAUSAL, CONFIG, SWITCH, TOKENS, Module, fit, lighthouse, loader, steps
+from resumable import ResumableBatches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -180,38 +181,18 @@ def test_results_are_written_where_people_and_scripts_look(tmp_path):
     assert not list(folder.glob("*.partial"))
 
 
-class Resumable:
-    """Batches in order, with the state that the Trainer saves."""
-
-    def __init__(self) -> None:
-        self.batches, self.done = list(loader()), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.done < len(self.batches):
-            self.done += 1
-            yield self.batches[self.done - 1]
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
-
-
 def test_a_resumed_run_has_the_results_of_an_unbroken_one(tmp_path):
     whole = FutureLeakProbe()
-    fit(tmp_path / "whole", [lighthouse(), whole], train=Resumable())
+    fit(tmp_path / "whole", [lighthouse(), whole], train=ResumableBatches(loader()))
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     first = FutureLeakProbe()
-    fit(tmp_path, [lighthouse(), first, saved], train=Resumable(), max_steps=4, enable_checkpointing=True)
+    fit(
+        tmp_path, [lighthouse(), first, saved], train=ResumableBatches(loader()), max_steps=4, enable_checkpointing=True
+    )
     resumed = FutureLeakProbe()
     # its own earlier results are not those of the run
     resumed.results = [*first.results, *first.results]
-    train = Resumable()
+    train = ResumableBatches(loader())
     fit(tmp_path, [lighthouse(), resumed], train=train, ckpt_path=tmp_path / "step=3.ckpt")
 
     def measured(probe):

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from long_contexts import Books
+from resumable import ResumableBatches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -192,26 +193,8 @@ def test_the_map_has_a_field_for_each_length_and_depth():
     assert all(torch.allclose(middles[:, i, j], torch.tensor(LOW)) for i, j in ((0, 0), (0, 1), (1, 0)))
 
 
-class Batches:
-    """Training batches in order, with the state that the Trainer saves."""
-
-    def __init__(self) -> None:
-        self.batches, self.done = list(Books().train_dataloader()), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.done < len(self.batches):
-            self.done += 1
-            yield self.batches[self.done - 1]
-        self.done = 0
-
-    def state_dict(self):
-        return {"done": self.done}
-
-    def load_state_dict(self, state):
-        self.done = state["done"]
+def resumable_books() -> Books:
+    return Books(ResumableBatches(Books().train_dataloader()))
 
 
 def rows_of(results) -> list[dict]:
@@ -232,16 +215,16 @@ def test_an_evaluation_that_is_killed_loses_nothing(tmp_path):
         return [lighthouse(), kind(2, context_gain=False, lookups=False, **FAST)]
 
     whole_callbacks = made(LongContextEvaluation)
-    whole = fit(tmp_path / "whole", whole_callbacks, Model(0.0), data=Books(Batches()))
+    whole = fit(tmp_path / "whole", whole_callbacks, Model(0.0), data=resumable_books())
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     with pytest.raises(KeyError, match="killed"):
-        fit(tmp_path, [*made(Killed), saved], Model(0.0), data=Books(Batches()), enable_checkpointing=True)
+        fit(tmp_path, [*made(Killed), saved], Model(0.0), data=resumable_books(), enable_checkpointing=True)
     # what was found before is whole
     assert [step["step"] for step in read_evaluations(tmp_path)] == [2]
     resumed_callbacks = made(LongContextEvaluation)
     checkpoint = tmp_path / "step=3.ckpt"
     # dropout draws numbers whose state is in no checkpoint
-    resumed = fit(tmp_path, resumed_callbacks, Model(0.0), data=Books(Batches()), ckpt_path=checkpoint)
+    resumed = fit(tmp_path, resumed_callbacks, Model(0.0), data=resumable_books(), ckpt_path=checkpoint)
     assert resumed.losses == whole.losses[3:]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert rows_of(resumed_callbacks[1].results) == rows_of(whole_callbacks[1].results)

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from forked import run_ranks
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from resumable import ResumableBatches
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lighthouse import (
@@ -76,29 +76,6 @@ class Rows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"tokens": self.tokens[index]}
-
-
-class Batches:
-    """Batches in order, which a resumed run goes on with."""
-
-    def __init__(self, rows: Rows, batch_size: int) -> None:
-        self.batches = [{"tokens": tokens} for tokens in rows.tokens.split(batch_size)]
-        self.done = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        while self.done < len(self.batches):
-            self.done += 1
-            yield self.batches[self.done - 1]
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
 
 
 class Watched(Decoder):
@@ -171,11 +148,12 @@ def strategy_of(kind: str, size: int) -> Any:
     return STRATEGIES[kind](size, process_group_backend="gloo") if kind in STRATEGIES else "auto"
 
 
-def loaders(ranks: int, size: int, seq_len: int) -> tuple[Batches, DataLoader]:
+def loaders(ranks: int, size: int, seq_len: int) -> tuple[ResumableBatches, DataLoader]:
     """Two sequences a step over all ranks; neighbours read the same ones."""
     replica, replicas = int(os.environ.get("RANK", 0)) // size, ranks // size
     rows = [Rows(count, seed, seq_len, replica, replicas) for count, seed in ((2 * STEPS, 1), (4, 2))]
-    return Batches(rows[0], 2 // replicas), DataLoader(rows[1], 2 // replicas)
+    batches = [{"tokens": tokens} for tokens in rows[0].tokens.split(2 // replicas)]
+    return ResumableBatches(batches), DataLoader(rows[1], 2 // replicas)
 
 
 def train(folder: Path, name: str, ranks: int, size: int, kind: str, case: dict[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from resumable import ResumableBatches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -145,27 +146,11 @@ class Sequences(Dataset[Tensor]):
         return self.tokens[index]
 
 
-class ResumableLoader:
-    """Batches in order, with the state that the Trainer saves: a resumed run goes on where it was."""
+class ResumableLoader(ResumableBatches):
+    """Batches of `Sequences`, for a run that is resumed."""
 
     def __init__(self, count: int = 20, batch_size: int = 2) -> None:
-        self.batches = Sequences(count).tokens.split(batch_size)
-        self.done = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.done < len(self.batches):
-            self.done += 1
-            yield self.batches[self.done - 1]
-        self.done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.done = state["done"]
+        super().__init__(Sequences(count).tokens.split(batch_size))
 
 
 def loader(count: int = 20, batch_size: int = 2, seed: int = 0) -> DataLoader[Tensor]:
