@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -50,12 +51,12 @@ class Settings:
     sink_tokens: int = 0
 
 
-class Rotary(Shared):
+class Rotary(Shared, ABC):
     """How the layers of a model rotate q and k; routing/rotary.py has the kinds."""
 
+    @abstractmethod
     def rotation(self, q: Tensor) -> Rotation:
         """As q, `[..., D]`, was rotated."""
-        raise NotImplementedError
 
 
 class Scope(Shared):
