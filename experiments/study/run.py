@@ -83,7 +83,7 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _forget(path: Path, key: dict[str, Any]) -> None:
+def forget(path: Path, key: dict[str, Any]) -> None:
     """Remove the lines of a training that was killed before its row was written."""
     wanted = {name: str(value) for name, value in key.items()}
     with _lock:
@@ -136,7 +136,7 @@ def run(training: Training, arguments: argparse.Namespace, gpu: str | None) -> b
     del summary["run"], summary["seconds_to_reference"]
     probe = read_probe(arguments.runs / name / "version_0")
     row = {**key, **summary, **probe, "commit": arguments.commit, "torch": report["versions"]["torch"]}
-    _forget(arguments.out / "validations.csv", key)
+    forget(arguments.out / "validations.csv", key)
     append(arguments.out / "validations.csv", [{**key, **validation} for validation in report["validations"]])
     append(arguments.out / "rows.csv", [{**row, "command": shlex.join(command)}])
     print(f"{name}: final {summary['final_loss']}, at the switch {summary['loss_at_switch']}", flush=True)

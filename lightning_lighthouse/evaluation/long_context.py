@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -323,7 +324,8 @@ class LongContextEvaluation(Callback):
         assert self._collected is not None
         text = self._collected.haystack()
         assert text is not None
-        with self._patch(trainer) as patch, undisturbed(trainer, module):
+        # a compiled model would compile anew for each length, and past torch's limit train uncompiled from then on
+        with self._patch(trainer) as patch, undisturbed(trainer, module), torch.compiler.set_stance("force_eager"):
             ranks = Ranks(trainer)
             training_length = self._training_length(trainer)
             fitting = int(ranks.reduce([len(text.tokens)], "min")[0]) - 1

@@ -336,3 +336,24 @@ def test_validations_are_counted_from_the_batches(tmp_path, settings, expected):
     evaluation = LongContextEvaluation(2, **off, **FAST)
     fit(tmp_path, [evaluation], **settings)
     assert steps(evaluation) == expected
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_not_compiled_for_the_lengths_of_an_evaluation(tmp_path):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    counts = []
+    for callbacks in ([], [LongContextEvaluation(**FAST)]):
+        torch.compiler.reset()
+        compiled.clear()
+        module = Model()
+        for block in module.blocks:
+            block.compile(backend=backend, fullgraph=True, dynamic=False)
+        fit(tmp_path, [lighthouse(), *callbacks], module)
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] > 0
+    assert len(callbacks[0].results) == 2

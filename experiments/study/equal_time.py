@@ -1,0 +1,246 @@
+"""What should a user do with equal time? Run the rows of a part of `equal_time.yaml` that its table lacks.
+
+    python experiments/study/equal_time.py extension --model smollm2 --source books-train.jsonl.gz \
+        --validation_source books-val.jsonl.gz --seconds 120 --minutes 9 --gpus 0 1
+    python experiments/study/equal_time.py from_nothing --source ... --validation_source ...
+
+Each GPU runs one training at a time, through `lighthouse fit`. The steps of each phase are timed once for each length
+and kind of GPU by a short training of their own, kept in `equal_time_steps.csv`; how many of them fill a phase's share
+of the time follows. Each training that ends appends its row to `PART.csv`, and what was measured at its switches and
+its end to `PART_measures.csv`; one that died leaves nothing there and is done again. `equal_time_table.py` makes tables
+and plots of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from equal_time_results import measures, probed_steps, summary
+from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, read_part
+from run import append, forget
+
+from lightning_lighthouse.cli.fit import drop_notices
+from lightning_lighthouse.cli.plan import Planned
+from lightning_lighthouse.data.preparing.prepare import prepare
+from lightning_lighthouse.notices import quiet_lightning
+
+HERE = Path(__file__).parent
+STEPS = "equal_time_steps.csv"
+# a probe starts, compiles and times a few steps
+PROBE_SECONDS = 90
+# parsers keep state
+_planning = threading.Lock()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def name_of_gpu(gpu: str | None, flags: str) -> str:
+    """Of the GPU that a training would take, as its report says it."""
+    if "--trainer.accelerator cpu" in flags:
+        return "cpu"
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", gpu or "0"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def peta_flops(flags: Sequence[str]) -> float:
+    """Of a whole training, as `lighthouse plan` counts them, in units of 10^15."""
+    with _planning, quiet_lightning(), torch.device("meta"):
+        drop_notices()
+        run = Planned(flags).read()
+    return sum(part.steps * sum(run.estimate(part.layers, None).flops.values()) for part in run.parts) / 1e15
+
+
+class Runner:
+    """Runs rows, and appends what came out.
+
+    Args:
+        arguments: Of the command line.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.table = arguments.out / f"{arguments.part}.csv"
+        self.failed: list[str] = []
+
+    def where(self, row: Row) -> list[str]:
+        """Flags that name the files of a row; prepares its data at first."""
+        asked = self.arguments
+        tokenizer = asked.model or "bytes"
+        folder = asked.runs / f"data-{'tokens' if asked.model else 'bytes'}-{row.seq_len}"
+        texts: dict[str, object] = {"source": asked.source}
+        if row.needles:
+            folder = folder.with_name(f"{folder.name}-needles")
+            texts = {"sources": [{"path": asked.source, "weight": 0.99}, {"path": asked.needles, "weight": 0.01}]}
+        with _planning:
+            prepare(
+                str(folder),
+                seq_len=row.seq_len,
+                validation_source=asked.validation_source,
+                tokenizer=tokenizer,
+                num_workers=asked.num_workers,
+                **texts,
+            )
+        # prepared already: what it was made from no longer matters
+        flags = ["--data.source", str(folder), "--data.tokenizer", tokenizer]
+        return [*flags, "--model.model", asked.model] if asked.model else flags
+
+    def fit(self, name: str, flags: Sequence[str], gpu: str | None) -> Path | None:
+        """Train in a process of its own; the folder of its logs, None where it failed."""
+        runs = self.arguments.runs
+        flags = [*flags, "--trainer.logger.init_args.save_dir", str(runs)]
+        flags += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", "0"]
+        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        runs.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with (runs / f"{name}.log").open("w") as log:
+            program = [sys.executable, "-m", "lightning_lighthouse.cli", "fit", *flags]
+            status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        print(f"{name}: status {status} after {time.monotonic() - started:.0f} s", flush=True)
+        return None if status else runs / name / "version_0"
+
+    def step_seconds(self, row: Row, gpu: str | None, is_asked: bool = True) -> dict[str, float] | None:
+        """Seconds of a step of each of a row's modes, probed where they are not known; None where that failed.
+
+        Args:
+            row: What is to be trained.
+            gpu: Where.
+            is_asked: False: None instead of a probe.
+        """
+        device = name_of_gpu(gpu, row.part.flags)
+        path = self.arguments.out / STEPS
+        known = known_steps(read(path), row.part.name, row.seq_len, device)
+        unknown = [mode for mode in row.arm.modes() if mode not in known]
+        if row.arm.steps is not None or not unknown:
+            return known
+        if not is_asked:
+            return None
+        folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", [*probe_flags(row, unknown), *self.where(row)], gpu)
+        if folder is None:
+            return None
+        found, device = probed_steps(folder, unknown)
+        key = {"part": row.part.name, "seq_len": row.seq_len, "gpu": device}
+        append(path, [{**key, "mode": mode, "step_seconds": pace} for mode, pace in found.items()])
+        print(f"{row.arm.name}: {', '.join(f'{pace:.3f} s a step of {mode}' for mode, pace in found.items())}")
+        return known | found
+
+    def has_time(self, row: Row, gpu: str | None) -> bool:
+        """Whether a row would end before the deadline."""
+        probing = 0 if self.step_seconds(row, gpu, is_asked=False) is not None else PROBE_SECONDS
+        return time.monotonic() + probing + row.most_seconds <= self.deadline
+
+    def run(self, row: Row, gpu: str | None) -> bool:
+        """Train a row, and append what came out; whether it ended well."""
+        paces = self.step_seconds(row, gpu)
+        if paces is None:
+            return False
+        flags = [*fit_flags(row, fill(row, paces), row.part.num_samples), *self.where(row)]
+        folder = self.fit(row.name, flags, gpu)
+        if folder is None:
+            return False
+        told = {"pflop": peta_flops(flags), "commit": self.arguments.commit}
+        line = summary(row, folder) | told | {"command": shlex.join(["lighthouse", "fit", *flags])}
+        path = self.table.with_name(f"{self.arguments.part}_measures.csv")
+        forget(path, {"row": row.name})
+        append(path, measures(row, folder))
+        append(self.table, [line])
+        print(f"{row.name}: {line['seconds']:.0f} s, validation loss {line['val_loss']}", flush=True)
+        return True
+
+    def work(self, waiting: queue.Queue[Row], gpu: str | None) -> None:
+        """Run what waits, one after the other."""
+        while True:
+            try:
+                row = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                if not self.has_time(row, gpu):
+                    print(f"{row.name}: no time left", flush=True)
+                    continue
+                has_ended_well = self.run(row, gpu)
+            # one training without a report does not cost the others
+            except Exception as error:
+                print(f"{row.name}: {error!r}", flush=True)
+                has_ended_well = False
+            if not has_ended_well:
+                self.failed.append(row.name)
+
+
+def rows_asked(arguments: argparse.Namespace) -> list[Row]:
+    """The rows that the command line asks for, most informative first: all arms of a seed, then the next seed."""
+    part = read_part(arguments.rows, arguments.part)
+    changed = {"flags": f"{part.flags} {arguments.flags}".strip()}
+    part = replace(part, **changed, num_samples=arguments.num_samples or part.num_samples)
+    arms = [arm for arm in part.arms if any(fnmatch.fnmatch(arm.name, pattern) for pattern in arguments.only)]
+    return [
+        Row(part, arm, seq_len, arguments.seconds or part.seconds, rate, seed, arguments.needles is not None)
+        for seq_len in arguments.seq_len or [part.seq_len]
+        for seed in arguments.seeds
+        for arm in arms
+        for rate in arguments.learning_rate or [arm.learning_rate or part.learning_rate]
+    ]
+
+
+def main() -> int:
+    """Run what is missing; 1 if a training failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("part", choices=["extension", "from_nothing"])
+    add("--source", required=True, help="texts to train on")
+    add("--validation_source", required=True, help="texts to validate on")
+    add("--model", help="folder of the pretrained model, with its tokenizer")
+    add("--needles", help="texts that make up 1%% of the training data: needles.py writes them")
+    add("--rows", type=Path, default=HERE / "equal_time.yaml", help="what to run (default: %(default)s)")
+    add("--only", nargs="*", default=["*"], help="patterns of the arms to run")
+    add("--seconds", type=float, help="of training, instead of the part's")
+    add("--seq_len", type=int, nargs="*", help="tokens of a sequence, instead of the part's")
+    add("--learning_rate", type=float, nargs="*", help="instead of the arm's")
+    add("--seeds", type=int, nargs="*", default=[42])
+    add("--num_samples", type=int, help="of an evaluation, instead of the part's")
+    add("--flags", default="", help="what lighthouse fit is given beside, in one word")
+    add("--gpus", nargs="*", default=[None], help="GPUs, one training on each (default: all to one)")
+    add("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
+    add("--num_workers", type=int, default=4, help="processes that prepare data (default: %(default)s)")
+    add("--runs", type=Path, default=Path("runs/equal-time"), help="data and log folders (default: %(default)s)")
+    add("--out", type=Path, default=HERE.parent, help="folder of the tables (default: %(default)s)")
+    add("--commit", default="", help="what is noted in the table")
+    arguments = parser.parse_args()
+    if (arguments.part == "extension") == (arguments.model is None):
+        parser.error("--model belongs to extension, which needs it")
+
+    runner = Runner(arguments)
+    done = {line["row"] for line in read(runner.table)}
+    waiting: queue.Queue[Row] = queue.Queue()
+    for row in rows_asked(arguments):
+        if row.name not in done:
+            waiting.put(row)
+    workers = [threading.Thread(target=runner.work, args=(waiting, gpu)) for gpu in arguments.gpus]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return 1 if runner.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
