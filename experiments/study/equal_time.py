@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from equal_time_results import measures, probed_steps, summary
+from equal_time_results import measures, summary, timed_steps
 from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, read_part
 from run import append, forget
 
@@ -137,11 +137,17 @@ class Runner:
         folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", [*probe_flags(row, unknown), *self.where(row)], gpu)
         if folder is None:
             return None
-        found, device = probed_steps(folder, unknown)
+        return known | self.note_steps(row, folder, unknown)
+
+    def note_steps(self, row: Row, folder: Path, modes: Sequence[str]) -> dict[str, float]:
+        """Keep what a training took for a step of each mode; a later one of more steps knows better."""
+        found, device = timed_steps(folder, modes)
         key = {"part": row.part.name, "seq_len": row.seq_len, "gpu": device}
-        append(path, [{**key, "mode": mode, "step_seconds": pace} for mode, pace in found.items()])
+        lines = [{**key, "mode": mode, "step_seconds": pace} for mode, pace in found.items()]
+        if lines:
+            append(self.arguments.out / STEPS, lines)
         print(f"{row.arm.name}: {', '.join(f'{pace:.3f} s a step of {mode}' for mode, pace in found.items())}")
-        return known | found
+        return found
 
     def has_time(self, row: Row, gpu: str | None) -> bool:
         """Whether a row would end before the deadline."""
@@ -163,6 +169,8 @@ class Runner:
         forget(path, {"row": row.name})
         append(path, measures(row, folder))
         append(self.table, [line])
+        if row.arm.steps is None:
+            self.note_steps(row, folder, row.arm.modes())
         print(f"{row.name}: {line['seconds']:.0f} s, validation loss {line['val_loss']}", flush=True)
         return True
 

@@ -25,21 +25,19 @@ def step_seconds(report: Mapping[str, Any], phase: str) -> float | None:
     return float(found["tokens"] / found["steps"] / found["tokens_per_second"])
 
 
-def probed_steps(folder: Path, modes: Sequence[str]) -> tuple[dict[str, float], str]:
-    """Seconds of a step of each mode that a probe timed, in the order of its phases, and the name of the device.
+def timed_steps(folder: Path, modes: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Seconds of a step of each mode that a training timed, in the order of its phases, and the name of the device.
 
     Raises:
-        FileNotFoundError: The probe left no report.
-        ValueError: It timed no step of a mode.
+        FileNotFoundError: It left no report.
+        ValueError: It had other phases.
     """
     report = read_report(folder)
     names = [name for name, found in report["phases"].items() if found["steps"]]
-    paces = [step_seconds(report, name) for name in names]
-    if len(paces) != len(modes) or None in paces:
-        raise ValueError(
-            f"{folder}: {len(modes)} phases must have been timed, got {dict(zip(names, paces, strict=True))}"
-        )
-    return {mode: pace for mode, pace in zip(modes, paces, strict=True) if pace is not None}, device_of(report)
+    if len(names) != len(modes):
+        raise ValueError(f"{folder}: {len(modes)} phases must have been trained, got {', '.join(names)}")
+    paces = {mode: step_seconds(report, name) for mode, name in zip(modes, names, strict=True)}
+    return {mode: pace for mode, pace in paces.items() if pace is not None}, device_of(report)
 
 
 def device_of(report: Mapping[str, Any]) -> str:

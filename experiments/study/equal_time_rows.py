@@ -65,7 +65,7 @@ class Part:
     num_samples: int
     measures: list[str]
     start_seconds: float
-    evaluation_seconds: float
+    sample_seconds: float
     arms: list[Arm]
 
 
@@ -103,9 +103,11 @@ class Row:
     @property
     def most_seconds(self) -> float:
         """It should not take longer, probing left out."""
-        evaluations = len(self.arm.phases) + 1
+        samples = (len(self.arm.phases) + 1) * self.part.num_samples
+        # dense attention is most of an evaluation
+        growth = (self.seq_len / self.part.seq_len) ** 2
         seconds = 0.0 if self.arm.steps else self.seconds
-        return 1.15 * seconds + self.part.start_seconds + evaluations * self.part.evaluation_seconds
+        return 1.05 * seconds + self.part.start_seconds + samples * self.part.sample_seconds * growth
 
 
 @dataclass(frozen=True)

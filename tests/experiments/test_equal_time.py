@@ -1,0 +1,100 @@
+"""The runner of equal time: steps that fill the seconds, flags that the command line takes, rows that are run once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+STUDY = ROOT / "experiments" / "study"
+PARTS = ("extension", "from_nothing")
+FLAGS = (
+    "--model.preset toy --model.compile false --trainer.accelerator cpu --trainer.precision 32-true "
+    "--lighthouse.attention.top_k 8 --data.num_workers 0"
+)
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The module of the rows, which lies beside the scripts."""
+    monkeypatch.syspath_prepend(str(STUDY))
+    import equal_time_rows
+
+    return equal_time_rows
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("paces", [(0.25, 1.44), (0.0931, 0.0571)])
+def test_the_steps_of_each_arm_fill_its_seconds(rows, name, paces):
+    part = rows.read_part(STUDY / "equal_time.yaml", name)
+    cheap, dense = paces
+    for arm in part.arms:
+        row = rows.Row(part, arm, part.seq_len, 120.0, part.learning_rate, 42)
+        steps = rows.fill(row, dict.fromkeys(arm.modes(), cheap) | {"dense": dense})
+        if arm.steps is not None:
+            assert steps.total == arm.steps
+            continue
+        before = steps.ends[-1] if steps.ends else 0
+        # a step more or less, and those that bring the switch to a validation
+        slack = dense + cheap * (part.validations + len(arm.phases))
+        assert before * cheap + (steps.total - before) * dense == pytest.approx(120, abs=slack)
+        if arm.phases:
+            assert before * cheap == pytest.approx(part.cheap_share * 120, abs=slack)
+            assert steps.ends[0] % steps.validate_every == 0
+            assert len(steps.ends) == len(arm.phases)
+        # the decay lies in the dense steps
+        assert 1 <= round(steps.decay_fraction * steps.total) <= steps.total - before
+        assert steps.decay_fraction * steps.total * dense == pytest.approx(part.decay_share * 120, abs=dense)
+        assert steps.warmup < steps.total
+
+
+def test_only_what_is_not_known_is_probed(rows):
+    part = rows.read_part(STUDY / "equal_time.yaml", "extension")
+    arm = next(arm for arm in part.arms if arm.name == "growing")
+    row = rows.Row(part, arm, 65536, 120.0, 3e-4, 42)
+    first, *others = arm.modes()
+    flags = rows.probe_flags(row, others)
+    phases = json.loads(flags[flags.index("--lighthouse.phases") + 1])
+    assert [phase["window"] for phase in phases] == [16384, 32768]
+    assert flags[flags.index("--trainer.max_steps") + 1] == str(3 * rows.PROBE_STEPS)
+    line = {"part": "extension", "seq_len": "65536", "gpu": "card", "mode": first, "step_seconds": "0.5"}
+    lines = [line, line | {"gpu": "other", "step_seconds": "9"}, line | {"step_seconds": "0.25"}]
+    assert rows.known_steps(lines, "extension", 65536, "card") == {first: 0.25}
+
+
+def read(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.slow
+def test_a_row_is_probed_trained_and_written_once(tmp_path):
+    text = "a rose is a rose is a rose, and a study is what it says it is. " * 200
+    (tmp_path / "text.jsonl").write_text('{"text": "%s"}\n' % text * 4)  # noqa: UP031, braces are JSON's
+    command = [sys.executable, "experiments/study/equal_time.py", "from_nothing", "--only", "mixed-lighthouse"]
+    command += ["--source", tmp_path / "text.jsonl", "--validation_source", tmp_path / "text.jsonl"]
+    command += ["--seq_len", "256", "--seconds", "1", "--num_samples", "2", "--num_workers", "0", "--flags", FLAGS]
+    command += ["--runs", tmp_path / "runs", "--out", tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for is_first in (True, False):
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("probe-256-mixed-lighthouse: status 0" in done.stdout) is is_first
+        (row,) = read(tmp_path / "from_nothing.csv")
+    assert (row["row"], row["layer_types"]) == (
+        "256-mixed-lighthouse-1s-0.002-seed42",
+        "window+window+window+lighthouse",
+    )
+    assert 0 < float(row["cheap_seconds"]) < float(row["seconds"])
+    assert 0 < int(row["cheap_steps"]) < int(row["steps"])
+    found = read(tmp_path / "from_nothing_measures.csv")
+    end = [one for one in found if one["measure"] == "loss_by_position" and one["step"] == row["steps"]]
+    # of 256 tokens, the bins hold 64, 64 and 128
+    mean = sum(float(one["value"]) * (int(one["until"]) - int(one["position"])) for one in end) / 256
+    assert float(row["loss_0_8k"]) == pytest.approx(mean)
+    assert float(row["val_loss"]) == float([one for one in found if one["measure"] == "validation"][-1]["value"])
