@@ -36,11 +36,12 @@ from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.plan import Planned
 from lightning_lighthouse.data.preparing.prepare import prepare
 from lightning_lighthouse.notices import quiet_lightning
+from lightning_lighthouse.runs.evaluation_record import read_evaluations
 
 HERE = Path(__file__).parent
 STEPS = "equal_time_steps.csv"
 # a probe starts, compiles and times a few steps
-PROBE_SECONDS = 90
+PROBE_SECONDS = 60
 # parsers keep state
 _planning = threading.Lock()
 
@@ -146,7 +147,7 @@ class Runner:
         lines = [{**key, "mode": mode, "step_seconds": pace} for mode, pace in found.items()]
         if lines:
             append(self.arguments.out / STEPS, lines)
-        print(f"{row.arm.name}: {', '.join(f'{pace:.3f} s a step of {mode}' for mode, pace in found.items())}")
+            print(f"{row.arm.name}: {', '.join(f'{pace:.3f} s a step of {mode}' for mode, pace in found.items())}")
         return found
 
     def has_time(self, row: Row, gpu: str | None) -> bool:
@@ -160,9 +161,11 @@ class Runner:
         if paces is None:
             return False
         flags = [*fit_flags(row, fill(row, paces), row.part.num_samples), *self.where(row)]
+        started = time.monotonic()
         folder = self.fit(row.name, flags, gpu)
         if folder is None:
             return False
+        wall = time.monotonic() - started
         told = {"pflop": peta_flops(flags), "commit": self.arguments.commit}
         line = summary(row, folder) | told | {"command": shlex.join(["lighthouse", "fit", *flags])}
         path = self.table.with_name(f"{self.arguments.part}_measures.csv")
@@ -171,7 +174,13 @@ class Runner:
         append(self.table, [line])
         if row.arm.steps is None:
             self.note_steps(row, folder, row.arm.modes())
-        print(f"{row.name}: {line['seconds']:.0f} s, validation loss {line['val_loss']}", flush=True)
+        evaluating = sum(one["seconds"] for one in read_evaluations(folder))
+        beside = wall - line["seconds"] - evaluating
+        print(
+            f"{row.name}: {line['seconds']:.0f} s, validation loss {line['val_loss']}; evaluations {evaluating:.0f} s, "
+            f"start, compilation and validations {beside:.0f} s",
+            flush=True,
+        )
         return True
 
     def work(self, waiting: queue.Queue[Row], gpu: str | None) -> None:
@@ -197,8 +206,10 @@ class Runner:
 def rows_asked(arguments: argparse.Namespace) -> list[Row]:
     """The rows that the command line asks for, most informative first: all arms of a seed, then the next seed."""
     part = read_part(arguments.rows, arguments.part)
-    changed = {"flags": f"{part.flags} {arguments.flags}".strip()}
-    part = replace(part, **changed, num_samples=arguments.num_samples or part.num_samples)
+    part = replace(part, flags=f"{part.flags} {arguments.flags}".strip())
+    for name in ("num_samples", "start_seconds", "sample_seconds"):
+        if (value := getattr(arguments, name)) is not None:
+            part = replace(part, **{name: value})
     arms = [arm for arm in part.arms if any(fnmatch.fnmatch(arm.name, pattern) for pattern in arguments.only)]
     return [
         Row(part, arm, seq_len, arguments.seconds or part.seconds, rate, seed, arguments.needles is not None)
@@ -225,6 +236,8 @@ def main() -> int:
     add("--learning_rate", type=float, nargs="*", help="instead of the arm's")
     add("--seeds", type=int, nargs="*", default=[42])
     add("--num_samples", type=int, help="of an evaluation, instead of the part's")
+    add("--start_seconds", type=float, help="of a row beside training and evaluation, instead of the part's")
+    add("--sample_seconds", type=float, help="of one sample of an evaluation, instead of the part's")
     add("--flags", default="", help="what lighthouse fit is given beside, in one word")
     add("--gpus", nargs="*", default=[None], help="GPUs, one training on each (default: all to one)")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
