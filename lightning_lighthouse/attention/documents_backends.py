@@ -120,9 +120,12 @@ def _flash_backward(
 
 
 def _rounded(rows: int) -> int:
-    """Rows up to a multiple of an eighth of the power of two below: few sizes, for cuDNN plans each one anew."""
+    """Rows up to a multiple of an eighth of the power of two below: few sizes, for cuDNN plans each one anew.
+
+    At least two: its backward takes no single one.
+    """
     step = max(1, 2 ** (rows.bit_length() - 1) // 8)
-    return -(-rows // step) * step
+    return max(2, -(-rows // step) * step)
 
 
 def _padded(tensors: Iterable[Tensor], rows: int) -> tuple[Tensor, ...]:
