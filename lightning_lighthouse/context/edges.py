@@ -2,10 +2,10 @@
 
 The first tokens of a rank see some of the rank before, and sinks of the first one. Those keys and values are put in
 front of the rank's own, together with queries that nobody needs, and the ordinary attention runs on both. Where a
-window reaches further than one rank, heads are exchanged for tokens instead.
+window and its sinks are more tokens than a rank has, heads are exchanged for tokens instead.
 """
 
-# B batch, H query heads, G key/value heads, D head dim; W ranks, r rank, n tokens of a rank, E tokens in front of them
+# B batch, H query heads, G key/value heads, D head dim; n tokens of a rank
 
 from __future__ import annotations
 
@@ -44,15 +44,12 @@ def shared_window(
         sdpa: As there.
     """
     attend = partial(window_attention, window=window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)
-    count = q_BHnD.shape[2]
-    # ranks differ here in sizes, and a compiler may leave out what is empty on one of them: the others would wait
-    if torch.compiler.is_compiling() or max(window - 1, sink_tokens) > count:
+    if window + sink_tokens > q_BHnD.shape[2]:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
-    starts = [rank * count for rank in range(context.size)]
-    reach = [min(window - 1, start) for start in starts]
-    # the sinks that the edge does not hold itself
-    sinks = [min(sink_tokens, start - edge) for start, edge in zip(starts, reach, strict=True)]
-    return _behind(_in_front(k_BGnD, v_BGnD, sinks, reach, context), attend, q_BHnD, k_BGnD, v_BGnD)
+    # the first rank sees all that it can
+    reach = [0] + [window - 1] * (context.size - 1)
+    sinks = [0] + [sink_tokens] * (context.size - 1)
+    return _with_others(attend, q_BHnD, k_BGnD, v_BGnD, sinks, reach, context)
 
 
 def shared_chunk(
@@ -79,50 +76,57 @@ def shared_chunk(
     attend = partial(chunk_attention, window=window, scale=scale, sdpa=sdpa)
     # of the chunk that a rank's first token lies in
     reach = [rank * q_BHnD.shape[2] % window for rank in range(context.size)]
-    if not any(reach):
-        return attend(q_BHnD, k_BGnD, v_BGnD)
-    if torch.compiler.is_compiling() or max(reach) > q_BHnD.shape[2]:
+    if max(reach) >= q_BHnD.shape[2]:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
-    front_BGED = _in_front(k_BGnD, v_BGnD, [0] * context.size, reach, context)
-    return _behind(front_BGED, attend, q_BHnD, k_BGnD, v_BGnD)
+    return _with_others(attend, q_BHnD, k_BGnD, v_BGnD, [0] * context.size, reach, context)
 
 
-def _in_front(k_BGnD: Tensor, v_BGnD: Tensor, sinks: list[int], reach: list[int], context: Context) -> Tensor:
-    """Keys and values, `[B, G, E, 2 D]`, that rank r puts in front of its own.
+def _with_others(
+    attend: Attend,
+    q_BHnD: Tensor,
+    k_BGnD: Tensor,
+    v_BGnD: Tensor,
+    sinks: list[int],
+    reach: list[int],
+    context: Context,
+) -> Tensor:
+    """Attend with keys and values of other ranks in front of this rank's own: `[B, H, n, D]`.
 
-    In one exchange: ranks have graphs of their own, in which several might come in another order.
+    All in one exchange, in which every rank gets as many: some of its own again, at least one, which go behind the
+    others, where nothing sees them. Else a compiler would leave out what is empty on one rank, and the others would
+    wait.
 
     Args:
-        k_BGnD: Of this rank's tokens.
+        attend: Given as many queries.
+        q_BHnD: Of this rank's tokens.
+        k_BGnD: Of the same.
         v_BGnD: Of the same.
         sinks: So many of the sequence's first tokens for each rank, and then
         reach: so many of those right before it.
         context: The ranks.
     """
-    rank, size, count = context.rank, context.size, k_BGnD.shape[2]
-    kv_BGnD = torch.cat((k_BGnD, v_BGnD), 3)
-    parts, sent, received = [kv_BGnD[:, :, :0]], [0] * size, [0] * size
-    for other in range(size):
-        if rank == 0:
-            parts.append(kv_BGnD[:, :, : sinks[other]])
-            sent[other] += sinks[other]
-        if other == rank + 1:
-            parts.append(kv_BGnD[:, :, count - reach[other] :])
-            sent[other] += reach[other]
+    rank, count = context.rank, q_BHnD.shape[2]
+    needed = [sum(both) for both in zip(sinks, reach, strict=True)]
+    if not any(needed):
+        return attend(q_BHnD, k_BGnD, v_BGnD)
+    num_front = needed[rank]
+    num_again = max(needed) + 1 - num_front
+    kv_nBGD = torch.cat((k_BGnD, v_BGnD), 3).permute(2, 0, 1, 3)
+    parts, sent, received = [], [0] * context.size, [0] * context.size
+    for other in range(context.size):
+        first = sinks[other] if rank == 0 else 0
+        last = reach[other] if other == rank + 1 else 0
+        again = num_again if other == rank else 0
+        parts += [kv_nBGD[:first], kv_nBGD[count - last :], kv_nBGD[:again]]
+        sent[other] = first + last + again
     received[0] += sinks[rank]
-    if rank:
-        received[rank - 1] += reach[rank]
-    sent_EBGD = torch.cat(parts, 2).permute(2, 0, 1, 3)
-    return pass_on(sent_EBGD, sent, received, context.group).permute(1, 2, 0, 3)
-
-
-def _behind(front_BGED: Tensor, attend: Attend, q_BHnD: Tensor, k_BGnD: Tensor, v_BGnD: Tensor) -> Tensor:
-    """Attend with keys and values in front of a rank's own; also without any, so that every rank has one graph.
-
-    A rank whose backward pass had no part in an exchange would let the others wait for ever.
-    """
-    count = front_BGED.shape[2]
-    k_front, v_front = front_BGED.chunk(2, 3)
-    q_front = q_BHnD.new_zeros((*q_BHnD.shape[:2], count, q_BHnD.shape[3]))
-    k, v = torch.cat((k_front, k_BGnD), 2), torch.cat((v_front, v_BGnD), 2)
-    return attend(torch.cat((q_front, q_BHnD), 2), k, v)[:, :, count:]
+    received[rank - 1] += reach[rank]
+    received[rank] += num_again
+    arrived = pass_on(torch.cat(parts), sent, received, context.group).permute(1, 2, 0, 3)
+    k_more, v_more = arrived.chunk(2, 3)
+    q_more = q_BHnD.new_zeros((*q_BHnD.shape[:2], num_front + num_again, q_BHnD.shape[3]))
+    q, k, v = (
+        torch.cat((more[:, :, :num_front], own, more[:, :, num_front:]), 2)
+        for own, more in ((q_BHnD, q_more), (k_BGnD, k_more), (v_BGnD, v_more))
+    )
+    return attend(q, k, v)[:, :, num_front : num_front + count]

@@ -40,7 +40,7 @@ def runs(tmp_path_factory) -> Path:
     launch(
         "context_run.py",
         str(folder),
-        "one:1:1:plain,local,even,accumulated,saved,recipe",
+        "one:1:1:plain,local,even,mixed,accumulated,saved,recipe",
         "ddp:2:2:plain,local,even,recomputed,compiled,inductor,accumulated,saved,resumed-one",
         "fsdp:2:2:plain,local,even",
         "one:1:1:resumed-ddp",
@@ -60,7 +60,7 @@ def result(runs: Path, name: str) -> dict[str, Any]:
     [
         *((f"ddp2-{case}", case) for case in ("plain", "local", "even", "accumulated")),
         *((f"ddp2-{case}", "plain") for case in ("recomputed", "compiled")),
-        ("ddp2-inductor", "even"),
+        ("ddp2-inductor", "mixed"),
         *((f"fsdp2-{case}", case) for case in ("plain", "local", "even")),
         *((f"{kind}4-plain", "plain") for kind in ("ddp", "fsdp")),
     ],
@@ -75,7 +75,7 @@ def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
     assert shared["alone"] == pytest.approx(whole["alone"], rel=1e-6)
     assert shared["alone"] == shared["validations"][-1]
     # what neighbours both hold is counted once
-    seq_len = 1024 if alone == "even" else SEQ_LEN
+    seq_len = 1024 if alone in ("even", "mixed") else SEQ_LEN
     assert shared["tokens"] == whole["tokens"] == 4 * 2 * (seq_len + 1)
     assert shared["shapes"] == [[2 if "2-" in name else 1, seq_len // 2 + 1]]
     assert shared["size"] == 2
