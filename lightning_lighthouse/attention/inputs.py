@@ -8,6 +8,12 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+def plain(*sizes: int) -> list[int]:
+    """Sizes as plain ints, also where Dynamo traces them as symbols."""
+    # it knows that a range has a plain length; int() of a symbol is one again
+    return [len(range(size)) for size in sizes]
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the inputs of the builtin; it does not know this function."""
     device = tensors[0].device.type

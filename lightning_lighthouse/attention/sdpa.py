@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_lighthouse.attention.inputs import plain
 from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.notices import log_once
 
@@ -123,9 +124,8 @@ def _cpu_kernel_is_enabled() -> bool:
 
 
 def _plain_sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head dim as plain ints, also where Dynamo traces them as symbols."""
-    # it knows that a range has a plain length; int() of a symbol is one again
-    heads, groups, dim = (len(range(size)) for size in (q.shape[1], k.shape[1], q.shape[3]))
+    """Query heads, key/value heads and head dim as plain ints."""
+    heads, groups, dim = plain(q.shape[1], k.shape[1], q.shape[3])
     return heads, groups, dim
 
 
@@ -275,10 +275,10 @@ def _plan_once(
     is_enabled = dict(zip(BACKENDS, enabled, strict=True))
     names = [backend] if backend != "auto" else [name for name in names if is_enabled[name]]
 
-    chosen = _ask_torch(names, *call)
+    chosen = ask_torch(names, *call)
     repeats = False
     if heads != kv_heads and chosen in (None, "math"):
-        with_equal_heads = _ask_torch(names, device, dtype, heads, heads, head_dim, grad, is_masked)
+        with_equal_heads = ask_torch(names, device, dtype, heads, heads, head_dim, grad, is_masked)
         if with_equal_heads not in (None, "math"):
             names, chosen, repeats = [name for name in names if name != "math"], with_equal_heads, True
     mode = (", masked" if is_masked else "") + (", k and v repeated" if repeats else "")
@@ -291,7 +291,7 @@ def _plan_once(
     return (() if serves else tuple(names)), repeats, message, chosen
 
 
-def _ask_torch(
+def ask_torch(
     names: list[str],
     device: torch.device,
     dtype: torch.dtype,

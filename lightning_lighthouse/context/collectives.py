@@ -117,3 +117,31 @@ def pass_on(x: Tensor, sent: list[int], received: list[int], group: str) -> Tens
     """Rows of dimension 0 to other ranks: `sent[i]` of them go to rank i, in order, and `received[i]` come from it."""
     out: Tensor = _pass_on_operator(x, [*sent, *received], group)
     return out
+
+
+def _pass_both(x: Tensor, y: Tensor, splits: list[int], group: str) -> tuple[Tensor, Tensor]:
+    return _pass_on(x, splits, group), _all_to_all(y, group)
+
+
+def _keep_both_splits(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.splits, ctx.group = inputs[2:]
+
+
+def _pass_both_back(ctx: Any, gradient_x: Tensor, gradient_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    half = len(ctx.splits) // 2
+    splits = ctx.splits[half:] + ctx.splits[:half]
+    return *_pass_both_operator(gradient_x, gradient_y, splits, ctx.group), None, None
+
+
+_pass_both_operator = Operator(
+    _pass_both,
+    lambda x, y, splits, group: (x.new_empty((sum(splits[len(splits) // 2 :]), *x.shape[1:])), y.new_empty(y.shape)),
+    _keep_both_splits,
+    _pass_both_back,
+)
+
+
+def pass_both(x: Tensor, y: Tensor, sent: list[int], received: list[int], group: str) -> tuple[Tensor, Tensor]:
+    """`pass_on` of x and `all_to_all` of y, in this order on every rank, whatever order a compiler finds better."""
+    out: tuple[Tensor, Tensor] = _pass_both_operator(x, y, [*sent, *received], group)
+    return out

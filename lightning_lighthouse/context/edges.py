@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_lighthouse.attention.inputs import plain
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.context.collectives import pass_on
 from lightning_lighthouse.context.exchange import Attend, exchange_tokens
@@ -75,8 +76,9 @@ def shared_chunk(
     """
     attend = partial(chunk_attention, window=window, scale=scale, sdpa=sdpa)
     # of the chunk that a rank's first token lies in
-    reach = [rank * q_BHnD.shape[2] % window for rank in range(context.size)]
-    if max(reach) >= q_BHnD.shape[2]:
+    (count,) = plain(q_BHnD.shape[2])
+    reach = [rank * count % window for rank in range(context.size)]
+    if max(reach) >= count:
         return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
     return _with_others(attend, q_BHnD, k_BGnD, v_BGnD, [0] * context.size, reach, context)
 
@@ -105,7 +107,7 @@ def _with_others(
         reach: so many of those right before it.
         context: The ranks.
     """
-    rank, count = context.rank, q_BHnD.shape[2]
+    rank, (count,) = context.rank, plain(q_BHnD.shape[2])
     needed = [sum(both) for both in zip(sinks, reach, strict=True)]
     if not any(needed):
         return attend(q_BHnD, k_BGnD, v_BGnD)

@@ -21,18 +21,20 @@ from torch import Tensor
 from lightning_lighthouse.attention import reference
 from lightning_lighthouse.attention.backends import choose_stages
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.attention.inputs import plain
 from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
 from lightning_lighthouse.attention.rotation import Rotation, check_rotation
 from lightning_lighthouse.attention.sdpa import causal_sdpa
 from lightning_lighthouse.context.collectives import all_gather
-from lightning_lighthouse.context.exchange import exchange_tokens
+from lightning_lighthouse.context.exchange import exchange_tokens, num_neighbours
 from lightning_lighthouse.context.group import Context
+from lightning_lighthouse.context.queries import exchange_queries
 from lightning_lighthouse.notices import log_once
 
 
 def can_exchange_entries(config: LighthouseConfig, num_tokens: int, context: Context) -> bool:
     """Whether tiles end with ranks, for `num_tokens` of each, and the scorer needs no more than a rank's own tokens."""
-    shape = config.pyramid(num_tokens * context.size)
+    shape = config.pyramid(*plain(num_tokens * context.size))
     if not shape.compresses:
         return False
     is_even = shape.padded_tokens == shape.num_tokens and shape.num_tiles % context.size == 0
@@ -72,7 +74,7 @@ def exchange_entries(
     """
     # windows lie within a rank, so that offsets inside them are the same on all
     rotation = check_rotation(rotation, config, q_BHnD.shape[3])
-    shape = config.pyramid(q_BHnD.shape[2] * context.size)
+    shape = config.pyramid(*plain(q_BHnD.shape[2] * context.size))
     part = replace(shape, num_tokens=shape.num_tokens // context.size, num_tiles=shape.num_tiles // context.size)
     stages = choose_stages(config, q_BHnD.device, q_BHnD.dtype)
     with torch.no_grad():
@@ -80,8 +82,11 @@ def exchange_entries(
         whole = stages.select(_of_all_ranks(stages, scores, part, context), shape, config, step)
         own = _own(stages, whole, shape, part, context)
     qs, ks, vs = stages.gather(q_BHnD, k_BGnD, v_BGnD, own, part, rotation)
-    attend = partial(causal_sdpa, scale=scale, backend=config.sdpa)
-    o_BHsD = exchange_tokens(attend, qs, ks, vs, context)
+    if num_neighbours(ks.shape[1], context) < context.size:
+        o_BHsD = exchange_queries(qs, ks, vs, context, scale=scale, sdpa=config.sdpa)
+    else:
+        attend = partial(causal_sdpa, scale=scale, backend=config.sdpa)
+        o_BHsD = exchange_tokens(attend, qs, ks, vs, context)
     return _scatter(stages, o_BHsD, own, _reaching(stages, whole.slots, shape, part, context), part, config, context)
 
 

@@ -26,9 +26,10 @@ from lightning_lighthouse.attention.sdpa import keep_gradient_order, stock_sdpa
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 from lightning_lighthouse.context.edges import shared_chunk, shared_window
 from lightning_lighthouse.context.entries import can_exchange_entries, exchange_entries
-from lightning_lighthouse.context.exchange import exchange_tokens
+from lightning_lighthouse.context.exchange import exchange_tokens, first_kv_head, num_neighbours
 from lightning_lighthouse.context.group import Context, current
 from lightning_lighthouse.context.heard import hear
+from lightning_lighthouse.context.queries import exchange_queries, shared_lighthouse
 from lightning_lighthouse.routing.reasons import (
     CHECKPOINT_INSIDE,
     DROPOUT,
@@ -90,7 +91,7 @@ def causal_attention(
     context = current()
     hear(query, key)
     if context is not None:
-        check_shared(context, scope, query, key, _why_not_plain(query, key, value, attn_mask, dropout_p, is_causal))
+        check_shared(context, scope, query, _why_not_plain(query, key, value, attn_mask, dropout_p, is_causal))
         return _attend_shared(context, scope, query, key, value, scale, reason)
     if scope is not None and scope.documents is not None and not _is_left_out(scope, query, reason):
         return _attend_inside(scope, query, key, value, scale, reason)
@@ -105,19 +106,27 @@ def causal_attention(
 def _attend_shared(
     context: Context, scope: Scope | None, q: Tensor, k: Tensor, v: Tensor, scale: float | None, reason: str
 ) -> Tensor:
-    """Attention over a sequence of which this rank has a part: for a share of the heads, over all of its tokens."""
+    """Attention over a sequence of which this rank has a part: for a share of the heads, over all of its tokens.
+
+    Where the ranks cannot share the key/value heads out, they share out the queries too.
+    """
     # before they are sent: autocast halves what goes over the wire
     q, k, v = autocast(q, k, v)
+    is_by_heads = num_neighbours(k.shape[1], context) == context.size
     if scope is not None and scope.layer_type != UNSELECTED:
         note(reason)
         is_local = scope.layer_type != LIGHTHOUSE or can_exchange_entries(scope.settings.config, q.shape[2], context)
         if reason == ROUTED and is_local:
             return _attend_locally(context, scope, q, k, v, scale)
-        if reason == ROUTED:
-            first_head = context.rank * (k.shape[1] // context.size)
-            attend = partial(_attend, scope, scale=scale, first_head=first_head)
+        if reason == ROUTED and is_by_heads:
+            attend = partial(_attend, scope, scale=scale, first_head=first_kv_head(k.shape[1], context))
             return exchange_tokens(attend, q, k, v, context)
-    return exchange_tokens(partial(_attend_causally, scale=scale), q, k, v, context)
+        if reason == ROUTED:
+            config, step, rotation = scope.settings.config, _measured(scope, q, k), _rotation(scope, q)
+            return shared_lighthouse(q, k, v, config, context, scale=scale, step=step, rotation=rotation)
+    if is_by_heads:
+        return exchange_tokens(partial(_attend_causally, scale=scale), q, k, v, context)
+    return exchange_queries(q, k, v, context, scale=scale, sdpa="auto")
 
 
 def _attend_locally(context: Context, scope: Scope, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

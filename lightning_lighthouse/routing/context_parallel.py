@@ -36,11 +36,10 @@ def context_parallel(group: dist.ProcessGroup) -> Iterator[Context]:
     sequence.
 
     Args:
-        group: Its size must divide the heads of every layer, keys and values included.
+        group: Its size must divide the tokens of a sequence.
 
     Raises:
-        SettingError: Somebody else has replaced SDPA, as torch's own context parallelism does; within, at a call, heads
-            that the ranks cannot share.
+        SettingError: Somebody else has replaced SDPA, as torch's own context parallelism does.
         RuntimeError: Within, at a call that is not causal self-attention over this rank's tokens.
     """
     context = Context.of(group)

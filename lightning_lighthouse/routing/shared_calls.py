@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.context.group import Context
 from lightning_lighthouse.context.heard import running
 from lightning_lighthouse.routing.reasons import DROPOUT, LENGTHS, MASK, NOT_CAUSAL, ROUTED, name_of
@@ -27,19 +26,17 @@ class SharedCallError(RuntimeError):
     """A call of attention cannot be shared by the ranks of a sequence."""
 
 
-def check_shared(context: Context, scope: Scope | None, query: Tensor, key: Tensor, reason: str) -> None:
+def check_shared(context: Context, scope: Scope | None, query: Tensor, reason: str) -> None:
     """Refuse a call that would see this rank's tokens alone.
 
     Args:
         context: The ranks that share the sequence.
         scope: That of the layer, where it is patched.
         query: `[B, H, n, D]`.
-        key: `[B, G, n, D]`.
         reason: ROUTED for plain causal self-attention, else the rule that the call breaks.
 
     Raises:
         SharedCallError: It is no such call, has another length than this rank's slice, or is one inside documents.
-        SettingError: The ranks cannot share its heads.
     """
     name = running() or name_of(None if scope is None else scope.layer)
     if reason != ROUTED:
@@ -53,17 +50,9 @@ def check_shared(context: Context, scope: Scope | None, query: Tensor, key: Tens
             f"{name} sees {query.shape[2]:,} tokens, this rank's slice has {context.num_tokens:,}: attend over the "
             f"whole slice, or {PROMPTS}"
         )
-    if query.shape[1] % context.size or key.shape[1] % context.size:
-        heads, groups = query.shape[1], key.shape[1]
-        _refuse_heads(f"{name} has {heads} query and {groups} key/value heads", groups, context.size)
 
 
-# While compiling these run at trace time; an error raised in traced code would be told as one of the compiler's.
+# While compiling this runs at trace time; an error raised in traced code would be told as one of the compiler's.
 @torch.compiler.assume_constant_result
 def _refuse(line: str) -> None:
     raise SharedCallError(line)
-
-
-@torch.compiler.assume_constant_result
-def _refuse_heads(heads: str, most: int, size: int) -> None:
-    raise SettingError(f"{heads}: context_parallel_size must divide {most}, got {size}")

@@ -101,12 +101,13 @@ class ContextParallelStrategy(_ContextParallel, ModelParallelStrategy):
         Trainer(strategy=ContextParallelStrategy(context_parallel_size=8), callbacks=[LighthouseCallback()])
 
     A rank holds one part of each sequence, and all but attention works on that alone; there heads are exchanged for
-    tokens, so that attention is what it is in one process. Losses, gradients and weights are those of fewer ranks.
-    The module shards itself in `configure_model` over `self.device_mesh["data_parallel"]`, which is all ranks.
+    tokens, and queries are shared out where heads do not go round, so that attention is what it is in one process.
+    Losses, gradients and weights are those of fewer ranks. The module shards itself in `configure_model` over
+    `self.device_mesh["data_parallel"]`, which is all ranks.
 
     Args:
-        context_parallel_size: Ranks that share a sequence. It must divide the ranks, the tokens of a sequence, and the
-            heads of every layer, those of keys and values included.
+        context_parallel_size: Ranks that share a sequence. It must divide the ranks and the tokens of a sequence; where
+            it does not divide the key/value heads of a layer, its queries are shared out too, which takes more memory.
         check_positions: Before the first batch, run the module's step twice on the first tokens, without gradients, and
             refuse a module whose queries and keys differ when the sequence is shared, as with positions that each rank
             counts from 0.

@@ -121,7 +121,7 @@ def plan(backend, dtype, heads, kv_heads, monkeypatch, enabled=(True, True, True
     def ask(names, device, dtype, heads, kv_heads, head_dim, grad, is_masked):
         return next((name for name in names if takes(name, dtype, heads, kv_heads)), None)
 
-    monkeypatch.setattr(sdpa, "_ask_torch", ask)
+    monkeypatch.setattr(sdpa, "ask_torch", ask)
     monkeypatch.setattr(sdpa, "_capability", lambda device=None: (9, 0))
     call = (torch.device("cuda"), dtype, heads, kv_heads, 64, True, False)
     torch_order = (FLASH, EFFICIENT, MATH, CUDNN)

@@ -20,7 +20,7 @@ SAID = {
 }
 
 
-# of types that exchange what crosses an edge alone, and so compute on other blocks
+# of types that exchange what crosses an edge alone, and so compute on other blocks; so do shared queries
 LOCAL = {"window", "sinks", "chunk", "wide chunk"}
 
 
@@ -37,9 +37,13 @@ def shared(folder, ranks: int, cases: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("ranks", "cases", "count"),
     [
-        (2, "quick", 13),
-        pytest.param(2, "all", 19, marks=pytest.mark.slow),
-        pytest.param(4, "all", 19, marks=pytest.mark.slow),
+        (2, "quick", 17),
+        pytest.param(2, "all", 23, marks=pytest.mark.slow),
+        # as many ranks as key/value heads, and twice as many
+        pytest.param(4, "all", 23, marks=pytest.mark.slow),
+        pytest.param(4, "grouped", 23, marks=pytest.mark.slow),
+        # two heads that three ranks cannot share out
+        pytest.param(3, "grouped", 14, marks=pytest.mark.slow),
     ],
 )
 def test_shared_attention_is_that_of_one_process(ranks, cases, count, tmp_path):
@@ -49,15 +53,10 @@ def test_shared_attention_is_that_of_one_process(ranks, cases, count, tmp_path):
         for name, case in found.items():
             assert max(case["errors"]) < 1e-13, (name, case)
             # a quarter of the tokens is projected to q, k and v by other kernels already
-            assert case["same"] or name in LOCAL or ranks > 2, name
+            assert case["same"] or name in LOCAL or "kv head" in name or ranks > 2, name
         for name, words in SAID.items():
             assert said[name].startswith("SharedCallError: ")
             assert words in said[name]
-        few = ranks + 1
-        assert said["heads"] == (
-            f"SettingError: an attention layer has {few} query and {few} key/value heads: context_parallel_size must "
-            f"divide {few}, got {ranks}"
-        )
         tokens = ranks * 5 + 1
         assert said["uneven"] == (
             f"SettingError: {tokens} tokens cannot be shared by {ranks} ranks; choose seq_len a multiple of {ranks}"

@@ -250,7 +250,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "positions unchecked": lambda: run(placed(), callbacks=(lighthouse(),)),
         "validation": lambda: run(ForeignModule(), how="validate"),
         "convolution": lambda: run(ForeignModule(model=EdgeReader())),
-        "heads": lambda: run(placed(dim=15, heads=3)),
+        "odd heads": lambda: run(placed(dim=15, heads=3), callbacks=(lighthouse(),)),
         "uneven": lambda: run(placed(), rows=Sequences(8, 127)),
         "batches": lambda: run(placed(), rows=Sequences(8, seed=rank)),
         "probe": lambda: run(Offering(), callbacks=(lighthouse(), FutureLeakProbe())),

@@ -1,6 +1,6 @@
-"""Trainings with shared sequences beside one process: `context_run.py FOLDER RANKS CASE...`.
+"""Trainings with shared sequences beside one process: `context_run.py FOLDER KIND:RANKS:SIZE:CASE,CASE...`.
 
-Rank 0 writes `FOLDER/CASE/result.json`. A case is a name of `CASES` with the ranks that it runs on.
+Rank 0 writes `FOLDER/<KIND><RANKS>-<CASE>/result.json`, `by<SIZE>` behind the ranks where fewer share a sequence.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ CASES = {
     "saved": {"save": 2, "trainer": {"max_steps": 2}},
     "resumed-one": {"resume": "one1-saved"},
     "resumed-ddp": {"resume": "ddp2-saved"},
+    "resumed-four": {"resume": "ddp4-saved"},
     "recipe": {"recipe": True},
     "accumulated": {"trainer": {"accumulate_grad_batches": 2, "max_steps": 2}, "callback": {"switch_at": 1}},
 }
@@ -205,8 +206,9 @@ def train(folder: Path, name: str, ranks: int, size: int, kind: str, case: dict[
 def main(folder: str, ranks: int, size: int, kind: str, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    groups = "" if size == ranks else f"by{size}"
     for name in names:
-        train(Path(folder) / f"{kind}{ranks}-{name}", name, ranks, size, kind, CASES[name])
+        train(Path(folder) / f"{kind}{ranks}{groups}-{name}", name, ranks, size, kind, CASES[name])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS quick|all|triton`.
+"""Attention shared by processes beside that of one: `shared_attention.py FOLDER RANKS quick|all|grouped|triton`.
 
 Every rank writes `FOLDER/<rank>.json`: for each case the largest error of output and gradients relative to the largest
 value of one process, and whether all bits are equal.
@@ -22,7 +22,7 @@ from lightning_lighthouse.context.group import current, whole_sequences
 
 HEADS, GROUPS, DIM, WIDTH, BATCH = 8, 4, 4, 16, 2
 # no power of two, and no multiple of what windows and tiles have
-TOKENS = 508
+TOKENS = 516
 # whose tiles end with the ranks, so that only entries are exchanged
 EVEN = {"tokens": 1024, "config": LighthouseConfig(top_k=128)}
 CASES = {
@@ -37,7 +37,11 @@ CASES = {
     "wide window": {"layer_types": ["window"], "window": 350, "sink_tokens": 2},
     "chunk": {"layer_types": ["chunk"], "window": 100},
     "wide chunk": {"layer_types": ["chunk"], "window": 300},
+    "dense, one kv head": {"layer_types": ["dense"], "heads": (3, 1)},
+    "dilated, one kv head": {"config": LighthouseConfig(top_k=40, scorer="dilated"), "heads": (3, 1)},
+    "wide window, three kv heads": {"layer_types": ["window"], "window": 350, "heads": (6, 3)},
     "entries": EVEN,
+    "entries, one kv head": {**EVEN, "heads": (3, 1)},
     "entries, mean, four levels": {
         **EVEN,
         "config": LighthouseConfig(top_k=128, num_levels=4, pooling_factor=2, combine="mean"),
@@ -71,13 +75,13 @@ KERNELS = {
 class Attention(nn.Module):
     """One layer with grouped heads, whose keys know their place."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, heads: int, groups: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * GROUPS) * DIM, dtype=dtype)
+        self.heads = heads, groups, groups
+        self.qkv = nn.Linear(WIDTH, sum(self.heads) * DIM, dtype=dtype)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        parts = self.qkv(x).unflatten(-1, (-1, DIM)).transpose(1, 2).split([HEADS, GROUPS, GROUPS], 1)
-        q, k, v = parts
+        q, k, v = self.qkv(x).unflatten(-1, (-1, DIM)).transpose(1, 2).split(self.heads, 1)
         angle = positions.double().view(-1, 1) / 10
         k = k * (2 + angle.cos()).to(k.dtype)
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -88,7 +92,7 @@ def attend(layer: nn.Module, x: Tensor, weights: Tensor, case: dict, step: int =
     """The output, and the gradients of inputs and weights."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
-    options = {name: value for name, value in case.items() if name != "tokens"}
+    options = {name: value for name, value in case.items() if name not in ("tokens", "heads")}
     if case.get("layer_types") == ["dense"]:
         out = layer(x, local_positions(x.shape[1]))
         (out * weights).sum().backward()
@@ -103,16 +107,17 @@ def attend(layer: nn.Module, x: Tensor, weights: Tensor, case: dict, step: int =
 def work(rank: int, ranks: int, folder: str, cases: dict[str, dict], dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    torch.manual_seed(0)
-    layer = Attention(dtype)
     found = {}
     for name, case in cases.items():
+        torch.manual_seed(0)
+        heads, groups = case.get("heads", (HEADS, GROUPS))
+        layer = Attention(heads, groups, dtype)
         tokens = case.get("tokens", TOKENS)
         draw = torch.Generator().manual_seed(1)
         x = torch.randn(BATCH, tokens, WIDTH, generator=draw, dtype=torch.float64)
         # bursts, so that norms differ and scores have something to rank
         x = (x * torch.randn(BATCH, tokens, 1, generator=draw, dtype=torch.float64).exp()).to(dtype)
-        weights = torch.randn(BATCH, tokens, HEADS * DIM, generator=draw, dtype=dtype)
+        weights = torch.randn(BATCH, tokens, heads * DIM, generator=draw, dtype=dtype)
         mine = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
         whole = attend(layer, x, weights, case)
         with context_parallel(dist.group.WORLD) as context:
@@ -132,13 +137,11 @@ def work(rank: int, ranks: int, folder: str, cases: dict[str, dict], dtype: torc
 def refusals(ranks: int) -> dict[str, str]:
     """What is said to calls that cannot be shared; none of them reaches the other ranks."""
     q, k = torch.zeros(1, HEADS, 6, DIM), torch.zeros(1, GROUPS, 6, DIM)
-    few = torch.zeros(1, ranks + 1, 6, DIM)
     calls = {
         "mask": lambda: F.scaled_dot_product_attention(q, q, q, torch.ones(6, 6, dtype=torch.bool)),
         "not causal": lambda: F.scaled_dot_product_attention(q, q, q),
         "dropout": lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5, is_causal=True),
         "cache": lambda: F.scaled_dot_product_attention(q[:, :, -1:], k, k, is_causal=True, enable_gqa=True),
-        "heads": lambda: F.scaled_dot_product_attention(few, few, few, is_causal=True),
         "uneven": lambda: slice_tokens(torch.zeros(1, ranks * 5 + 2)),
     }
     said = {}
@@ -164,6 +167,9 @@ if __name__ == "__main__":
         HEADS, GROUPS, BATCH = 4, 2, 1
         what = KERNELS, torch.float32
     else:
+        if sys.argv[3] == "grouped":
+            GROUPS = 2
         what = CASES if sys.argv[3] == "quick" else CASES | MORE, torch.float64
-    count = int(sys.argv[2])
-    mp.start_processes(work, (count, sys.argv[1], *what), nprocs=count, start_method="fork")
+    count, (chosen, floats) = int(sys.argv[2]), what
+    chosen = {name: case for name, case in chosen.items() if case.get("tokens", TOKENS) % count == 0}
+    mp.start_processes(work, (count, sys.argv[1], chosen, floats), nprocs=count, start_method="fork")

@@ -70,8 +70,8 @@ def test_the_layer_is_named_while_somebody_listens():
     model = GPT()
     layers = {f"blocks.{number}.attn": block.attn for number, block in enumerate(model.blocks)}
     tokens = torch.zeros(1, 8, dtype=torch.int64)
-    with torch.no_grad(), shared_sequences(Context(1, 4, "no group"), layers.values()):
-        with heard(layers, 2, 3) as listener, pytest.raises(SettingError, match=r"blocks\.0\.attn has 2 query and 2"):
+    with torch.no_grad(), shared_sequences(Context(1, 4, "no group", 7), layers.values()):
+        with heard(layers, 2, 3) as listener, pytest.raises(RuntimeError, match=r"blocks\.0\.attn sees 8 tokens, this"):
             model(tokens)
         with whole_sequences(), heard(layers, 2, 3) as listener:
             model(tokens)

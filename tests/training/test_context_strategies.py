@@ -43,7 +43,10 @@ def runs(tmp_path_factory) -> Path:
         "one:1:1:plain,local,even,mixed,accumulated,saved,recipe",
         "ddp:2:2:plain,local,even,recomputed,compiled,inductor,accumulated,saved,resumed-one",
         "fsdp:2:2:plain,local,even",
-        "one:1:1:resumed-ddp",
+        # more ranks than key/value heads
+        "ddp:4:4:plain,local,even,saved,resumed-one",
+        "fsdp:4:4:plain",
+        "one:1:1:resumed-ddp,resumed-four",
         "ddp:4:2:plain,recipe",
         "fsdp:4:2:plain",
     )
@@ -62,7 +65,9 @@ def result(runs: Path, name: str) -> dict[str, Any]:
         *((f"ddp2-{case}", "plain") for case in ("recomputed", "compiled")),
         ("ddp2-inductor", "mixed"),
         *((f"fsdp2-{case}", case) for case in ("plain", "local", "even")),
-        *((f"{kind}4-plain", "plain") for kind in ("ddp", "fsdp")),
+        *((f"{kind}4by2-plain", "plain") for kind in ("ddp", "fsdp")),
+        *((f"ddp4-{case}", case) for case in ("plain", "local", "even")),
+        ("fsdp4-plain", "plain"),
     ],
 )
 def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
@@ -77,8 +82,9 @@ def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
     # what neighbours both hold is counted once
     seq_len = 1024 if alone in ("even", "mixed") else SEQ_LEN
     assert shared["tokens"] == whole["tokens"] == 4 * 2 * (seq_len + 1)
-    assert shared["shapes"] == [[2 if "2-" in name else 1, seq_len // 2 + 1]]
-    assert shared["size"] == 2
+    size = 4 if "4-" in name else 2
+    assert shared["shapes"] == [[1 if "by" in name else 2, seq_len // size + 1]]
+    assert shared["size"] == size
     weights, wanted = (torch.load(runs / each / "final.pt", weights_only=True) for each in (name, f"one1-{alone}"))
     assert weights.keys() == wanted.keys()
     for key in weights:
@@ -86,7 +92,7 @@ def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp2-resumed-one", "one1-resumed-ddp"])
+@pytest.mark.parametrize("name", ["ddp2-resumed-one", "one1-resumed-ddp", "ddp4-resumed-one", "one1-resumed-four"])
 def test_a_run_is_resumed_with_another_number_of_ranks(name, runs):
     rest, whole = result(runs, name), result(runs, "one1-plain")
     assert rest["losses"] == pytest.approx(whole["losses"][2:], rel=1e-13)
@@ -96,7 +102,7 @@ def test_a_run_is_resumed_with_another_number_of_ranks(name, runs):
 
 @pytest.mark.slow
 def test_the_recipe_shares_out_its_data_by_groups(runs):
-    ranks = [json.loads((runs / "ddp4-recipe" / f"rank{rank}.json").read_text()) for rank in range(4)]
+    ranks = [json.loads((runs / "ddp4by2-recipe" / f"rank{rank}.json").read_text()) for rank in range(4)]
     steps = []
     for step in zip(*ranks, strict=True):
         shown = []
@@ -127,7 +133,6 @@ REFUSED = {
     "positions": NOT_COUNTED,
     "validation": NOT_COUNTED,
     "convolution": NOT_COUNTED,
-    "heads": "model.blocks.0.attn has 3 query and 3 key/value heads: context_parallel_size must divide 3, got 2",
     "uneven": "127 tokens cannot be shared by 2 ranks; choose seq_len a multiple of 2",
     "batches": "DifferentBatchesError: the ranks that share a sequence were given different batches; share data out by",
     "probe": "FutureLeakProbe needs whole sequences and cannot run under context_parallel_size=2",
@@ -152,7 +157,9 @@ def test_what_cannot_share_sequences_is_refused_in_a_line(case, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["positions unchecked", "own form", "encoder", "encoder validated", "manual", "alone"])
+@pytest.mark.parametrize(
+    "case", ["positions unchecked", "odd heads", "own form", "encoder", "encoder validated", "manual", "alone"]
+)
 def test_modules_of_others_run(case, said):
     for rank in said:
         assert isinstance(rank[case], dict), rank[case]
