@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from lightning_lighthouse import LighthouseConfig
+from lightning_lighthouse.context.queries import chunks_of, num_rows, pieces_of
 
 CHANNELS, BYTES = 128, 2
 RANKS = (2, 8, 32, 64, 128, 256)
@@ -26,16 +27,33 @@ def sent(rows: float, heads: int, groups: int, ranks: int) -> float:
     return 2 * (heads + groups) * CHANNELS * BYTES * rows / ranks * (ranks - 1) / ranks
 
 
-def sent_beyond_heads(rows: float, heads: int, groups: int, ranks: int) -> tuple[float, float]:
-    """The same for more ranks than key/value heads: within groups as large as heads allow, and between those groups.
+def sent_with_queries(rows: int, heads: int, groups: int, ranks: int) -> tuple[float, float]:
+    """The same for ranks that cannot share the key/value heads: within a group of neighbours, and between groups.
 
-    Between them keys and values are gathered and queries moved for balance. This form is not built.
+    Keys and values go to all groups, and each query to the one that attends for it; the mean over the ranks, of what
+    `exchange_queries` passes on.
     """
-    inner = gcd(ranks, groups)
-    outer = ranks // inner
-    gathered = 2 * groups / inner * CHANNELS * BYTES * rows * (outer - 1) / outer
-    moved = 2 * heads / inner * CHANNELS * BYTES * rows / outer * (outer - 1) / outer
-    return sent(rows / outer, heads, groups, inner), gathered + moved
+    neighbours, count = gcd(ranks, groups), rows // ranks
+    chunks = chunks_of(rows, ranks // neighbours)
+    # of the queries, those that the group of their rank attends for
+    own = sum(num_rows(pieces_of(rank, count, chunks)[rank // neighbours]) for rank in range(ranks))
+    kept = own / rows
+    q_and_o = 2 * heads * CHANNELS * BYTES * count
+    k_and_v = 2 * groups / neighbours * CHANNELS * BYTES * count
+    near = (q_and_o * kept / neighbours + k_and_v) * (neighbours - 1)
+    return near, q_and_o * (1 - kept) + k_and_v * (ranks - neighbours)
+
+
+def sent_to_all_groups(tokens: int, entries: int, heads: int, groups: int, ranks: int) -> tuple[float, float]:
+    """The same for Lighthouse whose tokens must be exchanged, where tiles do not end with the ranks.
+
+    q, k and v go to all groups, each of which attends for a part of the entries and tells the others what came of it.
+    """
+    neighbours, count = gcd(ranks, groups), tokens // ranks
+    row = CHANNELS * BYTES / neighbours
+    near = (heads + 2 * groups + heads) * row * count * (neighbours - 1)
+    outer = ranks // neighbours
+    return near, (heads + 2 * groups) * row * count * (ranks - neighbours) + heads * row * entries * (1 - 1 / outer)
 
 
 def attention_seconds(rows: float, heads: int, ranks: int, rate: float) -> float:
@@ -57,15 +75,20 @@ def table(arguments: argparse.Namespace) -> Iterator[str]:
                     f"{1e3 * attention_seconds(rows, heads, ranks, rate):,.2f}"
                     for rows, rate in ((entries, lighthouse), (tokens, dense))
                 ]
-                for name, rows in (("tokens", tokens), ("entries", entries)):
-                    if groups % ranks == 0:
-                        inner, outer = sent(rows, heads, groups, ranks), 0.0
-                        at_most = (inner / near, inner / far)
-                    else:
-                        inner, outer = sent_beyond_heads(rows, heads, groups, ranks)
-                        # the groups within a node, and what goes between them over the network
-                        at_most = (inner / near + outer / far, (inner + outer) / far)
-                        name = f"{name}, heads and queries"
+                if groups % ranks == 0:
+                    found = {
+                        name: (sent(rows, heads, groups, ranks), 0.0)
+                        for name, rows in (("tokens", tokens), ("entries", entries))
+                    }
+                else:
+                    found = {
+                        "tokens, heads and queries": sent_with_queries(tokens, heads, groups, ranks),
+                        "tokens of Lighthouse, to all": sent_to_all_groups(tokens, entries, heads, groups, ranks),
+                        "entries, heads and queries": sent_with_queries(entries, heads, groups, ranks),
+                    }
+                for name, (inner, outer) in found.items():
+                    # the groups within a node, and what goes between them over the network
+                    at_most = (inner / near + outer / far, (inner + outer) / far)
                     milliseconds = " | ".join(f"{1e3 * seconds:,.2f}" for seconds in at_most)
                     yield (
                         f"| {heads}/{groups} | {tokens:,} | {ranks} | {name} | {(inner + outer) / 2**20:,.0f} | "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import NamedTuple
 
 from torch import nn
@@ -22,6 +23,7 @@ from lightning_lighthouse.model.flops import (
     AttentionSize,
     attention_flops_per_token,
     attention_size,
+    kv_heads,
     num_used_parameters,
     pairs_per_token,
 )
@@ -70,6 +72,7 @@ class ModelSize:
         feed_forward: Of a layer's inner products.
         vocabulary: Rows of its largest product of the head.
         attention: Of each layer.
+        heads: Query and key/value heads of each layer; None where it does not say them.
     """
 
     num_parameters: int
@@ -78,6 +81,7 @@ class ModelSize:
     feed_forward: int
     vocabulary: int
     attention: tuple[AttentionSize, ...]
+    heads: tuple[tuple[int, int] | None, ...]
 
 
 def model_size(model: nn.Module, layers: Sequence[nn.Module]) -> ModelSize:
@@ -105,6 +109,7 @@ def model_size(model: nn.Module, layers: Sequence[nn.Module]) -> ModelSize:
         feed_forward=widest.in_features if widest is not None else known[0].qk_width,
         vocabulary=max(tables, default=0),
         attention=tuple(known),
+        heads=tuple(kv_heads(layer) for layer in layers),
     )
 
 
@@ -152,7 +157,7 @@ def estimate_step(
         accumulated: Batches of a step.
         recomputes: Whether blocks are computed again in the backward pass.
         shards: Ranks that parameters, gradients and optimizer are spread over.
-        sharers: Ranks that share each sequence: its tokens, and within attention its heads.
+        sharers: Ranks that share each sequence: its tokens, and within attention its heads, or heads and queries.
     """
     tokens = num_tokens * batch_size * accumulated / sharers
     again = 4 / 3 if recomputes else 1.0
@@ -182,8 +187,13 @@ def estimate_step(
     if speed is not None:
         routed = sum(layer.layer_type == LIGHTHOUSE for layer in layers)
         launch = accumulated * (len(layers) * speed.launch + routed * speed.launch_stages)
+    more = [
+        batch_size * _more_kv_bytes(one, heads, layer, num_tokens, sharers)
+        for one, heads, layer in zip(size.attention, size.heads, layers, strict=True)
+    ]
     held = num_tokens * batch_size / sharers
-    return StepEstimate(flops, seconds, launch, _memory_gib(size, layers, held, recomputes, shards))
+    memory = _memory_gib(size, layers, held, recomputes, shards) + (max(more) if recomputes else sum(more)) / GIB
+    return StepEstimate(flops, seconds, launch, memory)
 
 
 def _attention_seconds(size: AttentionSize, layer: LayerPlan, num_tokens: int, speed: CardSpeed) -> float:
@@ -203,6 +213,25 @@ def _attention_seconds(size: AttentionSize, layer: LayerPlan, num_tokens: int, s
     # every row of q, k, v and o once in each direction, in 2 bytes
     moved = 4 * (size.qk_width + size.v_width) * 2 * (num_tokens + shape.num_gathered)
     return attend + speed.stage_seconds + moved / (speed.stage_share * speed.copied)
+
+
+def _more_kv_bytes(
+    size: AttentionSize, heads: tuple[int, int] | None, layer: LayerPlan, num_tokens: int, sharers: int
+) -> float:
+    """Keys and values that a rank keeps of a sequence beyond its share, where ranks cannot share the heads out.
+
+    Then u = gcd(W, G) ranks share them, and each keeps G / u heads of all tokens, or entries.
+    """
+    is_local = layer.layer_type in (WINDOW, CHUNK) or size.own_window is not None
+    if heads is None or is_local:
+        return 0.0
+    num_heads, num_kv_heads = heads
+    neighbours = gcd(sharers, num_kv_heads)
+    shape = layer.config.pyramid(num_tokens)
+    rows = shape.num_gathered if layer.layer_type == LIGHTHOUSE and shape.compresses else num_tokens
+    # in 2 bytes
+    all_of_it = 2 * (size.qk_width + size.v_width) * num_kv_heads / num_heads * rows
+    return all_of_it * (1 / neighbours - 1 / sharers)
 
 
 def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: float, recomputes: bool, shards: int) -> float:

@@ -302,6 +302,12 @@ def _limits(run: Run, card: str | None, speed: CardSpeed | None, is_probed: bool
         lines.append("estimates are those of compiled blocks, and this model's are not: expect more, or --probe")
     if run.devices > 1:
         lines.append("what GPUs say to each other is not counted")
+    uneven = [heads[1] for heads in run.size.heads if heads is not None and heads[1] % run.sharers]
+    if uneven:
+        lines.append(
+            f"{run.sharers} GPUs cannot share {uneven[0]} key/value heads out: they share out the queries too, and "
+            "keep keys and values of the whole sequence"
+        )
     if any(layer.layer_type == LIGHTHOUSE for part in run.parts for layer in part.layers):
         gathered = run.parts[0].layers[-1].config.pyramid(run.num_tokens)
         if not gathered.compresses:

@@ -48,11 +48,11 @@ def exchange_queries(
         sdpa: As `backend` in `lower_right_sdpa`.
     """
     neighbours, (count,) = num_neighbours(k_BGtD.shape[1], context), plain(q_BHtD.shape[2])
-    chunks, group = _chunks(count * context.size, context.size // neighbours), context.rank // neighbours
+    chunks, group = chunks_of(count * context.size, context.size // neighbours), context.rank // neighbours
     # of this rank's rows, those of each group
-    own = _pieces(context.rank, count, chunks)
-    sent = [_length(own[rank // neighbours]) for rank in range(context.size)]
-    received = [_length(_pieces(rank, count, chunks)[group]) for rank in range(context.size)]
+    own = pieces_of(context.rank, count, chunks)
+    sent = [num_rows(own[rank // neighbours]) for rank in range(context.size)]
+    received = [num_rows(pieces_of(rank, count, chunks)[group]) for rank in range(context.size)]
 
     q_tBHD = q_BHtD.permute(2, 0, 1, 3)
     # to one group after the other, of which each rank gets its share of the heads
@@ -66,7 +66,7 @@ def exchange_queries(
     o_rows = pass_on(o.permute(2, 0, 1, 3), received, sent, context.group)
     parts = [
         x.unflatten(0, (neighbours, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        for x in o_rows.split([neighbours * _length(pieces) for pieces in own if pieces])
+        for x in o_rows.split([neighbours * num_rows(pieces) for pieces in own if pieces])
     ]
     return _in_order(parts, [pieces for pieces in own if pieces]).permute(1, 2, 0, 3)
 
@@ -119,17 +119,17 @@ def _share_queries(
 ) -> Tensor:
     """Causal attention over rows that every group has whole, each from its part of the queries: `[B, H / u, S, D]`."""
     size, group, (total,) = context.size, context.rank // neighbours, plain(qs.shape[2])
-    chunks = _chunks(total, size // neighbours)
+    chunks = chunks_of(total, size // neighbours)
     own = _of_group(chunks, group)
     o = _attend(torch.cat([qs[:, :, start:end] for start, end in own], 2), ks, vs, own, scale, sdpa)
     # ranks with the same heads
     are_alike = [rank % neighbours == context.rank % neighbours for rank in range(size)]
-    sent = [_length(own) * is_alike for is_alike in are_alike]
-    received = [_length(_of_group(chunks, rank // neighbours)) * are_alike[rank] for rank in range(size)]
+    sent = [num_rows(own) * is_alike for is_alike in are_alike]
+    received = [num_rows(_of_group(chunks, rank // neighbours)) * are_alike[rank] for rank in range(size)]
     rows = o.permute(2, 0, 1, 3)
     arrived = pass_on(rows.repeat(size // neighbours, 1, 1, 1), sent, received, context.group)
     pieces = [_of_group(chunks, other) for other in range(size // neighbours)]
-    return _in_order(arrived.split([_length(each) for each in pieces]), pieces).permute(1, 2, 0, 3)
+    return _in_order(arrived.split([num_rows(each) for each in pieces]), pieces).permute(1, 2, 0, 3)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, own: list[Rows], scale: float | None, sdpa: str) -> Tensor:
@@ -144,7 +144,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, own: list[Rows], scale: float | Non
     )
 
 
-def _chunks(total: int, groups: int) -> list[Rows]:
+def chunks_of(total: int, groups: int) -> list[Rows]:
     """Two chunks of the rows for each group, as even as can be."""
     edges = [number * total // (2 * groups) for number in range(2 * groups + 1)]
     return list(pairwise(edges))
@@ -155,7 +155,7 @@ def _of_group(chunks: list[Rows], group: int) -> list[Rows]:
     return [(start, end) for start, end in (chunks[group], chunks[-1 - group]) if start < end]
 
 
-def _pieces(rank: int, count: int, chunks: list[Rows]) -> list[list[Rows]]:
+def pieces_of(rank: int, count: int, chunks: list[Rows]) -> list[list[Rows]]:
     """What of the `count` rows of a rank each group attends for, counted from the rank's first one."""
     first = rank * count
     found = []
@@ -165,7 +165,7 @@ def _pieces(rank: int, count: int, chunks: list[Rows]) -> list[list[Rows]]:
     return found
 
 
-def _length(pieces: list[Rows]) -> int:
+def num_rows(pieces: list[Rows]) -> int:
     return sum(end - start for start, end in pieces)
 
 

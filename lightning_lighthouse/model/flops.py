@@ -28,6 +28,7 @@ from lightning_lighthouse.routing.own_windows import own_window
 
 # under which names attention modules, and the configs that they hold, keep their sizes
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "heads")
+_KV_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "n_query_groups", "num_query_groups")
 _QK_DIM = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "dim_head")
 _V_DIM = ("v_head_dim",)
 _WIDTH = ("embed_dim", "hidden_size", "n_embd", "d_model")
@@ -66,6 +67,16 @@ def attention_size(layer: nn.Module) -> AttentionSize | None:
     if first is not None and first.out_features in (first.in_features, 3 * first.in_features):
         return AttentionSize(first.in_features, first.in_features, own_window(layer))
     return None
+
+
+def kv_heads(layer: nn.Module) -> tuple[int, int] | None:
+    """Query heads H and key/value heads G of an attention module, by the names of its attributes and of its config's.
+
+    Returns:
+        None where it does not say H; where it does not say G, that is H.
+    """
+    heads = _look_up(layer, _HEADS)
+    return None if heads is None else (heads, _look_up(layer, _KV_HEADS) or heads)
 
 
 def _look_up(layer: nn.Module, names: Iterable[str]) -> int | None:

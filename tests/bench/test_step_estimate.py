@@ -94,6 +94,24 @@ def test_flops_are_counted_by_part_and_more_is_never_less():
     )
 
 
+def test_ranks_that_share_queries_keep_more_keys_and_values():
+    def more(kind: str, recomputes: bool) -> float:
+        """GiB that eight ranks keep beyond their eighth of what one alone does."""
+        layers = plan(kind * 12)
+        whole, quarter, eighth = (
+            estimate("small", layers, 98_304, sharers=size, recomputes=recomputes).memory_gib for size in (1, 4, 8)
+        )
+        return eighth - (whole - (whole - quarter) * 4 / 3 * 7 / 8)
+
+    # of four heads of 128 channels each of eight keeps one, of all tokens in 2 bytes, of which half was counted
+    of_a_layer = 2 * (128 + 128) * 98_304 / 2 / 2**30
+    assert more("d", False) == pytest.approx(12 * of_a_layer)
+    assert more("d", True) == pytest.approx(of_a_layer)
+    gathered = DEFAULT.pyramid(98_304).num_gathered
+    assert more("l", False) == pytest.approx(12 * of_a_layer * gathered / 98_304)
+    assert more("w", False) == pytest.approx(0, abs=1e-9)
+
+
 def test_without_a_known_card_there_are_no_seconds():
     with torch.device("meta"):
         model = Decoder(preset="toy")

@@ -108,6 +108,10 @@ def test_gpus_that_share_a_sequence_have_their_part_of_it_each(capsys):
             ratio = float(one.replace(",", "")) / float(all_of_it.replace(",", ""))
             assert ratio == pytest.approx(0.5, abs=0.02), name
     assert "2 share each sequence: leave --probe out" in refusal(capsys, "plan", *given, "--probe")
+    more = ("--trainer.devices", "8", "--trainer.strategy.context_parallel_size", "8")
+    assert (
+        "8 GPUs cannot share 4 key/value heads out: they share out the queries too" in planned(capsys, *given, *more)[0]
+    )
     few = refusal(capsys, "plan", *given, "--trainer.devices", "3")
     assert "context_parallel_size must divide the 3 ranks, got 2" in few
 

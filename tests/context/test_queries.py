@@ -6,7 +6,7 @@ import pytest
 
 from lightning_lighthouse.context.exchange import first_kv_head, num_neighbours
 from lightning_lighthouse.context.group import Context
-from lightning_lighthouse.context.queries import _chunks, _length, _of_group, _pieces
+from lightning_lighthouse.context.queries import _of_group, chunks_of, num_rows, pieces_of
 
 SIZES = [(2, 1, 7), (4, 2, 5), (4, 2, 8), (3, 2, 11), (6, 4, 5), (8, 2, 3), (12, 8, 7), (32, 8, 13), (5, 1, 1)]
 
@@ -15,12 +15,12 @@ SIZES = [(2, 1, 7), (4, 2, 5), (4, 2, 8), (3, 2, 11), (6, 4, 5), (8, 2, 3), (12,
 def test_every_row_goes_to_one_group_and_all_have_as_much_to_do(ranks, kv_heads, count):
     neighbours = num_neighbours(kv_heads, Context(0, ranks, "no group"))
     groups, total = ranks // neighbours, ranks * count
-    chunks = _chunks(total, groups)
+    chunks = chunks_of(total, groups)
     work = []
     for group in range(groups):
         arriving = []
         for rank in range(ranks):
-            arriving += [rank * count + row for start, end in _pieces(rank, count, chunks)[group]
+            arriving += [rank * count + row for start, end in pieces_of(rank, count, chunks)[group]
                          for row in range(start, end)]  # fmt: skip
         # in order, so that each chunk is a run
         assert arriving == [row for start, end in _of_group(chunks, group) for row in range(start, end)]
@@ -30,7 +30,7 @@ def test_every_row_goes_to_one_group_and_all_have_as_much_to_do(ranks, kv_heads,
     # but for halves of rows
     assert max(work) - min(work) <= total
     for rank in range(ranks):
-        assert sum(_length(pieces) for pieces in _pieces(rank, count, chunks)) == count
+        assert sum(num_rows(pieces) for pieces in pieces_of(rank, count, chunks)) == count
 
 
 def test_neighbours_have_different_heads_and_groups_the_same():
