@@ -113,18 +113,20 @@ def _with_others(
         return attend(q_BHnD, k_BGnD, v_BGnD)
     num_front = needed[rank]
     num_again = max(needed) + 1 - num_front
-    kv_nBGD = torch.cat((k_BGnD, v_BGnD), 3).permute(2, 0, 1, 3)
-    parts, sent, received = [], [0] * context.size, [0] * context.size
+    slices, sent, received = [], [0] * context.size, [0] * context.size
     for other in range(context.size):
         first = sinks[other] if rank == 0 else 0
         last = reach[other] if other == rank + 1 else 0
         again = num_again if other == rank else 0
-        parts += [kv_nBGD[:first], kv_nBGD[count - last :], kv_nBGD[:again]]
+        slices += [slice(0, first), slice(count - last, count), slice(0, again)]
         sent[other] = first + last + again
+    # cut first: the gradient of a slice is as long as the whole, which is not to be doubled
+    parts = [torch.cat((k_BGnD[:, :, here], v_BGnD[:, :, here]), 3) for here in slices if here.start < here.stop]
     received[0] += sinks[rank]
     received[rank - 1] += reach[rank]
     received[rank] += num_again
-    arrived = pass_on(torch.cat(parts), sent, received, context.group).permute(1, 2, 0, 3)
+    sent_EBGD = torch.cat(parts, 2).permute(2, 0, 1, 3)
+    arrived = pass_on(sent_EBGD, sent, received, context.group).permute(1, 2, 0, 3)
     k_more, v_more = arrived.chunk(2, 3)
     q_more = q_BHnD.new_zeros((*q_BHnD.shape[:2], num_front + num_again, q_BHnD.shape[3]))
     q, k, v = (
