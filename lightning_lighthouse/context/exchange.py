@@ -50,7 +50,7 @@ def exchange_tokens(attend: Attend, q_BHnD: Tensor, k_BGnD: Tensor, v_BGnD: Tens
         context: The ranks.
     """
     neighbours = num_neighbours(k_BGnD.shape[1], context)
-    return heads_to_tokens(attend(*tokens_to_heads(q_BHnD, k_BGnD, v_BGnD, context)), neighbours, context)
+    return heads_to_tokens(attend(*tokens_to_heads(q_BHnD, k_BGnD, v_BGnD, context)), context, neighbours)
 
 
 def tokens_to_heads(q_BHnD: Tensor, k_BGnD: Tensor, v_BGnD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,10 +73,10 @@ def to_all_groups(x: Tensor, context: Context) -> Tensor:
     return x if groups == 1 else x.expand(groups, *x.shape).flatten(0, 1)
 
 
-def heads_to_tokens(o_BHND: Tensor, neighbours: int, context: Context) -> Tensor:
-    """The way back: `[B, H / u, N, D] -> [B, H, n, D]`."""
+def heads_to_tokens(o_BHND: Tensor, context: Context, neighbours: int | None = None) -> Tensor:
+    """The way back: `[B, H / u, N, D] -> [B, H, n, D]`; `neighbours` is u, None where all share the heads out."""
     blocks = o_BHND.unflatten(2, (context.size, -1))
-    if neighbours == context.size:
+    if neighbours is None or neighbours == context.size:
         arrived = all_to_all(blocks.permute(2, 3, 0, 1, 4), context.group)
     else:
         # each group has the whole sequence, and hands round its own tokens

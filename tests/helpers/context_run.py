@@ -37,14 +37,6 @@ LOCAL = {
     "phases": [Phase(1, ["chunk", "window"], window=100, sink_tokens=3), Phase(3, ["lighthouse", "window"], window=30)],
     "attention": LighthouseConfig(top_k=64, selection="random"),
 }
-# every form of exchange
-MIXED = {
-    "seq_len": 1024,
-    "callback": {
-        "phases": LOCAL["phases"],
-        "attention": LighthouseConfig(top_k=128),
-    },
-}
 CASES = {
     "plain": {},
     "local": {"callback": LOCAL},
@@ -57,9 +49,13 @@ CASES = {
         "module": {"checkpoint": "block", "compile": True},
         "backend": "aot_eager",
     },
-    "mixed": MIXED,
     # leaves out what is not used: ranks whose graphs differ would wait for each other
-    "inductor": {**MIXED, "module": {"compile": True}, "backend": "inductor"},
+    "inductor": {
+        "seq_len": 1024,
+        "callback": {"attention": LighthouseConfig(top_k=128)},
+        "module": {"compile": True},
+        "backend": "inductor",
+    },
     "saved": {"save": 2, "trainer": {"max_steps": 2}},
     "resumed-one": {"resume": "one1-saved"},
     "resumed-ddp": {"resume": "ddp2-saved"},

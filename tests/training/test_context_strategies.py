@@ -40,7 +40,7 @@ def runs(tmp_path_factory) -> Path:
     launch(
         "context_run.py",
         str(folder),
-        "one:1:1:plain,local,even,mixed,accumulated,saved,recipe",
+        "one:1:1:plain,local,even,accumulated,saved,recipe",
         "ddp:2:2:plain,local,even,recomputed,compiled,inductor,accumulated,saved,resumed-one",
         "fsdp:2:2:plain,local,even",
         # more ranks than key/value heads
@@ -63,7 +63,7 @@ def result(runs: Path, name: str) -> dict[str, Any]:
     [
         *((f"ddp2-{case}", case) for case in ("plain", "local", "even", "accumulated")),
         *((f"ddp2-{case}", "plain") for case in ("recomputed", "compiled")),
-        ("ddp2-inductor", "mixed"),
+        ("ddp2-inductor", "even"),
         *((f"fsdp2-{case}", case) for case in ("plain", "local", "even")),
         *((f"{kind}4by2-plain", "plain") for kind in ("ddp", "fsdp")),
         *((f"ddp4-{case}", case) for case in ("plain", "local", "even")),
@@ -80,7 +80,7 @@ def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
     assert shared["alone"] == pytest.approx(whole["alone"], rel=1e-6)
     assert shared["alone"] == shared["validations"][-1]
     # what neighbours both hold is counted once
-    seq_len = 1024 if alone in ("even", "mixed") else SEQ_LEN
+    seq_len = 1024 if alone == "even" else SEQ_LEN
     assert shared["tokens"] == whole["tokens"] == 4 * 2 * (seq_len + 1)
     size = 4 if "4-" in name else 2
     assert shared["shapes"] == [[1 if "by" in name else 2, seq_len // size + 1]]
