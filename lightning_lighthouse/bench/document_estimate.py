@@ -1,8 +1,9 @@
 """What attention inside documents costs, and Lighthouse can save of it: estimated, before anything trains.
 
-By the times of one layer in docs/numbers/benchmarks.md: bf16, 8 heads of 128, forward and backward, on an H200. Dense
-attention takes a constant time for each pair of tokens, and so does attention over the gathered rows; all other stages
-take a constant time for each token. Short documents are less efficient than that, dense and gathered alike.
+By the times of one layer in docs/numbers/benchmarks.md: bf16, 8 heads of 128, forward and backward, on an H100 or H200
+alone, without what the host needs. Attention takes a constant time for each pair of tokens of a long document, more for
+those of a short one and some for each of its tokens; gathered rows cost alike. All other stages take a constant time
+for each token.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import numpy as np
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.document_tables import make_tables
+from lightning_lighthouse.attention.documents_sdpa import LONG
 
-# 130.3 ms for the square of 98,304 tokens
+# cuDNN: 130.3 ms for the square of 98,304 tokens
 MS_OF_A_PAIR = 130.3 / 98_304**2
+# flash's varlen kernel, to which documents of up to LONG rows go: fitted to the rows `code`, `web-short` and `chat`
+MS_OF_A_SHORT_PAIR = 21e-9
+MS_OF_A_SHORT_ROW = 24e-6
 # 5.35 ms at 98,304 tokens, less attention over 18,432 rows
 MS_OF_A_TOKEN = (5.35 - MS_OF_A_PAIR * 18_432**2) / 98_304
 
@@ -79,15 +84,24 @@ def _costs(lengths: np.ndarray, config: LighthouseConfig) -> tuple[float, float,
     """Of one sequence: its length, rows by tokens, and the ms of dense attention and of Lighthouse."""
     num_tokens = int(lengths.sum())
     pairs = float((lengths.astype(float) ** 2).sum())
-    dense = (pairs / num_tokens, 1.0, pairs * MS_OF_A_PAIR, pairs * MS_OF_A_PAIR)
+    dense_ms = _attention_ms(lengths)
+    dense = (pairs / num_tokens, 1.0, dense_ms, dense_ms)
     shape = config.pyramid(num_tokens)
     if not shape.compresses or len(lengths) > config.resolve_max_documents(num_tokens):
         return dense
-    rows = np.diff(make_tables(lengths, shape, config.selection).boundaries).astype(float)
+    rows = np.diff(make_tables(lengths, shape, config.selection).boundaries)
     if rows.sum() >= num_tokens:
         return dense
-    lighthouse_ms = float((rows**2).sum()) * MS_OF_A_PAIR + num_tokens * MS_OF_A_TOKEN
-    return pairs / num_tokens, float(rows.sum()) / num_tokens, dense[2], lighthouse_ms
+    lighthouse_ms = _attention_ms(rows) + num_tokens * MS_OF_A_TOKEN
+    return pairs / num_tokens, float(rows.sum()) / num_tokens, dense_ms, lighthouse_ms
+
+
+def _attention_ms(lengths: np.ndarray) -> float:
+    """Of dense attention inside documents of so many rows."""
+    rows = lengths.astype(float)
+    long, short = rows[rows > LONG], rows[rows <= LONG]
+    short_ms = (short**2).sum() * MS_OF_A_SHORT_PAIR + short.sum() * MS_OF_A_SHORT_ROW
+    return float((long**2).sum() * MS_OF_A_PAIR + short_ms)
 
 
 def describe(found: DocumentEstimate, *, are_kept: bool) -> list[str]:
@@ -101,7 +115,7 @@ def describe(found: DocumentEstimate, *, are_kept: bool) -> list[str]:
         f"documents: {found.documents:,.1f} a sequence, {found.most_documents:,} at most, in {found.num_sequences:,} "
         f"sequences; attention inside them is as long as {found.length:,.0f} of {found.num_tokens:,} tokens "
         f"(sum n^2 / N), and Lighthouse gathers {found.gathered:.3f} N",
-        "estimated for one layer of 8 heads of 128 on an H200, forward + backward of a sequence: "
+        "estimated for one layer of 8 heads of 128 on an H100 or H200, forward + backward of a sequence: "
         f"{_compared(found.dense_ms, found.lighthouse_ms)} inside documents, "
         f"{_compared(found.whole_dense_ms, found.whole_lighthouse_ms)} across them",
     ]

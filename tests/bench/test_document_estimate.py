@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
-from places import DOCS
+from places import DOCS, ROOT
 
 from lightning_lighthouse import LighthouseConfig
 from lightning_lighthouse.bench.document_estimate import describe, estimate
@@ -60,7 +62,7 @@ def test_the_lines_say_that_it_is_estimated_and_whether_documents_are_kept():
     length, times = describe(found, are_kept=True)
     assert "2.0 a sequence, 2 at most" in length
     assert "as long as 50,856 of 98,304 tokens (sum n^2 / N)" in length
-    assert times.startswith("estimated for one layer of 8 heads of 128 on an H200")
+    assert times.startswith("estimated for one layer of 8 heads of 128 on an H100 or H200")
     assert describe(found, are_kept=False)[-1] == "attention goes across documents, as lighthouse.documents is not true"
     assert len(describe(estimate([[98_304]], PAPER), are_kept=False)) == 2
 
@@ -92,11 +94,24 @@ def test_the_page_has_the_documents_that_are_drawn(kind):
     assert row in (DOCS / "understand" / "documents.md").read_text(), row
 
 
-def test_lighthouse_loses_below_a_length_of_about_600():
-    lengths = {}
-    for count in (150, 160, 170, 180):
-        sequence = [98_304 // count] * (count - 1)
-        found = estimate([[*sequence, 98_304 - sum(sequence)]], PAPER)
-        lengths[found.length] = found.dense_ms > found.lighthouse_ms
-    assert all(length > 550 for length, gains in lengths.items() if gains)
-    assert all(length < 650 for length, gains in lengths.items() if not gains)
+with (ROOT / "experiments" / "benchmarks" / "documents.csv").open(newline="") as stream:
+    MEASURED = {row["kind"]: row for row in csv.DictReader(stream)}
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_the_estimate_is_near_what_a_gpu_alone_took(kind):
+    row = MEASURED[kind]
+    found = estimate(draw_sequences(kind, 98_304, int(row["batches"])), PAPER)
+    assert found.documents == pytest.approx(float(row["documents"]))
+    assert found.dense_ms == pytest.approx(float(row["masked_device_ms"]), rel=0.12)
+    if row["lighthouse_device_ms"]:
+        assert found.lighthouse_ms == pytest.approx(float(row["lighthouse_device_ms"]), rel=0.25)
+
+
+def test_lighthouse_gains_on_the_gpu_alone_as_far_as_documents_are_kept():
+    gains = []
+    for count in (1, 8, 96, 384):
+        found = estimate([[98_304 // count] * count], PAPER)
+        gains.append(found.dense_ms / found.lighthouse_ms)
+    assert gains == sorted(gains, reverse=True)
+    assert gains[-1] > 2
