@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
 
+from lightning_lighthouse.attention.operators import remembered
 from lightning_lighthouse.attention.pyramid import PyramidShape, _pyramid
 from lightning_lighthouse.checks import check_type
 
@@ -109,4 +110,8 @@ class LighthouseConfig:
         """The sizes of the pyramid over `num_tokens` tokens. Raises ValueError where they exceed int32."""
         tile_winners = CAUSAL_TILE_WINNERS if self.selection == "causal" else TILE_WINNERS
         top_k = self.resolve_top_k(num_tokens)
-        return _pyramid(self.num_levels, self.pooling_factor, top_k, num_tokens, max(1, top_k // tile_winners))
+        num_tiles = max(1, top_k // tile_winners)
+        return _pyramid_once(self.num_levels, self.pooling_factor, top_k, num_tokens, num_tiles)
+
+
+_pyramid_once = remembered(_pyramid)

@@ -20,7 +20,6 @@ from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.documents_lighthouse import documents_lighthouse
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
-from lightning_lighthouse.attention.operators import remembered
 from lightning_lighthouse.attention.pyramid import PyramidShape
 from lightning_lighthouse.attention.rotation import Rotation, check_rotation
 from lightning_lighthouse.attention.sdpa import causal_sdpa, kernel_of
@@ -72,7 +71,7 @@ def lighthouse_attention(
     check_inputs(q, k, v)
     check_count("first_head", first_head)
     rotation = check_rotation(rotation, config, q.shape[3])
-    shape = _pyramid(config, q.shape[2])
+    shape = config.pyramid(q.shape[2])
     if not shape.compresses:
         notice_once(
             "short",
@@ -109,9 +108,6 @@ def lighthouse_attention(
     qs, ks, vs = stages.gather(q, k, v, selection, shape, rotation)
     o = causal_sdpa(qs, ks, vs, scale=scale, backend=config.sdpa)
     return stages.scatter(o, selection, shape, config)
-
-
-_pyramid = remembered(LighthouseConfig.pyramid)
 
 
 def _fused_kernel(stages: ModuleType, q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig) -> str | None:
