@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
 
+import torch
+
 from lightning_lighthouse.attention.operators import remembered
 from lightning_lighthouse.attention.pyramid import PyramidShape, _pyramid
 from lightning_lighthouse.checks import check_type
@@ -111,7 +113,9 @@ class LighthouseConfig:
         tile_winners = CAUSAL_TILE_WINNERS if self.selection == "causal" else TILE_WINNERS
         top_k = self.resolve_top_k(num_tokens)
         num_tiles = max(1, top_k // tile_winners)
-        return _pyramid_once(self.num_levels, self.pooling_factor, top_k, num_tokens, num_tiles)
+        # Dynamo traces the function itself
+        make = _pyramid if torch.compiler.is_compiling() else _pyramid_once
+        return make(self.num_levels, self.pooling_factor, top_k, num_tokens, num_tiles)
 
 
 _pyramid_once = remembered(_pyramid)

@@ -90,13 +90,11 @@ def _autograd_function(
 
 
 def remembered(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, its last results remembered where nothing is compiled."""
+    """The function, its last results remembered; not for Dynamo, which cannot trace this."""
     cached = lru_cache(maxsize=256)(function)
 
     @wraps(function)
     def call(*arguments: Any) -> T:
-        if torch.compiler.is_compiling():
-            return function(*arguments)
         try:
             return cached(*arguments)
         except TypeError:
@@ -124,6 +122,7 @@ def unpack(sizes: list[int]) -> PyramidShape:
     return _unpack(*sizes)
 
 
+# inside of operators, where Dynamo does not look
 @remembered
 def _unpack(*sizes: int) -> PyramidShape:
     tokens, levels, factor, tiles, tile_entries, *winners = sizes

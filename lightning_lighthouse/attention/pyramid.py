@@ -65,7 +65,9 @@ class PyramidShape:
     @property
     def num_entries(self) -> int:
         """Entries of all levels."""
-        return self.start(self.num_levels)
+        # a geometric sum
+        factor = self.pooling_factor
+        return self.num_tiles * self.tile_entries * ((factor**self.num_levels - 1) // (factor - 1))
 
     @property
     def tile_gathered(self) -> int:

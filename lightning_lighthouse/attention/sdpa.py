@@ -108,9 +108,9 @@ def kernel_of(q: Tensor, k: Tensor, backend: str) -> str | None:
     Raises:
         ValueError: The named backend cannot run this call.
     """
-    if q.device.type == "cpu":
+    if q.is_cpu:
         return "cpu" if _cpu_kernel_is_enabled() else None
-    if q.device.type != "cuda" or q.shape[0] > MAX_BATCH:
+    if not q.is_cuda or q.shape[0] > MAX_BATCH:
         return None
     chosen, repeats = backend_of(q, k, backend)
     # flash gets head dims that are no multiple of 8 padded
@@ -184,6 +184,9 @@ class _GradientLikeOutput(torch.autograd.Function):
 
 def in_memory_order(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The tensor itself, or a copy of it with these strides."""
+    if x.stride() == strides:
+        return x
+    # the stride of a single element says nothing
     dims = zip(x.shape, x.stride(), strides, strict=True)
     if all(size == 1 or stride == wanted for size, stride, wanted in dims):
         return x

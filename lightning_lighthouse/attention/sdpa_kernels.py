@@ -13,15 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Functions of torch are called in half the time of its operators, and backwards are none
 aten = torch.ops.aten
-# an overload by its name is found at once
-cudnn = aten._scaled_dot_product_cudnn_attention.default
 cudnn_backward = aten._scaled_dot_product_cudnn_attention_backward.default
-flash = aten._scaled_dot_product_flash_attention.default
 flash_backward = aten._scaled_dot_product_flash_attention_backward.default
-efficient = aten._scaled_dot_product_efficient_attention.default
 efficient_backward = aten._scaled_dot_product_efficient_attention_backward.default
-cpu = aten._scaled_dot_product_flash_attention_for_cpu.default
 cpu_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -38,7 +34,7 @@ class Kernel(NamedTuple):
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    o, lse, *_ = cudnn(q, k, v, None, True, 0.0, True, False, scale=scale)
+    o, lse, *_ = torch._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
     return o, lse
 
 
@@ -55,7 +51,7 @@ def _cudnn_backward(
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    o, lse, *_ = flash(q, k, v, 0.0, True, False, scale=scale)
+    o, lse, *_ = torch._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     return o, lse
 
 
@@ -69,7 +65,7 @@ def _flash_backward(
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    o, lse, *_ = efficient(q, k, v, None, True, 0.0, True, scale=scale)
+    o, lse, *_ = torch._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
     return o, lse
 
 
@@ -84,7 +80,7 @@ def _efficient_backward(
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    o, lse = cpu(q, k, v, 0.0, True, scale=scale)
+    o, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     return o, lse
 
 

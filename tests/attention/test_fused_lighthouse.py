@@ -156,7 +156,7 @@ class OnCUDA:
 
     def __init__(self, batch, dim):
         self.shape = (batch, 4, 64, dim)
-        self.device = torch.device("cuda")
+        self.is_cpu, self.is_cuda = False, True
 
 
 @pytest.mark.parametrize(

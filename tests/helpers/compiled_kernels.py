@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 KERNELS = "lightning_lighthouse.attention.kernels"
-POINTERS = dict.fromkeys(("p_slots", "p_index", "p_scratch", "p_pivots", "p_windows", "p_tiles"), "*i32")
+POINTERS = dict.fromkeys(("p_slots", "p_index", "p_scratch", "p_windows", "p_tiles"), "*i32")
 ROWS = {"G": 2, "R": 2, "L": 3, "W": 4, "D": 24, "BLOCK_E": 16, "BLOCK_D": 32, "TABLE": True}
 TILES = {"L": 3, "W": 4, "CHUNK": 128, "TABLE": True}
 

@@ -78,7 +78,7 @@ def _reach_q(b_key, i_candidate, mask, pivot, count, num_candidates, rank, seen)
 @triton.jit(do_not_specialize=["num_coarsest", "num_slots", "num_scores", "stride_scores", "tile_entries", "winners",
                                "num_candidates", "num_tiles", "tile_gathered", "C"])  # fmt: skip
 def _causal_kernel(
-    p_scores, p_index, p_slots, p_scratch, p_pivots, p_tiles,
+    p_scores, p_index, p_slots, p_scratch, p_tiles,
     num_coarsest, num_slots, num_scores, stride_scores, num_tiles, tile_entries, winners, num_candidates,
     tile_gathered, C, LEVEL: tl.constexpr, L: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr,
     TABLE: tl.constexpr,
@@ -91,14 +91,16 @@ def _causal_kernel(
     p_sk = p_sq + stride_scores
     p_slots += i_head * num_slots
     p_index += i_program * tile_gathered
-    # three rows a level for the winners and two for the keys, and the keys that the tile before left over
-    stride_tile = (5 * (L - 1) + 1) * C
+    # each level has three rows for the winners and two for the keys; then the keys that the tile before left over, and
+    # the thresholds of the levels
+    stride_tile = (5 * (L - 1) + 1) * C + L - 1
     p_upto = p_scratch + i_program * stride_tile
     p_parents = p_upto + C * (L - 1)
     p_entries = p_parents + C * (L - 1)
     p_qkeys = p_entries + C * (L - 1)
     p_kkeys = p_qkeys + C * (L - 1)
     p_rest = p_kkeys + C * (L - 1)
+    p_pivots = p_rest + C
 
     first, real, rank, base = tile_of(p_tiles, i_tile, num_tiles, tile_entries, tile_gathered, TABLE)
     if LEVEL == L:
@@ -109,11 +111,11 @@ def _causal_kernel(
         count = tl.minimum(winners, num_candidates)
         p_qkeys += C * (LEVEL - 1)
         p_kkeys += C * (LEVEL - 1)
-        p_pivot = p_pivots + i_program * (L - 1) + (LEVEL - 1)
+        p_pivot = p_pivots + (LEVEL - 1)
         # the first tiles read their own numbers, and use none of them
         before = tl.minimum(rank, 1).to(tl.int64)
-        pivot_before = tl.load(p_pivot - tl.minimum(rank, 2) * (L - 1))
-        pivot_q = tl.load(p_pivot - before * (L - 1))
+        pivot_before = tl.load(p_pivot - tl.minimum(rank, 2).to(tl.int64) * stride_tile)
+        pivot_q = tl.load(p_pivot - before * stride_tile)
 
         seen = 0
         for i_chunk in range(0, num_candidates, CHUNK):
@@ -174,7 +176,7 @@ def _causal_kernel(
             tl.store(p_kkeys + i_candidate, to_keys(b_sk), mask=mask)
         tl.debug_barrier()
         pivot = _highest(p_qkeys, (tl.minimum(winners, num_children) + 1) // 2, num_children, CHUNK)
-        tl.store(p_pivots + i_program * (L - 1) + (LEVEL - 2), pivot)
+        tl.store(p_pivots + (LEVEL - 2), pivot)
 
 
 def _select_causal(scores: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
@@ -200,14 +202,14 @@ def launch_select_causal(
     levels = shape.num_levels
     candidates = most_candidates(shape)
     programs = scores.shape[1] * scores.shape[2] * num_tiles
-    scratch = torch.empty(programs, 5 * (levels - 1) + 1, candidates, dtype=torch.int32, device=scores.device)
-    pivots = torch.empty(programs, levels - 1, dtype=torch.int32, device=scores.device)
+    numbers = (5 * (levels - 1) + 1) * candidates + levels - 1
+    scratch = torch.empty(programs, numbers, dtype=torch.int32, device=scores.device)
     plans = _plans(
         scores.shape, scores.stride(0), slots.shape[-1], shape, num_windows, num_tiles, chunk_of(candidates),
         tiles is not None,
     )  # fmt: skip
     for plan in plans:
-        plan(scores, index, slots, scratch, pivots, tiles)
+        plan(scores, index, slots, scratch, tiles)
 
 
 @lru_cache(maxsize=MOST_KEPT)
