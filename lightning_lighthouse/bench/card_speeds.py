@@ -1,8 +1,9 @@
 """What a card does in a second of a training step: the constants that `estimate_step` calculates with.
 
 Fitted to rows of docs/numbers: one layer of attention at 98,304 tokens (`layer.csv`, `windows.csv`), and the steps of
-the 41M- and the 268M-parameter model (`step.csv`, `study/rows.csv`). `tests/bench/test_step_estimate.py` holds them
-against these rows. Of cards that nothing was measured on there is nothing here.
+the 41M- and the 268M-parameter model (`step.csv`, `study/rows.csv`), and those of SmolLM2-135M
+(`equal_time_steps.csv`). `tests/bench/test_step_estimate.py` holds them against these rows. Of cards that nothing was
+measured on there is nothing here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class CardSpeed(NamedTuple):
         products: FLOP/s of the products with the parameters.
         attention: FLOP/s of dense attention, counted as `attention_flops_per_token` does.
         copied: Bytes/s of a copy.
+        narrow: Times as long that dense attention and chunks take for the same work in heads of up to 64 channels.
         stage_seconds: Of all stages of a Lighthouse layer but attention, whatever the length.
         stage_share: What these stages reach of `copied`.
         window_token: Seconds a token and unit of width of a window layer, whatever the window.
@@ -26,6 +28,7 @@ class CardSpeed(NamedTuple):
         chunk_pair: As `window_pair`, of chunks.
         elementwise: Seconds a token, layer and unit of width of the feed-forward, of a compiled block: norms, rotation,
             activation, residuals.
+        wide_stream: Times as long that they take where the stream between the blocks is in float32.
         launch: Seconds a layer that the CPU needs to issue a step of compiled blocks: no step is faster.
         launch_stages: Seconds that it needs beyond that for a Lighthouse layer.
     """
@@ -34,6 +37,7 @@ class CardSpeed(NamedTuple):
     products: float
     attention: float
     copied: float
+    narrow: float = 1.24
     stage_seconds: float = 80e-6
     stage_share: float = 0.78
     window_token: float = 1.158e-11
@@ -41,6 +45,7 @@ class CardSpeed(NamedTuple):
     chunk_token: float = 1.275e-11
     chunk_pair: float = 1.11e-14
     elementwise: float = 2.2e-11
+    wide_stream: float = 1.35
     launch: float = 4.4e-3
     launch_stages: float = 1.2e-3
 

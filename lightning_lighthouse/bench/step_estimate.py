@@ -2,7 +2,8 @@
 
 Seconds of a step are those of its products, of attention by the type of each layer, of everything elementwise, and of
 the optimizer; memory is what parameters, gradients and optimizer hold, and what a layer keeps of a token for the
-backward pass. The constants are in `card_speeds.py`; those of memory were fitted to the peaks of compiled `Decoder`s.
+backward pass. The constants are in `card_speeds.py`; those of memory were fitted to the peaks of compiled `Decoder`s,
+which keep the stream between the blocks in bfloat16: others have it in the dtype of their weights.
 """
 
 # N tokens, S gathered entries
@@ -19,6 +20,7 @@ from torch import nn
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.layer_types import CHUNK, LIGHTHOUSE, WINDOW
 from lightning_lighthouse.bench.card_speeds import CardSpeed
+from lightning_lighthouse.model.decoder import Decoder
 from lightning_lighthouse.model.flops import (
     AttentionSize,
     attention_flops_per_token,
@@ -37,6 +39,8 @@ STREAM_BYTES, FEED_FORWARD_BYTES, HEAD_BYTES = 11.4, 6.63, 8.0
 LIGHTHOUSE_HEAD_BYTES = -0.5
 # of attention, forward and backward together, that the forward pass takes: when it is computed again
 FORWARD_SHARE = 0.26
+# channels of a head that are too few for the tensor cores to be busy
+NARROW = 64
 # passes over the logits of all tokens, in float32, for the loss and its gradient
 LOGIT_PASSES, LOGIT_BYTES = 6, 4
 
@@ -71,6 +75,7 @@ class ModelSize:
         width: Of the stream.
         feed_forward: Of a layer's inner products.
         vocabulary: Rows of its largest product of the head.
+        stream_bytes: Of a number in the stream.
         attention: Of each layer.
         heads: Query and key/value heads of each layer; None where it does not say them.
     """
@@ -80,6 +85,7 @@ class ModelSize:
     width: int
     feed_forward: int
     vocabulary: int
+    stream_bytes: int
     attention: tuple[AttentionSize, ...]
     heads: tuple[tuple[int, int] | None, ...]
 
@@ -99,7 +105,9 @@ def model_size(model: nn.Module, layers: Sequence[nn.Module]) -> ModelSize:
     if len(known) < len(sizes) or not known:
         raise ValueError(f"{len(sizes) - len(known)} of {len(sizes)} attention layers do not say how wide they are")
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    # under autocast the sum of what blocks return stays in the dtype of the embedding, unless the model casts it
+    stream = 2 if isinstance(model, Decoder) else max((table.weight.element_size() for table in tables), default=2)
     # what takes the widest input leads from the feed-forward back into the stream
     widest = max(linears, key=lambda linear: linear.in_features, default=None)
     return ModelSize(
@@ -107,7 +115,8 @@ def model_size(model: nn.Module, layers: Sequence[nn.Module]) -> ModelSize:
         used_parameters=num_used_parameters(model),
         width=widest.out_features if widest is not None else known[0].qk_width,
         feed_forward=widest.in_features if widest is not None else known[0].qk_width,
-        vocabulary=max(tables, default=0),
+        vocabulary=max((table.num_embeddings for table in tables), default=0),
+        stream_bytes=stream,
         attention=tuple(known),
         heads=tuple(kv_heads(layer) for layer in layers),
     )
@@ -174,12 +183,18 @@ def estimate_step(
     seconds = {}
     if speed is not None:
         attention = sum(
-            _attention_seconds(one, layer, num_tokens, speed) for one, layer in zip(size.attention, layers, strict=True)
+            _attention_seconds(one, heads, layer, num_tokens, speed)
+            for one, heads, layer in zip(size.attention, size.heads, layers, strict=True)
         )
         seconds = {
             "products": (flops["blocks"] + flops["head"]) / speed.products,
             "attention": attention * batch_size * accumulated / sharers * (1 + FORWARD_SHARE * recomputes),
-            "elementwise": tokens * len(layers) * size.feed_forward * speed.elementwise * again
+            "elementwise": tokens
+            * len(layers)
+            * size.feed_forward
+            * speed.elementwise
+            * again
+            * (speed.wide_stream if size.stream_bytes > 2 else 1.0)
             + tokens * size.vocabulary * LOGIT_BYTES * LOGIT_PASSES / speed.copied,
             "optimizer": OPTIMIZER_BYTES * size.num_parameters / shards / speed.copied,
         }
@@ -196,17 +211,21 @@ def estimate_step(
     return StepEstimate(flops, seconds, launch, memory)
 
 
-def _attention_seconds(size: AttentionSize, layer: LayerPlan, num_tokens: int, speed: CardSpeed) -> float:
+def _attention_seconds(
+    size: AttentionSize, heads: tuple[int, int] | None, layer: LayerPlan, num_tokens: int, speed: CardSpeed
+) -> float:
     """Of one layer and sequence, forward and backward."""
+    slower = speed.narrow if heads is not None and size.qk_width <= NARROW * heads[0] else 1.0
     if size.own_window is not None and size.own_window < num_tokens:
         return num_tokens * size.qk_width * (speed.window_token + speed.window_pair * size.own_window)
     if layer.layer_type == WINDOW and layer.window is not None:
         seen = min(layer.window + layer.sink_tokens, num_tokens)
         return num_tokens * size.qk_width * (speed.window_token + speed.window_pair * seen)
     if layer.layer_type == CHUNK and layer.window is not None:
-        return num_tokens * size.qk_width * (speed.chunk_token + speed.chunk_pair * min(layer.window, num_tokens))
+        each = speed.chunk_token + speed.chunk_pair * min(layer.window, num_tokens)
+        return num_tokens * size.qk_width * each * slower
     pairs = layer.pairs(num_tokens)
-    attend = attention_flops_per_token([size], [pairs]) * num_tokens / speed.attention
+    attend = attention_flops_per_token([size], [pairs]) * num_tokens / speed.attention * slower
     shape = layer.config.pyramid(num_tokens)
     if layer.layer_type != LIGHTHOUSE or not shape.compresses:
         return attend
@@ -236,12 +255,14 @@ def _more_kv_bytes(
 
 def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: float, recomputes: bool, shards: int) -> float:
     """The peak: what is held all along, and what the backward pass needs of `tokens` tokens."""
+    # of the stream a layer keeps two states, and of a recomputed one its input
+    wide = size.stream_bytes - 2
     kept = [
-        STREAM_BYTES * size.width
+        (STREAM_BYTES + 2 * wide) * size.width
         + FEED_FORWARD_BYTES * size.feed_forward
         + (LIGHTHOUSE_HEAD_BYTES if layer.layer_type == LIGHTHOUSE else HEAD_BYTES) * one.qk_width
         for one, layer in zip(size.attention, layers, strict=True)
     ]
-    # recomputed blocks keep their input, in 2 bytes, and one of them the rest
-    activations = 2 * size.width * len(kept) + max(kept) if recomputes else sum(kept)
+    # one of the recomputed blocks keeps the rest
+    activations = size.stream_bytes * size.width * len(kept) + max(kept) if recomputes else sum(kept)
     return (PARAMETER_BYTES * size.num_parameters / shards + activations * tokens) / GIB

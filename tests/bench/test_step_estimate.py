@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from places import RECIPES
 
 from lightning_lighthouse import LighthouseConfig
 from lightning_lighthouse.bench.card_speeds import CARDS
-from lightning_lighthouse.bench.step_estimate import LayerPlan, StepEstimate, estimate_step, model_size
+from lightning_lighthouse.bench.step_estimate import LayerPlan, ModelSize, StepEstimate, estimate_step, model_size
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.routing.targets import find_targets
 
@@ -76,6 +77,50 @@ def test_windows_and_chunks_are_met(row):
     size = model_size(model, list(find_targets(model).values()))
     found = estimate_step(size, [layer], int(row["num_tokens"]), 1, CARDS[row["device"]])
     assert found.seconds["attention"] == pytest.approx(float(row["layer_ms"]) / 1e3, rel=0.15)
+
+
+def smollm2_shaped() -> ModelSize:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+    return model_size(model, list(find_targets(model).values()))
+
+
+EXTENSION = [row for row in rows("equal_time_steps.csv") if row["part"] == "extension"]
+
+
+@pytest.mark.parametrize("row", EXTENSION, ids=lambda row: f"{row['seq_len']} {row['mode']}")
+def test_steps_of_a_pretrained_model_are_met_within_a_tenth(row):
+    mode = {"layer_types": ["dense"]} if row["mode"] == "dense" else json.loads(row["mode"])
+    types, sinks = mode["layer_types"], mode.get("sink_tokens", 0)
+    config = LighthouseConfig(combine="mean")
+    layers = [LayerPlan(types[place % len(types)], config, mode.get("window"), sinks) for place in range(30)]
+    found = estimate_step(smollm2_shaped(), layers, int(row["seq_len"]), 1, CARDS[row["gpu"]], recomputes=True)
+    assert found.step_seconds == pytest.approx(float(row["step_seconds"]), rel=0.1)
+
+
+@pytest.mark.parametrize("row", rows("extension.csv"), ids=lambda row: row["row"])
+def test_memory_of_a_pretrained_model_is_met_within_a_twentieth(row):
+    layers = [LayerPlan("dense", DEFAULT)] * 30
+    found = estimate_step(smollm2_shaped(), layers, int(row["seq_len"]), 1, CARDS[row["gpu"]], recomputes=True)
+    assert found.memory_gib == pytest.approx(float(row["peak_gib"]), rel=0.05)
+
+
+# lighthouse plan recipes/paper-98k-1gpu.yaml --probe --lighthouse.dense_layers [], on an H100: docs/use/plan.md
+@pytest.mark.parametrize(
+    ("types", "num_tokens", "step_ms", "memory_gib"),
+    [("l" * 30, 98_304, 513, 62.6), ("wwwl" * 7 + "ww", 32_768, 174, 30.5), ("d" * 30, 32_768, 549, 31.9)],
+)
+def test_what_was_probed_is_met_within_a_tenth(types, num_tokens, step_ms, memory_gib):
+    config = LighthouseConfig(top_k=1536)
+    found = estimate("paper", plan(types, config), num_tokens, device="NVIDIA H100 80GB HBM3")
+    assert found.step_seconds == pytest.approx(step_ms / 1e3, rel=0.1)
+    assert found.memory_gib == pytest.approx(memory_gib, rel=0.05)
 
 
 def test_flops_are_counted_by_part_and_more_is_never_less():
