@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from foreign import GPT, VOCABULARY, GroupedGPT
+from places import DOCS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +13,7 @@ from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.model.flops import (
     AttentionSize,
+    attention_flops_per_token,
     attention_size,
     num_used_parameters,
     pairs_inside,
@@ -161,3 +163,26 @@ def test_peaks(name, tera):
 
 def test_every_peak_says_where_it_is_from():
     assert all(source for _, _, source in PEAKS)
+
+
+# docs/use/curves.md, from tokens/s measured on an H100
+@pytest.mark.parametrize(
+    ("preset", "num_tokens", "kind", "top_k", "tokens_per_second", "mfu"),
+    [
+        ("small", 262_144, "lighthouse", None, 669_269, 0.63),
+        ("small", 262_144, "dense", None, 45_961, 0.91),
+        ("paper", 98_304, "lighthouse", 1536, 191_626, 0.56),
+        ("paper", 32_768, "dense", None, 59_687, 0.83),
+    ],
+)
+def test_the_page_has_the_mfu_of_measured_speeds(preset, num_tokens, kind, top_k, tokens_per_second, mfu):
+    with torch.device("meta"):
+        model = Decoder(preset=preset)
+    layers = list(find_targets(model).values())
+    sizes = [attention_size(layer) for layer in layers]
+    pairs = [pairs_per_token(kind, num_tokens, LighthouseConfig(top_k=top_k), None, 0) for _ in layers]
+    flops = 6 * num_used_parameters(model) + attention_flops_per_token(sizes, pairs)
+    found = flops * tokens_per_second / peak_flops("NVIDIA H100 80GB HBM3")
+    assert found == pytest.approx(mfu, abs=0.006)
+    row = f"{kind.replace('lighthouse', 'Lighthouse')} | {tokens_per_second:,} | {mfu} |"
+    assert row in (DOCS / "use" / "curves.md").read_text()

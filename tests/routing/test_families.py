@@ -215,9 +215,9 @@ def test_compiled_model(name):
     ("row", "validation", "frames"),
     [
         ("the whole model", 0, 2),
-        ("the whole model", 1, 3),
+        pytest.param("the whole model", 1, 3, marks=pytest.mark.slow),
         ("every block", 0, 2),
-        ("every block", 1, 3),
+        pytest.param("every block", 1, 3, marks=pytest.mark.slow),
         ("every block, some of them dense", 0, 3),
         ("every block, some of them dense", 1, 5),
     ],

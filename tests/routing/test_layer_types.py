@@ -94,7 +94,9 @@ def model_of(patched, cls=GPT):
     return plain
 
 
-@pytest.mark.parametrize("cls", [GPT, CheckpointedBlocks], ids=["plain", "recomputed"])
+@pytest.mark.parametrize(
+    "cls", [GPT, pytest.param(CheckpointedBlocks, marks=pytest.mark.slow)], ids=["plain", "recomputed"]
+)
 def test_compiled_models_follow_each_way_with_one_frame_a_type(cls):
     model = made(cls, 4)
     counter = CompileCounterWithBackend("aot_eager")

@@ -259,7 +259,7 @@ def test_checkpointed_blocks_have_the_gradients_of_plain_ones(use_reentrant):
     ("what", "dense_layers", "frames"),
     # first dense, routed, restored: each new phase costs one compile a frame, whatever the depth
     [
-        ("model", None, [1, 2, 2, 3]),
+        pytest.param("model", None, [1, 2, 2, 3], marks=pytest.mark.slow),
         ("block", None, [1, 2, 2, 3]),
         # dense layers are bare modules; the others carry the instance forward
         ("block", "published", [2, 3, 3, 4]),
@@ -374,7 +374,9 @@ def compiled_helper(q, k, v):
 
 
 @pytest.mark.parametrize("kind", [BreaksTheGraph, CallsACompiledHelper])
-@pytest.mark.parametrize("what", ["nothing", "model", "block", "attention"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "model", *(pytest.param(x, marks=pytest.mark.slow) for x in ("block", "attention"))]
+)
 def test_layers_of_several_or_inner_graphs_are_seen_to_be_routed(what, kind):
     torch._dynamo.reset()
     model = GPT(6)

@@ -41,7 +41,7 @@ def test_a_full_disk_stops_the_run_with_the_size_that_is_needed(server, prepared
     assert not list(folder.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=pytest.mark.slow), "validate"])
 def test_code_planted_in_a_checkpoint_never_runs(command, server, prepared, tmp_path, monkeypatch):
     folder = copy(prepared, tmp_path / "run")
     torch.save({"state_dict": {}, "planted": Planted()}, folder / "planted.ckpt")

@@ -50,8 +50,9 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("kind", "workers", "moment"),
-    [("SIGTERM", 1, "a step"), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)],
+    [("SIGTERM", 1, "a step"), *CASES],
 )
+@pytest.mark.slow
 def test_a_signal_for_all_processes_saves_the_step(kind, workers, moment, server, prepared, unbroken, tmp_path):
     folder = copy(prepared, tmp_path / "run")
     batch, hook, done = MOMENTS[moment]

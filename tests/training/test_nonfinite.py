@@ -160,6 +160,7 @@ def _nothing_compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_nothing_compiled")
 def test_the_layer_of_a_compiled_model_is_named(tmp_path):
     torch.manual_seed(0)

@@ -52,9 +52,8 @@ def test_the_recomputation_draws_what_the_forward_drew():
     )
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(GPT, marks=pytest.mark.slow), CheckpointedBlocks], ids=["plain", "checkpointed"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [GPT, CheckpointedBlocks], ids=["plain", "checkpointed"])
 def test_a_compiled_model_draws_for_each_step_without_a_recompilation(kind):
     counter = CompileCounterWithBackend("aot_eager")
     eager = steps(model(kind), range(4))

@@ -96,7 +96,7 @@ def checkpointed(q, k, v):
     return checkpoint(layer, q, k, v, use_reentrant=False)
 
 
-@pytest.mark.parametrize("call", [layer, checkpointed])
+@pytest.mark.parametrize("call", [layer, pytest.param(checkpointed, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_compiled_in_one_graph_equals_eager(call, autocast):
     qkv = draw(1, 1, 2, 83, 5)
@@ -114,11 +114,12 @@ def test_compiled_in_one_graph_equals_eager(call, autocast):
     ("backend", "dynamic", "graphs"),
     [
         ("triton", None, 2),
-        pytest.param("triton", True, 1, marks=pytest.mark.slow),
-        pytest.param("reference", None, 2, marks=pytest.mark.slow),
-        pytest.param("reference", True, 1, marks=pytest.mark.slow),
+        ("triton", True, 1),
+        ("reference", None, 2),
+        ("reference", True, 1),
     ],
 )
+@pytest.mark.slow
 def test_compiled_for_several_lengths_equals_eager(backend, dynamic, graphs):
     config = LighthouseConfig(3, 2, 4, backend=backend, selection="published")
     torch.compiler.reset()

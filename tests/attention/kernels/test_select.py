@@ -54,7 +54,7 @@ def assert_selected_alike(
     assert_same_selection(random_scores(*heads, shape, tied, seed), shape, config, step)
 
 
-@pytest.mark.parametrize("selection", ["random", "causal"])
+@pytest.mark.parametrize("selection", ["random", pytest.param("causal", marks=pytest.mark.slow)])
 def test_heads_split_over_two_calls_are_those_of_one(selection):
     config = LighthouseConfig(3, 2, 8, selection=selection)
     shape = config.pyramid(131)
@@ -83,7 +83,7 @@ def test_many_ties_and_nan_are_ranked_like_the_reference(selection, **case):
     assert_selected_alike(selection, **case, heads=(2, 1))
 
 
-@pytest.mark.parametrize("kind", ["tied", "q and k alike"])
+@pytest.mark.parametrize("kind", [pytest.param("tied", marks=pytest.mark.slow), "q and k alike"])
 def test_every_tile_follows_the_one_before(kind):
     config = LighthouseConfig(3, 2, 28, selection="causal")
     with small_tiles(7):

@@ -26,7 +26,10 @@ SHAPES = [(32, 32), (32, 16), (16, 32), (64, 16), (128, 32), (32, 128)]
 
 @on_the_cpu
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (16, 3), (37, 19), (64, 0)])
+@pytest.mark.parametrize(
+    ("window", "sinks"),
+    [(1, 0), pytest.param(16, 3, marks=pytest.mark.slow), (37, 19), pytest.param(64, 0, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("queries", "keys"), SHAPES)
 def test_any_tile_gives_the_reference(queries, keys, window, sinks, monkeypatch):
     # several parts of few tokens
