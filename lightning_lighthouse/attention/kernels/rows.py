@@ -16,8 +16,7 @@ together or not at all, next to each other, so level 0 needs one number a window
 """
 
 # B batch, H query heads, G key/value heads, R query heads a key/value head, N tokens, D head dim, L levels, W pooling
-# factor, S gathered entries, E coarsest windows in one program,
-# P slots: one a window of level 1, then one an entry of levels 1, 2, ...
+# factor, S gathered entries, E coarsest windows of a program, P slots: a window of level 1, then entries of 1, 2, ...
 
 # the arguments of a kernel get their types when it is launched
 # mypy: allow-untyped-defs
