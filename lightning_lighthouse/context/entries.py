@@ -144,7 +144,12 @@ def _reaching(stages: ModuleType, slots: Tensor, shape: PyramidShape, part: Pyra
         _rows(stages, shape, level)[0] + context.rank * part.entries(level) if context.rank else 0
         for level in range(1, part.num_levels)
     ]
-    return slots[..., last] >= 0
+    return _at(slots, last) >= 0
+
+
+def _at(x: Tensor, places: list[int]) -> Tensor:
+    """`x[..., places]`: torch would copy such a list to the device, and wait for all that the device has to do."""
+    return torch.stack([x[..., place] for place in places], -1)
 
 
 def _scatter(
@@ -163,7 +168,7 @@ def _scatter(
     levels, window = part.num_levels, part.window(part.num_levels - 1)
     heads = o_BHsD.shape[1] // reaching_BGL.shape[1]
     last = [_rows(stages, part, level)[0] + part.entries(level) - 1 for level in range(1, levels)]
-    rows_BHL = own.slots[..., last].repeat_interleave(heads, 1).clamp(min=0).long()
+    rows_BHL = _at(own.slots, last).repeat_interleave(heads, 1).clamp(min=0).long()
     sent_BHLD = o_BHsD.gather(2, rows_BHL.unsqueeze(-1).expand(-1, -1, -1, o_BHsD.shape[3]))
     # of all ranks, though one is enough: every rank then takes part, whatever a compiler leaves out
     fronts = all_gather(sent_BHLD, context.size, context.group)
