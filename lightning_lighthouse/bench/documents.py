@@ -161,7 +161,7 @@ def agreeing_rivals(layer: Layer, config: LighthouseConfig) -> dict[str, Offer]:
         try:
             attend = offer(num_tokens)
             problem = None if attend is None else _dense_difference(layer, num_tokens, documents, attend)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             problem = str(error).splitlines()[0]
         if problem is None:
             agreeing[name] = offer
@@ -298,7 +298,7 @@ def measure_ways(
             if layer.device.type == "cuda":
                 device[name] = mean_device_ms(both, layer, count)
             runs[name] = all_of(forward, count), both_of_all
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             if name in ("masked", "lighthouse") and not isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]

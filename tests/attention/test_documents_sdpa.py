@@ -8,9 +8,9 @@ import pytest
 import torch
 from drawn import draw
 from packed import documents_of, spans
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
-from torch.library import opcheck
 
 from lightning_lighthouse import Documents
 from lightning_lighthouse.attention import documents_backends, host_tables
@@ -180,7 +180,7 @@ def test_autocast_is_heeded():
 def test_the_operator_is_well_formed():
     q, k, v = (x.requires_grad_() for x in draw(2, 2, 1, 9))
     operator = torch.ops.lightning_lighthouse.attend_documents.default
-    opcheck(operator, (q, k, v, Documents([[4, 5], [9]]).host, 0.5, "auto", [], ""))
+    library.opcheck(operator, (q, k, v, Documents([[4, 5], [9]]).host, 0.5, "auto", [], ""))
 
 
 @pytest.mark.slow

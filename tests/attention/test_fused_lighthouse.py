@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiers import with_few_quick
-from torch.library import opcheck
+from torch import library
 from twins import LAYOUTS, draw
 
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention
@@ -192,4 +192,4 @@ def test_the_operator_is_as_torch_wants_it(name):
         more.get("first_head", 0), rotation.distance if rotation else 0, config.combine == "mean", more.get("scale"),
         "cpu",
     )  # fmt: skip
-    opcheck(fused_lighthouse.lighthouse_fwd.op, arguments)
+    library.opcheck(fused_lighthouse.lighthouse_fwd.op, arguments)

@@ -15,7 +15,7 @@ from packed import CASES, documents_of, packed_case, run
 from places import ROOT
 from selecting import small_tiles
 from tiers import with_few_quick
-from torch.library import opcheck
+from torch import library
 from twins import DEVICE
 
 from lightning_lighthouse import Documents, LighthouseConfig
@@ -215,13 +215,15 @@ def test_operators_are_well_formed():
     operators = torch.ops.lightning_lighthouse
     arguments = (q, k, documents.host, *packing, True, 0, None, 0)
     utils = ("test_schema", "test_faketensor")
-    opcheck(operators.select_documents.default, arguments, test_utils=utils)
+    library.opcheck(operators.select_documents.default, arguments, test_utils=utils)
     slots = operators.select_documents(*arguments)
     x = k.requires_grad_()
     rest = (slots, documents.host, *packing)
-    opcheck(operators.gather_documents.default, (x, *rest, None, 0), test_utils=(*utils, "test_autograd_registration"))
+    library.opcheck(
+        operators.gather_documents.default, (x, *rest, None, 0), test_utils=(*utils, "test_autograd_registration")
+    )
     xs = operators.gather_documents(x, *rest, None, 0)
-    opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
+    library.opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
 
 
 @pytest.mark.slow
