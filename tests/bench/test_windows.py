@@ -40,7 +40,8 @@ def test_windows_are_measured_printed_and_written(tmp_path: Path, capsys: pytest
     is_dense = [(row["num_tokens"], row["window"], row["sink_tokens"]) == ("67", "64", "4") for row in rows]
     assert [row["layer_ms"] == row["layer_forward_ms"] == row["times_dense"] == "" for row in rows] == is_dense
     for row in rows:
-        assert min(float(row["dense_ms"]), float(row["dense_forward_ms"])) > 0
+        # forward + backward is more than forward; half of it allows for a busy CPU
+        assert float(row["dense_ms"]) > float(row["dense_forward_ms"]) / 2 > 0
         # nothing of others runs on a CPU, whose memory is not measured
         others = ("varlen_ms", "varlen_forward_ms", "flex_ms", "flex_forward_ms", "of_varlen", "of_flex")
         assert {row[name] for name in (*others, "dense_peak_mib", "layer_peak_mib")} == {""}
@@ -57,7 +58,7 @@ def test_chunks_are_measured(tmp_path: Path) -> None:
     assert bench.main(asked) == 0
     (row,) = read_rows(path)
     assert (row["type"], row["window"], row["sink_tokens"], row["dense_ms"]) == ("chunk", "64", "0", "")
-    assert min(float(row["layer_ms"]), float(row["layer_forward_ms"])) > 0
+    assert float(row["layer_ms"]) > float(row["layer_forward_ms"]) / 2 > 0
 
 
 def test_the_word_layer_changes_nothing() -> None:
