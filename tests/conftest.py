@@ -6,10 +6,12 @@ import os
 
 import pytest
 import torch
+from interpreter import patch_once_a_launch
 
 # Triton reads this once, when it is first imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
