@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ def _imports_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     from jsonargparse import _common
 
     monkeypatch.setattr(_common, "parsing_settings", dict(_common.parsing_settings))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_end_soon() -> Iterator[None]:
+    """A loader that an exception left behind waits so long for its workers, which never hear of it: 5 s in torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+        yield
 
 
 @pytest.fixture(scope="session")
