@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -59,41 +61,53 @@ def module_logits(name: str, tokens: torch.Tensor) -> torch.Tensor:
         return module.eval()(tokens)
 
 
+TEXTS = {"decoder": "th\u00e9\n", "pretrained": "the same text"}
 LOAD = """
 import sys, torch
 sys.modules["lightning_lighthouse"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-print(tokenizer(sys.argv[4])["input_ids"])
+for folder, text in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(torch.load("tokens.pt")).logits
+    torch.save({"logits": logits, "ids": tokenizer(text)["input_ids"]}, folder + ".pt")
 """
 
 
-def test_a_process_without_this_package_loads_the_same_model(name: str, tmp_path: Path, capsys: Any) -> None:
-    assert cli.main(["export", str(RUN), str(tmp_path / "out")]) == 0
-    assert "LlamaForCausalLM, from" in capsys.readouterr().out
-    tokens = draw_tokens(2, 64)
-    torch.save(tokens, tmp_path / "tokens.pt")
-    text = "the same text" if name == "pretrained" else "thé\n"
-    command = [sys.executable, "-c", LOAD, *(str(tmp_path / file) for file in ("out", "tokens.pt", "logits.pt")), text]
+@pytest.fixture(scope="module")
+def elsewhere(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each run's export, and what a process without this package makes of it."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, run in runs.items():
+            patch.chdir(run)
+            with redirect_stdout(io.StringIO()) as printed:
+                assert cli.main(["export", str(RUN), str(folder / name)]) == 0
+            assert "LlamaForCausalLM, from" in printed.getvalue()
+    torch.save(draw_tokens(2, 64), folder / "tokens.pt")
+    command = [sys.executable, "-c", LOAD, *(word for name in runs for word in (name, TEXTS[name]))]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    logits, expected = torch.load(tmp_path / "logits.pt"), module_logits(name, tokens)
+    return folder
+
+
+def test_a_process_without_this_package_loads_the_same_model(name: str, elsewhere: Path) -> None:
+    loaded = torch.load(elsewhere / f"{name}.pt")
+    expected = module_logits(name, draw_tokens(2, 64))
     if name == "pretrained":
-        assert torch.equal(logits, expected)
-        assert json.loads(done.stdout) == [0, 1, 2]
+        assert torch.equal(loaded["logits"], expected)
+        assert loaded["ids"] == [0, 1, 2]
     else:
         # three products there where one is here
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-        assert json.loads(done.stdout) == list(text.encode())
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+        torch.testing.assert_close(loaded["logits"], expected, rtol=1e-4, atol=1e-5)
+        assert loaded["ids"] == list(TEXTS[name].encode())
+    config = json.loads((elsewhere / name / "config.json").read_text())
     assert config["max_position_embeddings"] == 64
     assert config["rope_parameters"]["rope_theta"] == (500000.0 if name == "pretrained" else 10000.0)
-    assert (tmp_path / "out" / "generation_config.json").is_file()
-    assert not list(tmp_path.glob(".out*"))
+    assert (elsewhere / name / "generation_config.json").is_file()
+    assert not list(elsewhere.glob(".*"))
 
 
 def test_a_checkpoint_the_final_weights_and_the_run_are_one(name: str, tmp_path: Path) -> None:
