@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_parts import RECIPE, refusal, run, steps
+from cli_parts import RECIPE, refusal, steps
 
 from lightning_lighthouse.cli import commands as cli
 
@@ -225,19 +225,19 @@ def test_debug_shows_where_a_line_comes_from(capsys, monkeypatch, how):
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
-def test_a_signal_has_its_status_and_saves_the_last_step(name, status):
+def test_a_signal_has_its_status_and_saves_the_last_step(name, status, server, folder):
     if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         pytest.skip(f"started where {name} is ignored, as nohup and & do, and so is every child")
-    done = run("fit", "-c", "recipe.yaml", "--model.fault", name)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
+    ended, err = server.run(folder, "--model.fault", name)
+    assert ended == status, err
+    assert "Traceback" not in err
     assert steps("runs/recipe/version_0/checkpoints/last.ckpt") == 3
 
 
 @pytest.mark.slow
-def test_a_sigterm_for_one_rank_stops_all_after_the_same_step():
+def test_a_sigterm_for_one_rank_stops_all_after_the_same_step(server, folder):
     flags = ["--trainer.devices", "2", "--trainer.max_steps", "1000", "--model.fault", "SIGTERM"]
-    done = run("fit", "-c", "recipe.yaml", *flags)
-    assert done.returncode == 143, done.stderr
-    assert "Traceback" not in done.stderr
+    ended, err = server.run(folder, *flags)
+    assert ended == 143, err
+    assert "Traceback" not in err
     assert steps("runs/recipe/version_0/checkpoints/last.ckpt") == 3

@@ -340,7 +340,7 @@ class PartlyWrittenOut(SelfAttention):
 
 @pytest.mark.parametrize("what", ["nothing", "model", "block", "attention"])
 def test_one_layer_that_calls_no_sdpa_is_noticed_among_others(what):
-    model = GPT(6)
+    model = GPT(3)
     for block in model.blocks:
         block.attn.__class__ = PartlyWrittenOut
     model.blocks[2].attn.calls_sdpa = False
@@ -379,7 +379,7 @@ def compiled_helper(q, k, v):
 )
 def test_layers_of_several_or_inner_graphs_are_seen_to_be_routed(what, kind):
     torch._dynamo.reset()
-    model = GPT(6)
+    model = GPT(2)
     x = tokens()
     with patch_attention(model, CONFIG):
         routed = run(model, x)
@@ -396,7 +396,7 @@ def test_layers_of_several_or_inner_graphs_are_seen_to_be_routed(what, kind):
 
 
 def test_a_second_audit_of_a_compiled_model_remembers_the_first():
-    model = GPT()
+    model = GPT(2)
     model.compile(backend="eager", fullgraph=True)
     # the second time the graph is cached: nothing is traced, no note is left
     for _ in range(2):
