@@ -46,6 +46,11 @@ CASES = {
     "even": {
         "seq_len": 1024,
         "callback": {"attention": LighthouseConfig(top_k=128)},
+        "module": {"checkpoint": "block"},
+    },
+    "even-compiled": {
+        "seq_len": 1024,
+        "callback": {"attention": LighthouseConfig(top_k=128)},
         "module": {"checkpoint": "block", "compile": True},
         "backend": "aot_eager",
     },

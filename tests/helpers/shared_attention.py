@@ -104,6 +104,11 @@ def attend(layer: nn.Module, x: Tensor, weights: Tensor, case: dict, step: int =
     return [out.detach(), x.grad, layer.qkv.weight.grad.clone()]
 
 
+def blank(layer: nn.Module, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Room for what `attend` returns."""
+    return [torch.empty(like.shape, dtype=like.dtype) for like in (weights, x, layer.qkv.weight)]
+
+
 def work(rank: int, ranks: int, folder: str, cases: dict[str, dict], dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -119,7 +124,10 @@ def work(rank: int, ranks: int, folder: str, cases: dict[str, dict], dtype: torc
         x = (x * torch.randn(BATCH, tokens, 1, generator=draw, dtype=torch.float64).exp()).to(dtype)
         weights = torch.randn(BATCH, tokens, heads * DIM, generator=draw, dtype=dtype)
         mine = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
-        whole = attend(layer, x, weights, case)
+        # by one rank, which the others would repeat
+        whole = attend(layer, x, weights, case) if rank == 0 else blank(layer, x, weights)
+        for tensor in whole:
+            dist.broadcast(tensor, 0)
         with context_parallel(dist.group.WORLD) as context:
             shared = attend(layer, x[:, mine], weights[:, mine], case)
             assert current() is context

@@ -41,8 +41,8 @@ def runs(tmp_path_factory) -> Path:
         "context_run.py",
         str(folder),
         "one:1:1:plain,local,even,accumulated,saved,recipe",
-        "ddp:2:2:plain,local,even,recomputed,compiled,inductor,accumulated,saved,resumed-one",
-        "fsdp:2:2:plain,local,even",
+        "ddp:2:2:plain,local,even-compiled,recomputed,compiled,inductor,accumulated,saved,resumed-one",
+        "fsdp:2:2:plain,local,even-compiled",
         # more ranks than key/value heads
         "ddp:4:4:plain,local,even,saved,resumed-one",
         "fsdp:4:4:plain",
@@ -61,10 +61,11 @@ def result(runs: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "alone"),
     [
-        *((f"ddp2-{case}", case) for case in ("plain", "local", "even", "accumulated")),
+        *((f"ddp2-{case}", case) for case in ("plain", "local", "accumulated")),
         *((f"ddp2-{case}", "plain") for case in ("recomputed", "compiled")),
-        ("ddp2-inductor", "even"),
-        *((f"fsdp2-{case}", case) for case in ("plain", "local", "even")),
+        *((f"ddp2-{case}", "even") for case in ("even-compiled", "inductor")),
+        *((f"fsdp2-{case}", case) for case in ("plain", "local")),
+        ("fsdp2-even-compiled", "even"),
         *((f"{kind}4by2-plain", "plain") for kind in ("ddp", "fsdp")),
         *((f"ddp4-{case}", case) for case in ("plain", "local", "even")),
         ("fsdp4-plain", "plain"),
