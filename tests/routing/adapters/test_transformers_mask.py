@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CONFIG, GROUPED, LAYERS, Logits, build_transformers, transformers_by_hand
+from families import CONFIG, GROUPED, Logits, build_transformers, transformers_by_hand
 from foreign import VOCABULARY, ForeignModule, ResumableLoader
 from lightning.pytorch import Trainer as LightningTrainer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -17,6 +17,8 @@ from lightning_lighthouse.checks import SettingError
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 TOKENS = 97
+# a graph of the whole model takes as long as it has layers
+LAYERS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def _nothing_left_behind():
 
 
 def llama():
-    return build_transformers("LlamaConfig", **GROUPED).model
+    return build_transformers("LlamaConfig", **GROUPED | {"num_hidden_layers": LAYERS}).model
 
 
 def tokens(seed=0):
