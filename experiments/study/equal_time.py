@@ -4,7 +4,8 @@
         --validation_source books-val.jsonl.gz --seconds 120 --minutes 9 --gpus 0 1
     python experiments/study/equal_time.py from_nothing --source ... --validation_source ...
 
-Each GPU runs one training at a time, through `lighthouse fit`. The steps of each phase are timed once for each length
+Each GPU trains one at a time, through `lighthouse fit`; with `--beside 2` the next one starts and compiles meanwhile,
+and waits for its turn (`turns.py`). The steps of each phase are timed once for each length
 and kind of GPU by a short training of their own, kept in `equal_time_steps.csv`; how many of them fill a phase's share
 of the time follows. Each training that ends appends its row to `PART.csv`, and what was measured at its switches and
 its end to `PART_measures.csv`; one that died leaves nothing there and is done again. `equal_time_table.py` makes tables
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 from equal_time_results import measures, summary, timed_steps
-from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, read_part
+from equal_time_rows import PROBE_STEPS, Row, fill, fit_flags, known_steps, probe_flags, read_part
 from run import append, forget
 
 from lightning_lighthouse.cli.fit import drop_notices
@@ -105,12 +106,23 @@ class Runner:
         flags = ["--data.source", str(folder), "--data.tokenizer", tokenizer]
         return [*flags, "--model.model", asked.model] if asked.model else flags
 
-    def fit(self, name: str, flags: Sequence[str], gpu: str | None) -> Path | None:
-        """Train in a process of its own; the folder of its logs, None where it failed."""
-        runs = self.arguments.runs
+    def fit(self, name: str, flags: Sequence[str], first_steps: Sequence[int], gpu: str | None) -> Path | None:
+        """Train in a process of its own; the folder of its logs, None where it failed.
+
+        Args:
+            name: Of its files.
+            flags: Of `lighthouse fit`.
+            first_steps: Of its phases.
+            gpu: Where.
+        """
+        runs = self.arguments.runs.absolute()
         flags = [*flags, "--trainer.logger.init_args.save_dir", str(runs)]
         flags += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", "0"]
-        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        turns = {"lock": runs / f"gpu-{gpu or 0}.lock", "first_steps": list(first_steps)}
+        flags += ["--trainer.callbacks+=turns.Turns"]
+        flags += [f"--trainer.callbacks.init_args.{key}={value}" for key, value in turns.items()]
+        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": paths} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         runs.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with (runs / f"{name}.log").open("w") as log:
@@ -135,7 +147,9 @@ class Runner:
             return known
         if not is_asked:
             return None
-        folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", [*probe_flags(row, unknown), *self.where(row)], gpu)
+        flags = [*probe_flags(row, unknown), *self.where(row)]
+        firsts = range(0, PROBE_STEPS * len(unknown), PROBE_STEPS)
+        folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", flags, firsts, gpu)
         if folder is None:
             return None
         return known | self.note_steps(row, folder, unknown)
@@ -153,16 +167,18 @@ class Runner:
     def has_time(self, row: Row, gpu: str | None) -> bool:
         """Whether a row would end before the deadline."""
         probing = 0 if self.step_seconds(row, gpu, is_asked=False) is not None else PROBE_SECONDS
-        return time.monotonic() + probing + row.most_seconds <= self.deadline
+        # those beside it take turns with it
+        return time.monotonic() + probing + self.arguments.beside * row.most_seconds <= self.deadline
 
     def run(self, row: Row, gpu: str | None) -> bool:
         """Train a row, and append what came out; whether it ended well."""
         paces = self.step_seconds(row, gpu)
         if paces is None:
             return False
-        flags = [*fit_flags(row, fill(row, paces), row.part.num_samples), *self.where(row)]
+        steps = fill(row, paces)
+        flags = [*fit_flags(row, steps, row.part.num_samples), *self.where(row)]
         started = time.monotonic()
-        folder = self.fit(row.name, flags, gpu)
+        folder = self.fit(row.name, flags, [0, *steps.ends], gpu)
         if folder is None:
             return False
         wall = time.monotonic() - started
@@ -178,7 +194,7 @@ class Runner:
         beside = wall - line["seconds"] - evaluating
         print(
             f"{row.name}: {line['seconds']:.0f} s, validation loss {line['val_loss']}; evaluations {evaluating:.0f} s, "
-            f"start, compilation and validations {beside:.0f} s",
+            f"start, compilation, validations and waiting {beside:.0f} s",
             flush=True,
         )
         return True
@@ -239,7 +255,8 @@ def main() -> int:
     add("--start_seconds", type=float, help="of a row beside training and evaluation, instead of the part's")
     add("--sample_seconds", type=float, help="of one sample of an evaluation, instead of the part's")
     add("--flags", default="", help="what lighthouse fit is given beside, in one word")
-    add("--gpus", nargs="*", default=[None], help="GPUs, one training on each (default: all to one)")
+    add("--gpus", nargs="*", default=[None], help="GPUs to train on (default: all to one training)")
+    add("--beside", type=int, default=1, help="trainings on a GPU that take turns (default: %(default)s)")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
     add("--num_workers", type=int, default=4, help="processes that prepare data (default: %(default)s)")
     add("--runs", type=Path, default=Path("runs/equal-time"), help="data and log folders (default: %(default)s)")
@@ -255,7 +272,8 @@ def main() -> int:
     for row in rows_asked(arguments):
         if row.name not in done:
             waiting.put(row)
-    workers = [threading.Thread(target=runner.work, args=(waiting, gpu)) for gpu in arguments.gpus]
+    gpus = [gpu for gpu in arguments.gpus for _ in range(arguments.beside)]
+    workers = [threading.Thread(target=runner.work, args=(waiting, gpu)) for gpu in gpus]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
+import lightning as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 from places import ROOT
 
 STUDY = ROOT / "experiments" / "study"
@@ -67,6 +72,51 @@ def test_only_what_is_not_known_is_probed(rows):
     assert rows.known_steps(lines, "extension", 65536, "card") == {first: 0.25}
 
 
+class Watch(L.Callback):
+    """Notes whether somebody holds the lock when a step begins; frees what it was given after the first has begun."""
+
+    def __init__(self, lock, other):
+        self.lock, self.is_held = lock, []
+        self.seconds, self.free = 0.0, threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
+
+    def on_train_batch_start(self, *_):
+        self.is_held.append(is_held(self.lock))
+        if len(self.is_held) == 1:
+            self.begin = time.monotonic()
+            self.free.start()
+
+    def on_train_batch_end(self, *_):
+        self.seconds = self.seconds or time.monotonic() - self.begin
+
+
+def is_held(lock):
+    with lock.open("a") as other:
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_only_steps_that_compile_run_beside_another_training(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(STUDY))
+    from turns import Turns
+
+    lock = tmp_path / "gpu.lock"
+    with lock.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        watch = Watch(lock, other)
+        trainer = L.Trainer(
+            max_steps=5, accelerator="cpu", callbacks=[Turns(str(lock), [0, 3]), watch], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(BoringModel())
+    # before the first step it is the other one that holds it
+    assert watch.is_held == [True, True, True, False, True]
+    assert watch.seconds >= 0.3
+    assert not is_held(lock)
+
+
 def read(path):
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
@@ -79,6 +129,7 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     command = [sys.executable, "experiments/study/equal_time.py", "from_nothing", "--only", "mixed-lighthouse"]
     command += ["--source", tmp_path / "text.jsonl", "--validation_source", tmp_path / "text.jsonl"]
     command += ["--seq_len", "256", "--seconds", "1", "--num_samples", "2", "--num_workers", "0", "--flags", FLAGS]
+    command += ["--beside", "2"]
     command += ["--runs", tmp_path / "runs", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for is_first in (True, False):
