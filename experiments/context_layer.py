@@ -27,8 +27,9 @@ from lightning_lighthouse.attention.windows import window_attention
 from lightning_lighthouse.bench.timing import Layer, durations_ms, make_inputs, mark, synchronize
 from lightning_lighthouse.context.edges import shared_window
 from lightning_lighthouse.context.entries import can_exchange_entries, exchange_entries
-from lightning_lighthouse.context.exchange import exchange_tokens, heads_to_tokens, tokens_to_heads
+from lightning_lighthouse.context.exchange import exchange_tokens, heads_to_tokens, num_neighbours, tokens_to_heads
 from lightning_lighthouse.context.group import Context
+from lightning_lighthouse.context.queries import exchange_queries, shared_lighthouse
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARMUP, CALLS = 3, 10
@@ -72,7 +73,8 @@ def main() -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[98_304, 262_144], help="N (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query and key/value heads (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: as many)")
     parser.add_argument("--window", type=int, default=512, help="of the windows (default: %(default)s)")
     parser.add_argument("--dense_up_to", type=int, default=262_144, help="longest dense sequence")
     parser.add_argument("--trace", metavar="FORM", help="print what takes the time of this one, by name")
@@ -84,7 +86,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     context = Context.of(dist.distributed_c10d._get_default_group())
-    layer = Layer(arguments.heads, arguments.heads, 128, torch.bfloat16, device)
+    layer = Layer(arguments.heads, arguments.kv_heads or arguments.heads, 128, torch.bfloat16, device)
     rows = []
     for num_tokens in arguments.lengths:
         rows += measure(layer, num_tokens, context, arguments)
@@ -99,6 +101,8 @@ def main() -> None:
 def measure(layer: Layer, num_tokens: int, context: Context, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """The rows of one length."""
     config = LighthouseConfig()
+    # as in routing: with fewer key/value heads than ranks, these share the queries out too
+    is_by_heads = num_neighbours(layer.kv_heads, context) == context.size
     q, k, v, whole_dout = make_inputs(layer, num_tokens, seed=0)
     whole = [q, k, v]
     own = slice(context.rank * num_tokens // context.size, (context.rank + 1) * num_tokens // context.size)
@@ -117,14 +121,24 @@ def measure(layer: Layer, num_tokens: int, context: Context, arguments: argparse
     def windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return window_attention(q, k, v, arguments.window)
 
+    def dense_shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if is_by_heads:
+            return exchange_tokens(dense, q, k, v, context)
+        return exchange_queries(q, k, v, context, scale=None, sdpa="auto")
+
+    def lighthouse_shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if is_by_heads:
+            return exchange_tokens(lighthouse, q, k, v, context)
+        return shared_lighthouse(q, k, v, config, context)
+
     forms: list[tuple[str, Attend, Attend]] = [
-        ("lighthouse, tokens", lighthouse, lambda q, k, v: exchange_tokens(lighthouse, q, k, v, context)),
+        ("lighthouse, tokens", lighthouse, lighthouse_shared),
         ("windows, edges", windows, lambda q, k, v: shared_window(q, k, v, context, arguments.window)),
     ]
     if can_exchange_entries(config, num_tokens // context.size, context):
         forms.append(("lighthouse, entries", lighthouse, lambda q, k, v: exchange_entries(q, k, v, config, context)))
     if num_tokens <= arguments.dense_up_to:
-        forms.insert(0, ("dense, tokens", dense, lambda q, k, v: exchange_tokens(dense, q, k, v, context)))
+        forms.insert(0, ("dense, tokens", dense, dense_shared))
     rows: list[dict[str, object]] = []
     for name, alone, shared in forms:
         expected = alone(q, k, v)[:, :, own]
@@ -139,17 +153,19 @@ def measure(layer: Layer, num_tokens: int, context: Context, arguments: argparse
         rows.append({"what": name, "ms_of_one": one, "ms": several, "speedup": one / several, "difference": difference})
 
     share = config.pyramid(num_tokens).num_gathered // context.size
-    for name, count in (("exchange of tokens", num_tokens // context.size), ("exchange of entries", share)):
+    exchanges = (("exchange of tokens", num_tokens // context.size), ("exchange of entries", share))
+    for name, count in exchanges if is_by_heads else ():
         few = [x[:, :, :count] for x in part]
         heads = tokens_to_heads(few[0], few[1], few[2], context)[0]
         there = slowest(partial(tokens_to_heads, few[0], few[1], few[2], context), layer.device)
         back = slowest(partial(heads_to_tokens, heads, context), layer.device)
-        sent = 4 * layer.heads * layer.head_dim * 2 * count * (context.size - 1) / context.size
+        sent = 2 * (layer.heads + layer.kv_heads) * layer.head_dim * 2 * count * (context.size - 1) / context.size
         rows.append(
             {"what": name, "ms": there + back, "mib_sent": sent / 2**20, "gb_per_s": sent / (there + back) / 1e6}
         )
     fields = (
         "what",
+        "kv_heads",
         "num_tokens",
         "ranks",
         "ms_of_one",
@@ -160,7 +176,12 @@ def measure(layer: Layer, num_tokens: int, context: Context, arguments: argparse
         "gb_per_s",
         "device",
     )
-    found = {"num_tokens": num_tokens, "ranks": context.size, "device": name_of(layer.device)}
+    found = {
+        "num_tokens": num_tokens,
+        "kv_heads": layer.kv_heads,
+        "ranks": context.size,
+        "device": name_of(layer.device),
+    }
     rows = [{field: {**found, **row}.get(field) for field in fields} for row in rows]
     if context.rank == 0:
         for row in rows:
