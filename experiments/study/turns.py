@@ -49,5 +49,7 @@ class Turns(L.Callback):
 
     def _release(self) -> None:
         if self._held is not None:
+            # closing is not enough: processes that read data, forked meanwhile, have the file open too
+            fcntl.flock(self._held, fcntl.LOCK_UN)
             self._held.close()
             self._held = None

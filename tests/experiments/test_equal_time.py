@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -78,12 +79,16 @@ class Watch(L.Callback):
     def __init__(self, lock, other):
         self.lock, self.is_held = lock, []
         self.seconds, self.free = 0.0, threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
+        self.forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
 
     def on_train_batch_start(self, *_):
         self.is_held.append(is_held(self.lock))
         if len(self.is_held) == 1:
             self.begin = time.monotonic()
             self.free.start()
+        if len(self.is_held) == 2:
+            # as loaders fork processes while the lock is held
+            self.forked.start()
 
     def on_train_batch_end(self, *_):
         self.seconds = self.seconds or time.monotonic() - self.begin
@@ -115,6 +120,8 @@ def test_only_steps_that_compile_run_beside_another_training(monkeypatch, tmp_pa
     assert watch.is_held == [True, True, True, False, True]
     assert watch.seconds >= 0.3
     assert not is_held(lock)
+    assert watch.forked.is_alive()
+    watch.forked.kill()
 
 
 def read(path):
