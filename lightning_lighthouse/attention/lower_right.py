@@ -9,12 +9,14 @@ below SDPA, so that no mask is made there: flash and the memory-efficient one; c
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lighthouse.attention.inputs import plain
+from lightning_lighthouse.attention.operators import Operator
 from lightning_lighthouse.attention.sdpa import BACKENDS, ask_torch, causal_sdpa, masked_sdpa
 from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.notices import log_once
@@ -58,12 +60,47 @@ def lower_right_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, ba
     if chosen == "efficient":
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = aten._efficient_attention_forward(
-            q, k, v, None, None, None, None, None, 0.0, FROM_LOWER_RIGHT, True, scale=factor
-        )[0]
-        return out.transpose(1, 2)
+        attended: Tensor = _efficient(q, k, v, factor)
+        return attended.transpose(1, 2)
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
     return masked_sdpa(q, k, v, mask, scale=scale, backend="math" if q.device.type == "cuda" else backend)
+
+
+def _lower_right_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._efficient_attention_forward(
+        q, k, v, None, None, None, None, None, 0.0, FROM_LOWER_RIGHT, True, scale=scale
+    )
+    return out, lse
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, ctx.scale = inputs
+    ctx.save_for_backward(*qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _lower_right_efficient_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # the state of a generator; without dropout nobody reads it
+    state = q.new_empty((), dtype=torch.int64)
+    dq, dk, dv, _ = aten._efficient_attention_backward(
+        dout, q, k, v, None, out, None, None, q.shape[1], k.shape[1], lse, 0.0, state, state, FROM_LOWER_RIGHT, False,
+        scale=scale,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+_efficient_bwd = Operator(_lower_right_efficient_bwd, lambda dout, q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
+
+
+def _backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    return *_efficient_bwd(dout, q, k, v, out, lse, ctx.scale), None
+
+
+# torch's own operator does not compile: what tells the shapes of its backward (2.14) lacks an argument
+_efficient = Operator(_lower_right_efficient, _lower_right_efficient, _keep, _backward, keeps=True)
 
 
 @torch.compiler.assume_constant_result

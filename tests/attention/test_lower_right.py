@@ -70,18 +70,21 @@ def test_the_kernel_is_one_that_knows_the_mask(backend, able, chosen, monkeypatc
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dim", [64, 36])
 @pytest.mark.parametrize(
-    ("backend", "dtype", "error"),
+    ("backend", "dtype", "dim", "error"),
     [
-        ("auto", torch.bfloat16, 2e-2),
-        ("flash", torch.float16, 4e-3),
-        ("efficient", torch.bfloat16, 2e-2),
-        ("auto", torch.float32, 5e-5),
-        ("auto", torch.float64, 1e-12),
+        ("auto", torch.bfloat16, 64, 2e-2),
+        ("auto", torch.bfloat16, 36, 2e-2),
+        ("flash", torch.float16, 64, 4e-3),
+        ("flash", torch.float16, 36, 4e-3),
+        # in eights of channels only
+        ("efficient", torch.bfloat16, 64, 2e-2),
+        ("auto", torch.float32, 64, 5e-5),
+        ("auto", torch.float32, 36, 5e-5),
+        ("auto", torch.float64, 64, 1e-12),
     ],
 )
-def test_every_kernel_on_a_gpu_is_that_of_float64(backend, dtype, error, dim, is_compiled):
+def test_every_kernel_on_a_gpu_is_that_of_float64(backend, dtype, dim, error, is_compiled):
     torch.compiler.reset()
     q, k, v = draw(dtype, "cuda", dim, 517)
     call = lambda q, k, v: lower_right_sdpa(q[:, :, 300:], k, v, scale=0.1, backend=backend)  # noqa: E731
