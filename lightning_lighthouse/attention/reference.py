@@ -218,14 +218,17 @@ def _gather_one(x_BHND: Tensor, selection: Selection, shape: PyramidShape, rotat
     return _take_rows(pyramid_BHMD, rows_BHS).to(x_BHND.dtype)
 
 
-def scatter(o_BHSD: Tensor, selection: Selection, shape: PyramidShape, config: LighthouseConfig) -> Tensor:
+def scatter(
+    o_BHSD: Tensor, selection: Selection, shape: PyramidShape, config: LighthouseConfig, front: int = 0
+) -> Tensor:
     """Return the outputs to the tokens: `[B, H, S, D] -> [B, H, N, D]`.
 
     Entry (l, i) adds to tokens `[i p^l + p^l - 1, i p^l + 2 p^l - 2]`, cut at N - 1: the shift keeps a summary from
     the tokens of its own window, whose future it contains. Seen from a token, each level has at most one such entry.
+    The tokens of the first `front` coarsest windows are left out.
     """
     dtype = sum_dtype(o_BHSD.dtype)
-    tokens = torch.arange(shape.num_tokens, device=o_BHSD.device)
+    tokens = torch.arange(front * shape.window(shape.num_levels - 1), shape.num_tokens, device=o_BHSD.device)
     out_BHND = torch.zeros((), dtype=dtype, device=o_BHSD.device)
     fan_in_BHN1 = torch.zeros((), dtype=dtype, device=o_BHSD.device)
     for level in range(shape.num_levels):

@@ -11,7 +11,6 @@ to the rank's tokens with the last entries of the rank before, which reach over 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +25,8 @@ from lightning_lighthouse.attention.pyramid import PyramidShape, ceil_div
 from lightning_lighthouse.attention.rotation import Rotation, check_rotation
 from lightning_lighthouse.attention.sdpa import causal_sdpa
 from lightning_lighthouse.context.collectives import all_gather
-from lightning_lighthouse.context.exchange import exchange_tokens, num_neighbours
+from lightning_lighthouse.context.exchange import heads_to_shares, num_neighbours, tokens_to_heads
+from lightning_lighthouse.context.fronts import append_front
 from lightning_lighthouse.context.group import Context
 from lightning_lighthouse.context.queries import exchange_queries
 from lightning_lighthouse.notices import log_once
@@ -84,10 +84,11 @@ def exchange_entries(
     qs, ks, vs = stages.gather(q_BHnD, k_BGnD, v_BGnD, own, part, rotation)
     if num_neighbours(ks.shape[1], context) < context.size:
         o_BHsD = exchange_queries(qs, ks, vs, context, scale=scale, sdpa=config.sdpa)
+        shares = o_BHsD.permute(2, 0, 1, 3).unsqueeze(0)
     else:
-        attend = partial(causal_sdpa, scale=scale, backend=config.sdpa)
-        o_BHsD = exchange_tokens(attend, qs, ks, vs, context)
-    return _scatter(stages, o_BHsD, own, _reaching(stages, whole.slots, shape, part, context), part, config, context)
+        q, k, v = tokens_to_heads(qs, ks, vs, context)
+        shares = heads_to_shares(causal_sdpa(q, k, v, scale=scale, backend=config.sdpa), context)
+    return _scatter(stages, shares, own, _reaching(stages, whole.slots, shape, part, context), part, config, context)
 
 
 def _of_all_ranks(stages: ModuleType, scores: Any, part: PyramidShape, context: Context) -> Any:
@@ -154,7 +155,7 @@ def _at(x: Tensor, places: list[int]) -> Tensor:
 
 def _scatter(
     stages: ModuleType,
-    o_BHsD: Tensor,
+    shares_usBHD: Tensor,
     own: Any,
     reaching_BGL: Tensor,
     part: PyramidShape,
@@ -165,19 +166,12 @@ def _scatter(
 
     They lie in one coarsest window that is put in front of the rank's tokens, so that the stage itself does the rest.
     """
-    levels, window = part.num_levels, part.window(part.num_levels - 1)
-    heads = o_BHsD.shape[1] // reaching_BGL.shape[1]
+    levels = part.num_levels
+    heads = shares_usBHD.shape[0] * shares_usBHD.shape[3] // reaching_BGL.shape[1]
     last = [_rows(stages, part, level)[0] + part.entries(level) - 1 for level in range(1, levels)]
     rows_BHL = _at(own.slots, last).repeat_interleave(heads, 1).clamp(min=0).long()
-    sent_BHLD = o_BHsD.gather(2, rows_BHL.unsqueeze(-1).expand(-1, -1, -1, o_BHsD.shape[3]))
-    # of all ranks, though one is enough: every rank then takes part, whatever a compiler leaves out
-    fronts = all_gather(sent_BHLD, context.size, context.group)
-    front_BHLD = fronts[(context.rank - 1) % context.size]
-    # the gradient of a row that nobody reads is whatever was in memory
-    is_read = reaching_BGL.repeat_interleave(heads, 1).unsqueeze(-1)
-    front_BHLD = torch.where(is_read, front_BHLD, 0)
-    extended, num_front = _with_front(part)
-    unread = o_BHsD.new_zeros((*o_BHsD.shape[:2], num_front - front_BHLD.shape[2], o_BHsD.shape[3]))
+    extended, room = _with_front(part)
+    o_BHsD = append_front(shares_usBHD, rows_BHL, reaching_BGL.repeat_interleave(heads, 1), room, context)
 
     pieces = []
     for level in range(levels):
@@ -188,8 +182,7 @@ def _scatter(
             front[..., -1] = torch.where(reaching_BGL[..., level - 1], slot, -1)
         pieces += [front, own.slots[..., start : start + count]]
     selection = type(own)(own.index, torch.cat(pieces, -1))
-    out = stages.scatter(torch.cat((o_BHsD, front_BHLD, unread), 2), selection, extended, config)
-    return out[:, :, window:]
+    return stages.scatter(o_BHsD, selection, extended, config, front=1)
 
 
 def _with_front(part: PyramidShape) -> tuple[PyramidShape, int]:

@@ -63,7 +63,9 @@ def tokens_to_heads(q_BHnD: Tensor, k_BGnD: Tensor, v_BGnD: Tensor, context: Con
     # [u, n, B, heads, D], to each group of u ranks: what arrives is [N, B, heads, D] without a copy
     share = torch.cat([x.unflatten(1, (neighbours, -1)).permute(1, 3, 0, 2, 4) for x in parts], 3)
     sent = to_all_groups(share, context)
-    q, k, v = all_to_all(sent, context.group).flatten(0, 1).permute(1, 2, 0, 3).split(heads, 1)
+    # split as it lies there, so that the three gradients are put together as they are sent
+    arrived = all_to_all(sent, context.group).flatten(0, 1).split(heads, 2)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in arrived)
     return q, k, v
 
 
@@ -75,13 +77,17 @@ def to_all_groups(x: Tensor, context: Context) -> Tensor:
 
 def heads_to_tokens(o_BHND: Tensor, context: Context, neighbours: int | None = None) -> Tensor:
     """The way back: `[B, H / u, N, D] -> [B, H, n, D]`; `neighbours` is u, None where all share the heads out."""
+    # in memory as [B, n, H, D], which a model reshapes for free
+    return heads_to_shares(o_BHND, context, neighbours).permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+
+def heads_to_shares(o_BHND: Tensor, context: Context, neighbours: int | None = None) -> Tensor:
+    """The same as it arrives, one share of the heads behind the other: `[u, n, B, H / u, D]`."""
     blocks = o_BHND.unflatten(2, (context.size, -1))
     if neighbours is None or neighbours == context.size:
-        arrived = all_to_all(blocks.permute(2, 3, 0, 1, 4), context.group)
-    else:
-        # each group has the whole sequence, and hands round its own tokens
-        first, (count,) = context.rank // neighbours * neighbours, plain(blocks.shape[3])
-        rows = blocks[:, :, first : first + neighbours].permute(2, 3, 0, 1, 4).flatten(0, 1)
-        splits = [count if first <= rank < first + neighbours else 0 for rank in range(context.size)]
-        arrived = pass_on(rows, splits, splits, context.group).unflatten(0, (neighbours, -1))
-    return arrived.permute(2, 0, 3, 1, 4).flatten(1, 2)
+        return all_to_all(blocks.permute(2, 3, 0, 1, 4), context.group)
+    # each group has the whole sequence, and hands round its own tokens
+    first, (count,) = context.rank // neighbours * neighbours, plain(blocks.shape[3])
+    rows = blocks[:, :, first : first + neighbours].permute(2, 3, 0, 1, 4).flatten(0, 1)
+    splits = [count if first <= rank < first + neighbours else 0 for rank in range(context.size)]
+    return pass_on(rows, splits, splits, context.group).unflatten(0, (neighbours, -1))

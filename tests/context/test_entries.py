@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lighthouse import LighthouseConfig
-from lightning_lighthouse.context import entries
+from lightning_lighthouse.context import entries, fronts
 from lightning_lighthouse.context.entries import can_exchange_entries, exchange_entries
 from lightning_lighthouse.context.group import Context
 
@@ -31,7 +31,9 @@ def test_no_list_of_places_goes_to_the_device(rank, monkeypatch):
     context = Context(rank, 2, "nobody")
     assert can_exchange_entries(config, 256, context)
     monkeypatch.setattr(entries, "all_gather", lambda x, size, group: torch.stack([x] * size))
-    monkeypatch.setattr(entries, "exchange_tokens", lambda attend, q, k, v, context: q + k + v)
+    monkeypatch.setattr(entries, "tokens_to_heads", lambda q, k, v, context: (q, k, v))
+    monkeypatch.setattr(entries, "heads_to_shares", lambda o, context: o.permute(2, 0, 1, 3).unsqueeze(0))
+    monkeypatch.setattr(fronts, "pass_on", lambda x, sent, received, group: x)
     qkv = [torch.randn(1, 2, 256, 4, requires_grad=True) for _ in range(3)]
     with Names() as seen:
         exchange_entries(*qkv, config, context).sum().backward()

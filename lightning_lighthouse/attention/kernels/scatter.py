@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.kernels.ops import Operator, empty_heads_inner, pack, unpack
-from lightning_lighthouse.attention.kernels.rows import collect, spread
+from lightning_lighthouse.attention.kernels.rows import collect, num_coarsest, spread
 from lightning_lighthouse.attention.kernels.tiles import Selection
 from lightning_lighthouse.attention.pyramid import PyramidShape
 
@@ -50,9 +51,57 @@ scatter_bwd = Operator(_scatter_backward, _empty_gathered)
 scatter_fwd = Operator(_scatter, _empty_tokens, _setup_context, _backward)
 
 
-def scatter(o_BHSD: Tensor, selection: Selection, shape: PyramidShape, config: LighthouseConfig) -> Tensor:
+def _scatter_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> tuple[Tensor, Tensor]:
+    shape = unpack(sizes)
+    window = shape.window(shape.num_levels - 1)
+    out, windows = _empty_behind(o, slots, sizes, mean, front)
+    # where the windows lie, and how many rows they have: those in front none
+    windows[0] = torch.arange(-front, windows.shape[1] - front, device=o.device) * window
+    windows[1] = (out.shape[2] - windows[0]).clamp(0, window) * (windows[0] >= 0)
+    spread(o, out, slots, shape, shift=1, mean=mean, windows=windows)
+    return out, windows
+
+
+def _empty_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> tuple[Tensor, Tensor]:
+    shape = unpack(sizes)
+    windows = torch.empty(2, num_coarsest(shape), dtype=torch.int32, device=o.device)
+    return empty_heads_inner(o, shape.num_tokens - front * shape.window(shape.num_levels - 1)), windows
+
+
+def _scatter_behind_backward(dout: Tensor, slots: Tensor, windows: Tensor, sizes: list[int], mean: bool) -> Tensor:
+    do = _empty_do(dout, slots, windows, sizes, mean)
+    collect(dout, do, slots, unpack(sizes), shift=1, mean=mean, windows=windows)
+    return do
+
+
+def _empty_do(dout: Tensor, slots: Tensor, windows: Tensor, sizes: list[int], mean: bool) -> Tensor:
+    return _empty_gathered(dout, slots, sizes, mean)
+
+
+def _setup_behind(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, slots, ctx.sizes, ctx.mean, _ = inputs
+    ctx.save_for_backward(slots, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_behind(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return scatter_behind_bwd(dout, *ctx.saved_tensors, ctx.sizes, ctx.mean), None, None, None, None
+
+
+scatter_behind_bwd = Operator(_scatter_behind_backward, _empty_do)
+scatter_behind_fwd = Operator(_scatter_behind, _empty_behind, _setup_behind, _backward_behind, keeps=True)
+
+
+def scatter(
+    o_BHSD: Tensor, selection: Selection, shape: PyramidShape, config: LighthouseConfig, front: int = 0
+) -> Tensor:
     """Return the outputs to the tokens: `[B, H, S, D] -> [B, H, N, D]`.
 
-    Entry (l, i) adds to tokens `[i p^l + p^l - 1, i p^l + 2 p^l - 2]`, cut at N - 1.
+    Entry (l, i) adds to tokens `[i p^l + p^l - 1, i p^l + 2 p^l - 2]`, cut at N - 1. The tokens of the first `front`
+    coarsest windows are left out.
     """
-    return scatter_fwd(o_BHSD, selection.slots, pack(shape), config.combine == "mean")
+    is_mean = config.combine == "mean"
+    if front:
+        out: Tensor = scatter_behind_fwd(o_BHSD, selection.slots, pack(shape), is_mean, front)
+        return out
+    return scatter_fwd(o_BHSD, selection.slots, pack(shape), is_mean)

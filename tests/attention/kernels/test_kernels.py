@@ -233,6 +233,27 @@ def test_narrow_types_are_summed_in_fp32(levels, factor):
         torch.testing.assert_close(value.double(), exact[name], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
+@pytest.mark.parametrize("num_tokens", [509, 512])
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_tokens_in_front_are_left_out_of_scatter_alone(combine, num_tokens):
+    config = LighthouseConfig(3, 4, 24, combine=combine)
+    shape = config.pyramid(num_tokens)
+    selection = kernels.select(random_scores(1, 2, shape, True, 5), shape, config)
+    twin = reference.Selection(selection.index, full_slots(selection.slots, shape))
+    o = torch.randn(1, 4, shape.num_gathered, 5, device=DEVICE, requires_grad=True)
+    dout = torch.randn(1, 4, num_tokens, 5, device=DEVICE)
+    for front in (1, 3):
+        left_out = front * shape.window(2)
+        dout[:, :, :left_out] = 0
+        for stages, choice in ((kernels, selection), (reference, twin)):
+            whole = stages.scatter(o, choice, shape, config)
+            behind = stages.scatter(o, choice, shape, config, front=front)
+            assert torch.equal(behind, whole[:, :, left_out:])
+            (exact,) = torch.autograd.grad(whole, o, dout)
+            (found,) = torch.autograd.grad(behind, o, dout[:, :, left_out:])
+            assert torch.equal(found, exact)
+
+
 def test_float64_is_refused():
     config = LighthouseConfig(3, 2, 2, backend="triton", selection="published")
     q, k, v = draw(1, 1, 1, 40, 4, torch.float64)

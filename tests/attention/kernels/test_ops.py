@@ -48,6 +48,7 @@ def test_a_second_derivative_is_an_error_and_not_nothing(way):
     for x, y in (
         (q, getattr(GATHER_MODULE.gather_fwd, way)(q, slots, sizes, None, 0)),
         (o, getattr(SCATTER_MODULE.scatter_fwd, way)(o, slots, sizes, False)),
+        (o, kernels.scatter(o, kernels.Selection(slots, slots), shape, config, front=1)),
     ):
         # of a square: the incoming gradient depends on x
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -164,6 +165,7 @@ def test_operators_are_registered_as_torch_demands():
         (registered.gather_backward, (ks, slots, sizes, False, turns, rotation.distance)),
         (registered.scatter, (qs.clone().requires_grad_(), slots, sizes, True)),
         (registered.scatter_backward, (dout, slots, sizes, False)),
+        (registered.scatter_behind, (qs.clone().requires_grad_(), slots, sizes, True, 2)),
     ]
     for op, args in calls:
         library.opcheck(op.default, args)
