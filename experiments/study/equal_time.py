@@ -106,7 +106,9 @@ class Runner:
         flags = ["--data.source", str(folder), "--data.tokenizer", tokenizer]
         return [*flags, "--model.model", asked.model] if asked.model else flags
 
-    def fit(self, name: str, flags: Sequence[str], first_steps: Sequence[int], gpu: str | None) -> Path | None:
+    def fit(
+        self, name: str, flags: Sequence[str], first_steps: Sequence[int], gpu: str | None, is_alone: bool = False
+    ) -> Path | None:
         """Train in a process of its own; the folder of its logs, None where it failed.
 
         Args:
@@ -114,11 +116,13 @@ class Runner:
             flags: Of `lighthouse fit`.
             first_steps: Of its phases.
             gpu: Where.
+            is_alone: Whether no other training may begin beside its timed steps, which are few.
         """
         runs = self.arguments.runs.absolute()
         flags = [*flags, "--trainer.logger.init_args.save_dir", str(runs)]
         flags += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", "0"]
         turns = {"lock": runs / f"gpu-{gpu or 0}.lock", "first_steps": list(first_steps)}
+        turns["is_alone"] = str(is_alone).lower()
         flags += ["--trainer.callbacks+=turns.Turns"]
         flags += [f"--trainer.callbacks.init_args.{key}={value}" for key, value in turns.items()]
         paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -149,7 +153,7 @@ class Runner:
             return None
         flags = [*probe_flags(row, unknown), *self.where(row)]
         firsts = range(0, PROBE_STEPS * len(unknown), PROBE_STEPS)
-        folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", flags, firsts, gpu)
+        folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", flags, firsts, gpu, is_alone=True)
         if folder is None:
             return None
         return known | self.note_steps(row, folder, unknown)

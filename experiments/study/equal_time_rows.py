@@ -30,6 +30,7 @@ class Arm:
         flags: What `lighthouse fit` is given beside.
         learning_rate: Its own; None: that of the part.
         steps: Train so many steps at no learning rate, instead of filling the time.
+        decay_share: Of the time, its own; longer than the dense steps it begins before the switch.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Arm:
     flags: str = ""
     learning_rate: float | None = None
     steps: int | None = None
+    decay_share: float | None = None
 
     def modes(self) -> list[str]:
         """A key for each phase, the dense one last, that phases with equally fast steps share."""
@@ -168,8 +170,10 @@ def fill(row: Row, step_seconds: Mapping[str, float]) -> Steps:
     total = sum(counts) + last
     first = [*cheap, dense][0]
     warmup = min(total, math.ceil(part.warmup_share * row.seconds / first))
-    # where the dense steps take less, the decay begins before them
-    decay = min(last, round(part.decay_share * row.seconds / dense))
+    decay_seconds = row.seconds * (part.decay_share if arm.decay_share is None else arm.decay_share)
+    decay = min(last, round(decay_seconds / dense))
+    if cheap and arm.decay_share is not None:
+        decay += min(counts[-1], max(0, round((decay_seconds - last * dense) / cheap[-1])))
     return Steps(ends, total, warmup, min(1.0, max(decay, 1) / total), validate_every)
 
 

@@ -11,45 +11,74 @@ import lightning as L
 import torch
 
 
+class Lock:
+    """A lock on a file, which the kernel frees where the process dies.
+
+    Args:
+        path: Of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+
+    def take(self, kind: int = fcntl.LOCK_EX) -> None:
+        """Wait for it; nothing happens where it is held."""
+        if self._file is None:
+            file = self.path.open("a")
+            fcntl.flock(file, kind)
+            self._file = file
+
+    def free(self) -> None:
+        """Nothing happens where it is not held."""
+        if self._file is not None:
+            # closing is not enough: processes that read data, forked meanwhile, have the file open too
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+            self._file = None
+
+
 class Turns(L.Callback):
-    """Holds a lock while the GPU is needed and times are taken; the kernel frees it where the process dies.
+    """Holds a lock while the GPU is needed and times are taken.
 
     The first step of each phase compiles, mostly on the CPU, and is not timed: it runs without the lock, and the wait
-    for the lock falls into its time. It belongs before the `LighthouseCallback`, where the command line puts it.
+    for the lock falls into its time. So a step of another training may fall into those that are timed, which matters
+    where these are few. This belongs before the `LighthouseCallback`, where the command line puts it.
 
     Args:
         lock: Path of a file that the trainings of one GPU share.
         first_steps: Of each phase, counted from zero.
+        is_alone: Let no other training begin or switch while steps are timed.
     """
 
-    def __init__(self, lock: str, first_steps: Sequence[int]) -> None:
-        self.path = Path(lock)
+    def __init__(self, lock: str, first_steps: Sequence[int], is_alone: bool = False) -> None:
         self.first_steps = frozenset(first_steps)
-        self._held: Any = None
+        self.is_alone = is_alone
+        self._turn, self._starts = Lock(Path(lock)), Lock(Path(f"{lock}.starts"))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Let another one train while this one compiles."""
         if trainer.global_step in self.first_steps:
-            self._release()
+            self._turn.free()
+            self._starts.free()
+            self._starts.take(fcntl.LOCK_SH)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Wait for the turn after what compiled has run."""
-        if self._held is None:
-            if module.device.type == "cuda":
-                torch.cuda.synchronize(module.device)
-            held = self.path.open("a")
-            fcntl.flock(held, fcntl.LOCK_EX)
-            self._held = held
+        # the step that ended was counted already
+        if trainer.global_step - 1 not in self.first_steps:
+            return
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self._starts.free()
+        # in this order, or two would wait for each other
+        if self.is_alone:
+            self._starts.take()
+        self._turn.take()
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """What is written at the end needs no GPU."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._held is not None:
-            # closing is not enough: processes that read data, forked meanwhile, have the file open too
-            fcntl.flock(self._held, fcntl.LOCK_UN)
-            self._held.close()
-            self._held = None
+        self._turn.free()
+        self._starts.free()

@@ -104,7 +104,11 @@ def test_steps_of_a_pretrained_model_are_met_within_a_tenth(row):
     assert found.step_seconds == pytest.approx(float(row["step_seconds"]), rel=0.1)
 
 
-@pytest.mark.parametrize("row", rows("extension.csv"), ids=lambda row: row["row"])
+# what trained for one step had no gradient beside the averages of AdamW
+TRAINED = [row for row in rows("extension.csv") if int(row["steps"]) > 1]
+
+
+@pytest.mark.parametrize("row", TRAINED, ids=lambda row: row["row"])
 def test_memory_of_a_pretrained_model_is_met_within_a_twentieth(row):
     layers = [LayerPlan("dense", DEFAULT)] * 30
     found = estimate_step(smollm2_shaped(), layers, int(row["seq_len"]), 1, CARDS[row["gpu"]], recomputes=True)

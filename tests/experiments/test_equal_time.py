@@ -53,9 +53,13 @@ def test_the_steps_of_each_arm_fill_its_seconds(rows, name, paces):
             assert before * cheap == pytest.approx(part.cheap_share * 120, abs=slack)
             assert steps.ends[0] % steps.validate_every == 0
             assert len(steps.ends) == len(arm.phases)
-        # the decay lies in the dense steps
-        assert 1 <= round(steps.decay_fraction * steps.total) <= steps.total - before
-        assert steps.decay_fraction * steps.total * dense == pytest.approx(part.decay_share * 120, abs=dense)
+        decay, last = steps.decay_fraction * steps.total, steps.total - before
+        if arm.decay_share is None:
+            # the decay lies in the dense steps
+            assert 1 <= round(decay) <= last
+            assert decay * dense == pytest.approx(part.decay_share * 120, abs=dense)
+        else:
+            assert last * dense + (decay - last) * cheap == pytest.approx(arm.decay_share * 120, abs=dense + cheap)
         assert steps.warmup < steps.total
 
 
@@ -74,15 +78,16 @@ def test_only_what_is_not_known_is_probed(rows):
 
 
 class Watch(L.Callback):
-    """Notes whether somebody holds the lock when a step begins; frees what it was given after the first has begun."""
+    """Notes who holds which lock when a step begins; frees what it was given after the first has begun."""
 
     def __init__(self, lock, other):
-        self.lock, self.is_held = lock, []
+        self.lock, self.is_held, self.may_start = lock, [], []
         self.seconds, self.free = 0.0, threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
         self.forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
 
     def on_train_batch_start(self, *_):
-        self.is_held.append(is_held(self.lock))
+        self.is_held.append(not is_free(self.lock, fcntl.LOCK_EX))
+        self.may_start.append(is_free(f"{self.lock}.starts", fcntl.LOCK_SH))
         if len(self.is_held) == 1:
             self.begin = time.monotonic()
             self.free.start()
@@ -94,16 +99,17 @@ class Watch(L.Callback):
         self.seconds = self.seconds or time.monotonic() - self.begin
 
 
-def is_held(lock):
-    with lock.open("a") as other:
+def is_free(lock, kind):
+    with open(lock, "a") as other:
         try:
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(other, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-    return False
+            return False
+    return True
 
 
-def test_only_steps_that_compile_run_beside_another_training(monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_only_steps_that_compile_run_beside_another_training(is_alone, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(STUDY))
     from turns import Turns
 
@@ -112,14 +118,17 @@ def test_only_steps_that_compile_run_beside_another_training(monkeypatch, tmp_pa
         fcntl.flock(other, fcntl.LOCK_EX)
         watch = Watch(lock, other)
         trainer = L.Trainer(
-            max_steps=5, accelerator="cpu", callbacks=[Turns(str(lock), [0, 3]), watch], logger=False,
+            max_steps=5, accelerator="cpu", callbacks=[Turns(str(lock), [0, 3], is_alone), watch], logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(BoringModel())
     # before the first step it is the other one that holds it
     assert watch.is_held == [True, True, True, False, True]
+    # others may begin beside steps that compile, and beside those that are timed unless these are few
+    assert watch.may_start == [True, not is_alone, not is_alone, True, not is_alone]
     assert watch.seconds >= 0.3
-    assert not is_held(lock)
+    assert is_free(lock, fcntl.LOCK_EX)
+    assert is_free(f"{lock}.starts", fcntl.LOCK_EX)
     assert watch.forked.is_alive()
     watch.forked.kill()
 
