@@ -5,7 +5,7 @@
 Under Lightning's Trainer, blocks compiled, AdamW, gradients clipped: dense attention; Lighthouse in all layers; three
 windows of 512 and one Lighthouse layer. Steps are timed first, and one behind them is profiled, which takes longer:
 the times of its kernels count, and what the timed step takes beyond their sum is the GPU waiting, "none". Where memory
-is short, `--attention` leaves some out. Needs a GPU.
+is short, `--layers` leaves some out. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PARTS = (
     ("copies", ("memcpy", "memset", "catarray", "copy")),
     ("elementwise", ("elementwise", "reduce", "softmax", "norm", "index", "scatter", "gather")),
 )
-ATTENTION: dict[str, dict[str, Any]] = {
+LAYERS: dict[str, dict[str, Any]] = {
     "dense": {"enabled": False},
     "all routed": {"dense_layers": None},
     "three windows": {"layer_types": ["window", "window", "window", "lighthouse"], "window": 512},
@@ -70,16 +70,24 @@ class ProfiledDecoder(Decoder):
 
     Args:
         at: The step.
-        settings: Of Decoder.
+        preset: Of Decoder.
+        mode: Of `torch.compile`; None: its default one.
     """
 
-    def __init__(self, at: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.at = at
+    def __init__(self, at: int, preset: str, mode: str | None) -> None:
+        super().__init__(preset=preset)
+        self.at, self.mode = at, mode
         self.record = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def configure_model(self) -> None:
+        """Compile as `Decoder(compile=True)` does."""
+        for part in [*self.blocks, self.head]:
+            part.compile(fullgraph=True, dynamic=False, mode=self.mode)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin, with nothing left to do from the step before."""
+        # where graphs are captured, their memory is free for the next step
+        torch.compiler.cudagraph_mark_step_begin()
         if batch_idx == self.at:
             torch.cuda.synchronize()
             self.record.start()
@@ -91,11 +99,11 @@ class ProfiledDecoder(Decoder):
             self.record.stop()
 
 
-def measure(attention: str, arguments: argparse.Namespace, own: dict[str, str]) -> dict[str, Any]:
+def measure(layers: str, arguments: argparse.Namespace, own: dict[str, str]) -> dict[str, Any]:
     """One row: ms of a step, and of the kernels of each kind."""
     torch.manual_seed(42)
-    model = ProfiledDecoder(WARMUP_STEPS + arguments.repeats, preset=arguments.model, compile=True)
-    callback = LighthouseCallback(1.0, **ATTENTION[attention])
+    model = ProfiledDecoder(WARMUP_STEPS + arguments.repeats, arguments.model, arguments.compile_mode)
+    callback = LighthouseCallback(1.0, stop_on_nonfinite=not arguments.unguarded, **LAYERS[layers])
     settings = {"precision": "bf16-mixed", "gradient_clip_val": 1.0}
     device = torch.device("cuda")
     step_ms, peak_gib = time_steps(model, 256, (1, arguments.num_tokens), device, arguments.repeats, callback, settings)
@@ -107,8 +115,11 @@ def measure(attention: str, arguments: argparse.Namespace, own: dict[str, str]) 
             slowest[event.key] += event.self_device_time_total / 1e3
     for name, ms in slowest.most_common(arguments.kernels):
         print(f"  {ms:8.2f} ms  {kind_of(name, own):11}  {name[:100]}")
+    if arguments.cpu:
+        print(model.record.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
     spent["none"] = step_ms - sum(spent.values())
-    row = {"attention": attention, "num_tokens": arguments.num_tokens, "step_ms": step_ms, "peak_gib": peak_gib}
+    how = {"compile_mode": arguments.compile_mode or "default", "guarded": not arguments.unguarded}
+    row = {"layers": layers, "num_tokens": arguments.num_tokens, **how, "step_ms": step_ms, "peak_gib": peak_gib}
     return row | {kind: spent[kind] for kind in KINDS}
 
 
@@ -118,18 +129,21 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="paper", help="preset of Decoder (default: %(default)s)")
     add("--num_tokens", type=int, default=98_304, help="N (default: %(default)s)")
-    add("--attention", nargs="+", choices=list(ATTENTION), default=list(ATTENTION), help="(default: all)")
+    add("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS), help="(default: all)")
     add("--repeats", type=int, default=5, help="steps that count (default: %(default)s)")
     add("--kernels", type=int, default=12, help="of the slowest, how many are named (default: %(default)s)")
+    add("--cpu", action="store_true", help="print what the CPU spends the step on")
+    add("--compile_mode", help="of torch.compile, as reduce-overhead (default: its own)")
+    add("--unguarded", action="store_true", help="do not read on the host whether gradients are finite")
     add("--csv", type=Path, help="where the rows go")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     own, rows = own_kernels(), []
-    for attention in arguments.attention:
+    for layers in arguments.layers:
         try:
-            row = measure(attention, arguments, own)
+            row = measure(layers, arguments, own)
         except torch.OutOfMemoryError:
-            print(f"{attention}: out of memory")
+            print(f"{layers}: out of memory")
             row = None
         gc.collect()
         if row is None:
