@@ -6,13 +6,16 @@ For each length and budget, forward and backward of one layer: kernels that the 
 time to issue them, the time of a call among calls issued behind one another, eager, captured by `torch.cuda.graph`, and
 compiled with `mode="reduce-overhead"`; dense attention in the same run. Both ways of capturing are checked against the
 eager call first, on inputs that were drawn after the capture. `--trace` prints the operations that the CPU spends most
-time on, and the kernels that the GPU does. Needs a GPU.
+time on, and the kernels that the GPU does; `--host` the functions of Python, whose times include what they call below
+Python. Needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import csv
+import pstats
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +115,16 @@ def kernels(run: Callable[[int], Any], trace: bool) -> tuple[float, float]:
     return count, sum(event.self_device_time_total for event in on_gpu) / 10 / 1e3
 
 
+def print_host(run: Callable[[int], Any]) -> None:
+    """The functions that the CPU spends most time in, of so many calls; the profiler slows Python down."""
+    torch.cuda.synchronize()
+    with cProfile.Profile() as record:
+        for turn in range(CALLS):
+            run(turn)
+    torch.cuda.synchronize()
+    pstats.Stats(record).sort_stats("tottime").print_stats(30)
+
+
 def measure(layer: Layer, num_tokens: int, top_k: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row."""
     config = LighthouseConfig(top_k=top_k)
@@ -125,6 +138,8 @@ def measure(layer: Layer, num_tokens: int, top_k: int | None, arguments: argpars
     row: dict[str, Any] = {"num_tokens": num_tokens, "top_k": config.resolve_top_k(num_tokens)}
     row["kernels"], row["gpu_ms"] = kernels(eager, arguments.trace)
     row["cpu_ms"] = cpu_ms(eager)
+    if arguments.host:
+        print_host(eager)
     runs: dict[str, Callable[[int], Any]] = {"eager_ms": eager}
     for name, make in (
         ("graph_ms", lambda: captured(eager)),
@@ -157,6 +172,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="query and key/value heads (default: %(default)s)")
     parser.add_argument("--head_dim", type=int, default=128, help="channels of one (default: %(default)s)")
     parser.add_argument("--trace", action="store_true", help="print what takes the time")
+    parser.add_argument("--host", action="store_true", help="print which functions of Python take the time")
     parser.add_argument("--csv", type=Path, help="where the rows go")
     arguments = parser.parse_args()
     layer = Layer(arguments.heads, arguments.heads, arguments.head_dim, torch.bfloat16, DEVICE)
