@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from equal_time_results import measures, summary, timed_steps
-from equal_time_rows import PROBE_STEPS, Row, fill, fit_flags, known_steps, probe_flags, read_part
+from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, read_part
 from run import append, forget
 
 from lightning_lighthouse.cli.fit import drop_notices
@@ -106,23 +106,19 @@ class Runner:
         flags = ["--data.source", str(folder), "--data.tokenizer", tokenizer]
         return [*flags, "--model.model", asked.model] if asked.model else flags
 
-    def fit(
-        self, name: str, flags: Sequence[str], first_steps: Sequence[int], gpu: str | None, is_alone: bool = False
-    ) -> Path | None:
+    def fit(self, name: str, flags: Sequence[str], gpu: str | None, is_alone: bool = False) -> Path | None:
         """Train in a process of its own; the folder of its logs, None where it failed.
 
         Args:
             name: Of its files.
             flags: Of `lighthouse fit`.
-            first_steps: Of its phases.
             gpu: Where.
             is_alone: Whether no other training may begin beside its timed steps, which are few.
         """
         runs = self.arguments.runs.absolute()
         flags = [*flags, "--trainer.logger.init_args.save_dir", str(runs)]
         flags += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", "0"]
-        turns = {"lock": runs / f"gpu-{gpu or 0}.lock", "first_steps": list(first_steps)}
-        turns["is_alone"] = str(is_alone).lower()
+        turns = {"lock": runs / f"gpu-{gpu or 0}.lock", "is_alone": str(is_alone).lower()}
         flags += ["--trainer.callbacks+=turns.Turns"]
         flags += [f"--trainer.callbacks.init_args.{key}={value}" for key, value in turns.items()]
         paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -152,8 +148,7 @@ class Runner:
         if not is_asked:
             return None
         flags = [*probe_flags(row, unknown), *self.where(row)]
-        firsts = range(0, PROBE_STEPS * len(unknown), PROBE_STEPS)
-        folder = self.fit(f"probe-{row.seq_len}-{row.arm.name}", flags, firsts, gpu, is_alone=True)
+        folder = self.fit(f"probe-{row.name}", flags, gpu, is_alone=True)
         if folder is None:
             return None
         return known | self.note_steps(row, folder, unknown)
@@ -179,10 +174,9 @@ class Runner:
         paces = self.step_seconds(row, gpu)
         if paces is None:
             return False
-        steps = fill(row, paces)
-        flags = [*fit_flags(row, steps, row.part.num_samples), *self.where(row)]
+        flags = [*fit_flags(row, fill(row, paces), row.part.num_samples), *self.where(row)]
         started = time.monotonic()
-        folder = self.fit(row.name, flags, [0, *steps.ends], gpu)
+        folder = self.fit(row.name, flags, gpu)
         if folder is None:
             return False
         wall = time.monotonic() - started

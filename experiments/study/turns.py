@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+
+from lightning_lighthouse.phases.events import BatchStart, phase_events
 
 
 class Lock:
@@ -47,18 +48,24 @@ class Turns(L.Callback):
 
     Args:
         lock: Path of a file that the trainings of one GPU share.
-        first_steps: Of each phase, counted from zero.
         is_alone: Let no other training begin or switch while steps are timed.
     """
 
-    def __init__(self, lock: str, first_steps: Sequence[int], is_alone: bool = False) -> None:
-        self.first_steps = frozenset(first_steps)
+    def __init__(self, lock: str, is_alone: bool = False) -> None:
         self.is_alone = is_alone
         self._turn, self._starts = Lock(Path(lock)), Lock(Path(f"{lock}.starts"))
+        self._phase: str | None = None
+        self._is_first = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let another one train while this one compiles."""
-        if trainer.global_step in self.first_steps:
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Hear of the phases; an evaluation at a switch is over when its batch begins."""
+        phase_events(trainer).subscribe(BatchStart, self._begin)
+
+    def _begin(self, event: BatchStart) -> None:
+        self._is_first = event.phase != self._phase
+        self._phase = event.phase
+        if self._is_first:
+            # another one may train while this one compiles
             self._turn.free()
             self._starts.free()
             self._starts.take(fcntl.LOCK_SH)
@@ -67,8 +74,7 @@ class Turns(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Wait for the turn after what compiled has run."""
-        # the step that ended was counted already
-        if trainer.global_step - 1 not in self.first_steps:
+        if not self._is_first:
             return
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)

@@ -1,6 +1,6 @@
 """Windows by the Triton kernels of this package, as one operator with an explicit backward."""
 
-# B batch, H query heads, G key/value heads, N tokens, D head dim
+# B batch, H query heads, G key/value heads, N tokens, M queries, D head dim
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ attend_window_fwd = Operator(_attend_window, _empty_output, _setup_context, _bac
 
 
 def fused_window(
-    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, *, sink_tokens: int, scale: float | None
+    q_BHMD: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, *, sink_tokens: int, scale: float | None
 ) -> Tensor:
     """Each token sees itself, the `window - 1` tokens before it and the first `sink_tokens`.
 
     Grouped heads are not repeated. Forward and backward repeat bit for bit.
 
     Args:
-        q_BHND: `[B, H, N, D]`, D at most 256; on CUDA in 16 bits.
+        q_BHMD: `[B, H, M, D]`, of the last M tokens, D at most 256; on CUDA in 16 bits.
         k_BGND: `[B, G, N, D]`.
         v_BGND: `[B, G, N, D]`.
         window: Tokens, at least 1.
@@ -76,10 +76,10 @@ def fused_window(
         scale: Factor of the attention logits; None: `D ** -0.5`.
 
     Returns:
-        `[B, H, N, D]`.
+        `[B, H, M, D]`.
     """
-    scale = q_BHND.shape[3] ** -0.5 if scale is None else scale
+    scale = q_BHMD.shape[3] ** -0.5 if scale is None else scale
     if scale <= 0:
         # the kernels take maxima before they scale
-        q_BHND, scale = (-q_BHND, -scale) if scale < 0 else (q_BHND * 0, 1.0)
-    return attend_window_fwd(q_BHND, k_BGND, v_BGND, window, sink_tokens, scale)[0]
+        q_BHMD, scale = (-q_BHMD, -scale) if scale < 0 else (q_BHMD * 0, 1.0)
+    return attend_window_fwd(q_BHMD, k_BGND, v_BGND, window, sink_tokens, scale)[0]

@@ -14,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lighthouse.attention.blocked_window import blocked_window
@@ -77,6 +78,30 @@ def window_attention(
 
         return fused_window(q, k, v, window, sink_tokens=sink_tokens, scale=scale)
     return blocked_window(q, k, v, window, sink_tokens=sink_tokens, scale=scale, backend=sdpa)
+
+
+def lower_right_window(
+    q: Tensor, k: Tensor, v: Tensor, window: int, *, sink_tokens: int, scale: float | None, sdpa: str
+) -> Tensor:
+    """`window_attention` of the last M of N tokens, whose keys and values are given: `[B, Hq, M, D]`.
+
+    Args:
+        q: `[B, Hq, M, D]`, M at most N.
+        k: `[B, Hkv, N, D]`.
+        v: `[B, Hkv, N, D]`.
+        window: As there.
+        sink_tokens: As there.
+        scale: As there.
+        sdpa: As there.
+    """
+    num_front = k.shape[2] - q.shape[2]
+    if window + sink_tokens < k.shape[2] and _takes_kernel(q, sdpa):
+        from lightning_lighthouse.attention.fused_window import fused_window
+
+        return fused_window(q, k, v, window, sink_tokens=sink_tokens, scale=scale)
+    # blocks need queries of all tokens
+    padded = F.pad(q, (0, 0, num_front, 0))
+    return window_attention(padded, k, v, window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)[:, :, num_front:]
 
 
 def chunk_attention(

@@ -17,6 +17,8 @@ import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from places import ROOT
 
+from lightning_lighthouse.phases.events import BatchStart, phase_events
+
 STUDY = ROOT / "experiments" / "study"
 PARTS = ("extension", "from_nothing")
 FLAGS = (
@@ -78,14 +80,16 @@ def test_only_what_is_not_known_is_probed(rows):
 
 
 class Watch(L.Callback):
-    """Notes who holds which lock when a step begins; frees what it was given after the first has begun."""
+    """Three steps of a phase and two of another; notes who holds which lock, frees its own after the first began."""
 
     def __init__(self, lock, other):
         self.lock, self.is_held, self.may_start = lock, [], []
         self.seconds, self.free = 0.0, threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
         self.forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
 
-    def on_train_batch_start(self, *_):
+    def on_train_batch_start(self, trainer, *_):
+        phase = "window" if trainer.global_step < 3 else "dense"
+        phase_events(trainer).publish(BatchStart(trainer.global_step, phase))
         self.is_held.append(not is_free(self.lock, fcntl.LOCK_EX))
         self.may_start.append(is_free(f"{self.lock}.starts", fcntl.LOCK_SH))
         if len(self.is_held) == 1:
@@ -118,7 +122,7 @@ def test_only_steps_that_compile_run_beside_another_training(is_alone, monkeypat
         fcntl.flock(other, fcntl.LOCK_EX)
         watch = Watch(lock, other)
         trainer = L.Trainer(
-            max_steps=5, accelerator="cpu", callbacks=[Turns(str(lock), [0, 3], is_alone), watch], logger=False,
+            max_steps=5, accelerator="cpu", callbacks=[Turns(str(lock), is_alone), watch], logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(BoringModel())
@@ -151,7 +155,7 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     for is_first in (True, False):
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert ("probe-256-mixed-lighthouse: status 0" in done.stdout) is is_first
+        assert ("probe-256-mixed-lighthouse-1s-0.002-seed42: status 0" in done.stdout) is is_first
         (row,) = read(tmp_path / "from_nothing.csv")
     assert (row["row"], row["layer_types"]) == (
         "256-mixed-lighthouse-1s-0.002-seed42",

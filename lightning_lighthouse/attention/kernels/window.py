@@ -3,9 +3,12 @@
 A program holds a block of queries and goes through what they see: the sinks before their windows, the keys at the left
 edge of the windows under a mask, those that all of them see, and those around the queries themselves under a mask
 again. The softmax is taken on the way, so logits never reach the memory. Exponentials are powers of two.
+
+There may be more keys than queries: the first F tokens then have keys alone. Tokens are numbered with them.
 """
 
-# B batch, H query heads, G key/value heads, R query heads a key/value head, N tokens, D head dim, S sinks
+# B batch, H query heads, G key/value heads, R query heads a key/value head, N tokens, M = N - F queries, D head dim,
+# S sinks
 
 # the arguments of a kernel get their types when it is launched
 # mypy: allow-untyped-defs
@@ -94,20 +97,22 @@ def _attend(
     return b_out, b_top, b_sum
 
 
-@triton.jit(do_not_specialize=["window", "num_sinks", "num_tokens", "num_blocks"])
+@triton.jit(do_not_specialize=["window", "num_sinks", "num_tokens", "num_front", "num_blocks"])
 def _window_fwd_kernel(
     p_q, stride_qb, stride_qh, stride_qn, p_k, stride_kb, stride_kh, stride_kn, p_v, stride_vb, stride_vh, stride_vn,
     p_out, stride_ob, stride_oh, stride_on, p_lse,
-    scale, window, num_sinks, num_tokens, num_blocks,
+    scale, window, num_sinks, num_tokens, num_front, num_blocks,
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    i_batch, i_head, i_query = locate(num_blocks, H, BLOCK_Q)
-    first = tl.program_id(0) // H % num_blocks * BLOCK_Q
+    i_batch, i_head, i_row = locate(num_blocks, H, BLOCK_Q)
+    num_queries = num_tokens - num_front
+    i_query = i_row + num_front
+    first = tl.program_id(0) // H % num_blocks * BLOCK_Q + num_front
     p_k += i_batch * stride_kb + i_head // R * stride_kh
     p_v += i_batch * stride_vb + i_head // R * stride_vh
     p_q += i_batch * stride_qb + i_head * stride_qh
-    b_q = load_block(p_q, i_query, stride_qn, num_tokens, D, BLOCK_D, True)
+    b_q = load_block(p_q, i_row, stride_qn, num_queries, D, BLOCK_D, True)
     b_out = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     b_top = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_Q,), tl.float32)
@@ -130,36 +135,37 @@ def _window_fwd_kernel(
         b_q, b_out, b_top, b_sum, p_k, stride_kn, p_v, stride_vn, full_end, end, i_query, scale, window, num_tokens,
         D, BLOCK_K, BLOCK_D, "edge", UPCAST,
     )  # fmt: skip
-    m_query = i_query < num_tokens
+    m_query = i_row < num_queries
     # rows behind the last token see nothing
     b_sum = tl.where(m_query, b_sum, 1.0)
     p_out += i_batch * stride_ob + i_head * stride_oh
-    store_rows(p_out, b_out / b_sum[:, None], i_query, stride_on, m_query, D, BLOCK_D)
-    tl.store(p_lse + (i_batch * H + i_head) * num_tokens + i_query, b_top + tl.log2(b_sum), mask=m_query)
+    store_rows(p_out, b_out / b_sum[:, None], i_row, stride_on, m_query, D, BLOCK_D)
+    tl.store(p_lse + (i_batch * H + i_head) * num_queries + i_row, b_top + tl.log2(b_sum), mask=m_query)
 
 
 def window_fwd(
-    q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, num_sinks: int, scale: float,
+    q_BHMD: Tensor, k_BGND: Tensor, v_BGND: Tensor, window: int, num_sinks: int, scale: float,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output `[B, H, N, D]`, laid out as a model does, and log-sum-exp `[B, H, N]` to the base 2.
+    """Output `[B, H, M, D]`, laid out as a model does, and log-sum-exp `[B, H, M]` to the base 2.
 
-    Channels are contiguous in all tensors, and `scale` is positive.
+    Channels are contiguous in all tensors, and `scale` is positive. The queries are those of the last M tokens.
     """
-    batch, heads, num_tokens, dim = q_BHND.shape
-    out_BHND = empty_heads_inner(q_BHND, num_tokens)
-    lse_BHN = q_BHND.new_empty((batch, heads, num_tokens), dtype=torch.float32)
-    tile = tile or tiles_for(dim, window, q_BHND.device).forward
-    num_blocks = ceil_div(num_tokens, tile.queries)
-    with on_device_of(q_BHND):
+    batch, heads, num_queries, dim = q_BHMD.shape
+    num_tokens = k_BGND.shape[2]
+    out_BHMD = empty_heads_inner(q_BHMD, num_queries)
+    lse_BHM = q_BHMD.new_empty((batch, heads, num_queries), dtype=torch.float32)
+    tile = tile or tiles_for(dim, window, q_BHMD.device).forward
+    num_blocks = ceil_div(num_queries, tile.queries)
+    with on_device_of(q_BHMD):
         _window_fwd_kernel[(batch * num_blocks * heads,)](
-            *rows_of(q_BHND, k_BGND, v_BGND, out_BHND), lse_BHN,
-            scale * LOG2_E, window, num_sinks, num_tokens, num_blocks,
+            *rows_of(q_BHMD, k_BGND, v_BGND, out_BHMD), lse_BHM,
+            scale * LOG2_E, window, num_sinks, num_tokens, num_tokens - num_queries, num_blocks,
             heads, heads // k_BGND.shape[1], dim, num_sinks > 0, BLOCK_SINKS,
-            tile.queries, tile.keys, block_dim(dim), upcasts(q_BHND),
+            tile.queries, tile.keys, block_dim(dim), upcasts(q_BHMD),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return out_BHND, lse_BHN
+    return out_BHMD, lse_BHM
 
 
 def rows_of(*tensors: Tensor) -> list[Any]:

@@ -48,6 +48,29 @@ def test_any_tile_gives_the_reference(queries, keys, window, sinks, monkeypatch)
     torch.testing.assert_close(lse, logits.logsumexp(-1) / torch.tensor(2.0).log())
 
 
+@on_the_cpu
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "sinks", "front"),
+    [(32, 16, 1, 0, 1), (16, 32, 37, 19, 55), (32, 32, 40, 3, 42), (64, 16, 64, 0, 63), (32, 128, 29, 5, 97)],
+)
+def test_queries_of_the_last_tokens_alone_give_what_they_give_among_all(
+    queries, keys, window, sinks, front, monkeypatch
+):
+    monkeypatch.setattr(window_gradients, "PART", 16)
+    generator = torch.Generator().manual_seed(7)
+    q, k, v, dout = (torch.randn(2, 101, count, 5, generator=generator).transpose(1, 2) for count in (4, 2, 2, 4))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = window_reference(*exact, window, sink_tokens=sinks, scale=0.3)[:, :, front:]
+    dq, dk, dv = torch.autograd.grad(truth, exact, dout[:, :, front:].double())
+    tile = Tile(queries, keys, num_warps=4, num_stages=1)
+    q, dout = q[:, :, front:], dout[:, :, front:]
+    out, lse = window_fwd(q, k, v, window, sinks, 0.3, tile)
+    gradients = window_bwd(dout, q, k, v, out, lse, window, sinks, 0.3, tile, tile)
+    for actual, expected in zip((out, *gradients), (truth, dq[:, :, front:], dk, dv), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dim", [1, 63, 64, 65, 96, 128, 129, 256])
 @pytest.mark.parametrize("window", [1, 2047, 2048, 100_000])
 def test_there_are_tiles_for_every_head_dim_and_window(dim, window, monkeypatch):
