@@ -186,7 +186,8 @@ class Runner:
         forget(path, {"row": row.name})
         append(path, measures(row, folder))
         append(self.table, [line])
-        if row.arm.steps is None:
+        # what others ran beside would make the next rows shorter
+        if row.arm.steps is None and self.arguments.beside == 1:
             self.note_steps(row, folder, row.arm.modes())
         evaluating = sum(one["seconds"] for one in read_evaluations(folder))
         beside = wall - line["seconds"] - evaluating
@@ -252,7 +253,7 @@ def main() -> int:
     add("--num_samples", type=int, help="of an evaluation, instead of the part's")
     add("--start_seconds", type=float, help="of a row beside training and evaluation, instead of the part's")
     add("--sample_seconds", type=float, help="of one sample of an evaluation, instead of the part's")
-    add("--flags", default="", help="what lighthouse fit is given beside, in one word")
+    add("--flags", default="", help="what lighthouse fit is given beside, in one word; no row is named by it")
     add("--gpus", nargs="*", default=[None], help="GPUs to train on (default: all to one training)")
     add("--beside", type=int, default=1, help="trainings on a GPU that take turns (default: %(default)s)")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")

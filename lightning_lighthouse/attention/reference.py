@@ -221,11 +221,11 @@ def _gather_one(x_BHND: Tensor, selection: Selection, shape: PyramidShape, rotat
 def scatter(
     o_BHSD: Tensor, selection: Selection, shape: PyramidShape, config: LighthouseConfig, front: int = 0
 ) -> Tensor:
-    """Return the outputs to the tokens: `[B, H, S, D] -> [B, H, N, D]`.
+    """Return the outputs to the tokens: `[B, H, S, D] -> [B, H, N - F, D]`.
 
     Entry (l, i) adds to tokens `[i p^l + p^l - 1, i p^l + 2 p^l - 2]`, cut at N - 1: the shift keeps a summary from
     the tokens of its own window, whose future it contains. Seen from a token, each level has at most one such entry.
-    The tokens of the first `front` coarsest windows are left out.
+    The F tokens of the first `front` coarsest windows are left out.
     """
     dtype = sum_dtype(o_BHSD.dtype)
     tokens = torch.arange(front * shape.window(shape.num_levels - 1), shape.num_tokens, device=o_BHSD.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -160,8 +160,17 @@ def _attend(
 def keep_gradient_order(out: Tensor) -> Tensor:
     """What SDPA returned, so that its gradient comes in the memory order of `out`, where cuDNN could need that."""
     if out.device.type == "cuda" and out.dtype in (torch.bfloat16, torch.float16) and out.requires_grad:
-        ordered: Tensor = _GradientLikeOutput.apply(out)
-        return ordered
+        return with_ordered_gradient(out)
+    return out
+
+
+def with_ordered_gradient(out: Tensor) -> Tensor:
+    """The tensor, whose gradient goes on in the memory order of `out`; it may be changed in place."""
+    if torch.compiler.is_compiling():
+        traced: Tensor = _GradientLikeOutput.apply(out)
+        return traced
+    # the output of a function would be a view, which autograd forbids to change
+    out.register_hook(partial(in_memory_order, strides=out.stride()))
     return out
 
 

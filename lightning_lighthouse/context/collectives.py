@@ -15,9 +15,8 @@ from torch import Tensor
 
 from lightning_lighthouse.attention.operators import Operator
 
-# torch's new names since 2.14, and those of before
+# torch's new name since 2.14, and that of before
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -61,28 +60,11 @@ def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return received
 
 
-def _reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
-    sent = x.contiguous()
-    received = sent.new_empty(sent.shape[1:])
-    _scatter_sums(received.view(-1), sent.view(-1), group=_groups[group])
-    return received
-
-
-def _keep_size(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.size, ctx.group = inputs[1:]
-
-
-_reduce_scatter_operator = Operator(_reduce_scatter, lambda x, size, group: x.new_empty(x.shape[1:]))
-_all_gather_operator = Operator(
-    _all_gather,
-    lambda x, size, group: x.new_empty((size, *x.shape)),
-    _keep_size,
-    lambda ctx, gradient: (_reduce_scatter_operator(gradient, ctx.size, ctx.group), None, None),
-)
+_all_gather_operator = Operator(_all_gather, lambda x, size, group: x.new_empty((size, *x.shape)))
 
 
 def all_gather(x: Tensor, size: int, group: str) -> Tensor:
-    """What each of `size` ranks holds: `[...] -> [size, ...]`. Its gradient is the sum of the ranks'."""
+    """What each of `size` ranks holds: `[...] -> [size, ...]`, without a gradient."""
     out: Tensor = _all_gather_operator(x, size, group)
     return out
 

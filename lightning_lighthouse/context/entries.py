@@ -139,11 +139,10 @@ def _own(stages: ModuleType, whole: Any, shape: PyramidShape, part: PyramidShape
 
 def _reaching(stages: ModuleType, slots: Tensor, shape: PyramidShape, part: PyramidShape, context: Context) -> Tensor:
     """`[B, G, L - 1]` bool: whether the last entry of each level of the rank before is gathered; none for the first."""
-    # one more in front, which the first rank reads: ranks whose graphs differ would be compiled to different exchanges
-    slots = torch.cat((slots.new_full((*slots.shape[:2], 1), -1), slots), -1)
+    if context.rank == 0:
+        return slots.new_zeros((*slots.shape[:2], part.num_levels - 1), dtype=torch.bool)
     last = [
-        _rows(stages, shape, level)[0] + context.rank * part.entries(level) if context.rank else 0
-        for level in range(1, part.num_levels)
+        _rows(stages, shape, level)[0] + context.rank * part.entries(level) - 1 for level in range(1, part.num_levels)
     ]
     return _at(slots, last) >= 0
 

@@ -18,10 +18,10 @@ from lightning_lighthouse.context.collectives import pass_on
 from lightning_lighthouse.context.group import Context
 
 
-def _to_next(x: Tensor, rank: int, size: int, step: int, group: str) -> Tensor:
-    """What the rank `step` before this one has."""
-    sent = [int(other == (rank + step) % size) for other in range(size)]
-    received = [int(other == (rank - step) % size) for other in range(size)]
+def _shift(x: Tensor, rank: int, size: int, by: int, group: str) -> Tensor:
+    """Send x to the rank `by` behind this one, and return what came from the rank `by` before it, in a ring."""
+    sent = [int(other == (rank + by) % size) for other in range(size)]
+    received = [int(other == (rank - by) % size) for other in range(size)]
     with torch.no_grad():
         return pass_on(x.unsqueeze(0), sent, received, group)[0]
 
@@ -31,8 +31,7 @@ def _append_front(shares: Tensor, rows: Tensor, is_read: Tensor, room: int, rank
     count, num_front = shares.shape[1], rows.shape[2]
     out[:, :, :count].unflatten(1, (shares.shape[0], -1)).copy_(shares.permute(2, 0, 3, 1, 4))
     index = rows.unsqueeze(-1).expand(-1, -1, -1, shares.shape[4])
-    front = _to_next(out.gather(2, index), rank, size, 1, group)
-    # the gradient of a row that nobody reads is whatever was in memory
+    front = _shift(out.gather(2, index), rank, size, 1, group)
     out[:, :, count : count + num_front] = torch.where(is_read.unsqueeze(-1), front, 0)
     out[:, :, count + num_front :] = 0
     return out
@@ -56,14 +55,18 @@ def _append_front_bwd(
     dout: Tensor, rows: Tensor, is_read: Tensor, parts: int, count: int, rank: int, size: int, group: str
 ) -> Tensor:
     dshares = _empty_shares(dout, rows, is_read, parts, count, rank, size, group)
-    # [B, u, H / u, s, D], as a view
-    by_head = dshares.permute(2, 0, 3, 1, 4)
-    by_head.copy_(dout[:, :, :count].unflatten(1, (parts, -1)))
+    dshares.copy_(_by_share(dout[:, :, :count], parts))
     front = dout[:, :, count : count + rows.shape[2]]
-    back = _to_next(torch.where(is_read.unsqueeze(-1), front, 0), rank, size, -1, group)
-    index = rows.unsqueeze(-1).expand_as(back)
-    by_head.scatter_add_(3, index.unflatten(1, (parts, -1)), back.unflatten(1, (parts, -1)))
-    return dshares
+    # the gradient of a row that nobody reads is whatever was in memory
+    back = _shift(torch.where(is_read.unsqueeze(-1), front, 0), rank, size, -1, group)
+    index = _by_share(rows.unsqueeze(-1).expand_as(back), parts)
+    # not into a permuted view, which a deterministic sum would copy whole
+    return dshares.scatter_add_(1, index, _by_share(back, parts))
+
+
+def _by_share(x_BHsD: Tensor, parts: int) -> Tensor:
+    """`[u, s, B, H / u, D]`, as a view."""
+    return x_BHsD.unflatten(1, (parts, -1)).permute(1, 3, 0, 2, 4)
 
 
 def _empty_shares(

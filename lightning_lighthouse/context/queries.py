@@ -108,9 +108,11 @@ def shared_lighthouse(
         o_BHSD = _share_queries(qs, ks, vs, neighbours, context, scale, config.sdpa)
         return stages.scatter(o_BHSD, selection, shape, config)
 
-    if not shape.compresses:
-        # says so, and is dense
-        attend = partial(lighthouse_attention, config=config, scale=scale, rotation=rotation)
+    # sequences that are too short to gain are dense, and say so; of few rows some groups would get none
+    if not shape.compresses or shape.num_gathered < 2 * (context.size // neighbours):
+        attend = partial(
+            lighthouse_attention, config=config, scale=scale, step=step, first_head=first_head, rotation=rotation
+        )
     return exchange_tokens(attend, q_BHnD, k_BGnD, v_BGnD, context)
 
 

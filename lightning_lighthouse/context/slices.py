@@ -24,6 +24,7 @@ from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.context.group import Context, current
 
 TOKENS, INPUTS, LABELS, POSITIONS = "tokens", "input_ids", "labels", "position_ids"
+POSITION_NAMES = (POSITIONS, "cache_position")
 # Says of whole sequences what a slice does not hold
 DOCUMENTS = "documents"
 # Of a target that no loss counts, as in torch's cross-entropy
@@ -60,7 +61,7 @@ def slice_batch(batch: Any, context: Context) -> Any:
         return _cut(batch, tokens.shape[1], start, end)
     batch = {name: value for name, value in batch.items() if name != DOCUMENTS}
     shifted = _shifted(batch, context) if not more else {}
-    sliced = {name: _cut(value, tokens.shape[1], start, end) for name, value in {**batch, **shifted}.items()}
+    sliced = {name: _cut(value, tokens.shape[1], start, end, name) for name, value in {**batch, **shifted}.items()}
     if not more and POSITIONS not in batch:
         positions = torch.arange(start, end, device=tokens.device)
         sliced[POSITIONS] = positions.expand(len(tokens), -1)
@@ -75,7 +76,7 @@ def shorten(batch: Any, num_tokens: int) -> Any:
     if not isinstance(batch, Mapping):
         return batch[:, : num_tokens + more]
     items = {name: value for name, value in batch.items() if name != DOCUMENTS}
-    return {name: _cut(value, tokens.shape[1], 0, num_tokens + more) for name, value in items.items()}
+    return {name: _cut(value, tokens.shape[1], 0, num_tokens + more, name) for name, value in items.items()}
 
 
 def mark_of(batch: Any, device: torch.device) -> Tensor:
@@ -117,10 +118,14 @@ def _bounds(tokens: Tensor, more: int, context: Context) -> tuple[int, int]:
     return context.rank * count, (context.rank + 1) * count + more
 
 
-def _cut(value: Any, width: int, start: int, end: int) -> Any:
-    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == width:
+def _cut(value: Any, width: int, start: int, end: int, name: str = "") -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    # positions may be the same for all sequences, `[N]`, or of several axes, `[axes, B, N]`
+    dim = value.ndim - 1 if name in POSITION_NAMES else 1
+    if value.ndim > dim >= 0 and value.shape[dim] == width:
         # transformers views what it is given as one dimension
-        return value[:, start:end].contiguous()
+        return value.narrow(dim, start, end - start).contiguous()
     return value
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
-from lightning_lighthouse.attention.inputs import autocast
+from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.layer_types import CHUNK, DENSE, LIGHTHOUSE, WINDOW
 from lightning_lighthouse.attention.lighthouse import lighthouse_attention
 from lightning_lighthouse.attention.rotation import Rotation
@@ -110,8 +110,9 @@ def _attend_shared(
 
     Where the ranks cannot share the key/value heads out, they share out the queries too.
     """
-    # before they are sent: autocast halves what goes over the wire
+    # before they are sent: autocast halves what goes over the wire, and other dtypes would be joined
     q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
     is_by_heads = num_neighbours(k.shape[1], context) == context.size
     if scope is not None and scope.layer_type != UNSELECTED:
         note(reason)

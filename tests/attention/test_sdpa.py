@@ -227,17 +227,25 @@ def test_a_gradient_is_handed_back_in_the_memory_order_of_the_output(order, comp
     # of the gradient; that of the output is [batch, tokens, heads, dim]
     gradient = torch.randn([(2, 3, 5, 4)[dim] for dim in order]).permute(*torch.tensor(order).argsort().tolist())
     out = torch.randn(2, 5, 3, 4).transpose(1, 2).requires_grad_()
-    hand_on = sdpa._GradientLikeOutput.apply
+    hand_on = sdpa.with_ordered_gradient
     if compiled:
-        hand_on = torch.compile(lambda x: sdpa._GradientLikeOutput.apply(x), backend="aot_eager", fullgraph=True)
+        hand_on = torch.compile(sdpa.with_ordered_gradient, backend="aot_eager", fullgraph=True)
     before = out * 1
     seen = []
     before.register_hook(seen.append)
-    after = hand_on(before)
+    after = hand_on(before + 0)
     assert torch.equal(after, out)
     after.backward(gradient)
     assert torch.equal(seen[0], gradient)
     assert seen[0].stride() == before.stride()
+
+
+def test_an_output_whose_gradient_is_ordered_may_be_changed_in_place():
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    out = sdpa.with_ordered_gradient(x * 3)
+    out *= 2
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(dx, torch.full_like(x, 6))
 
 
 class TestOnAGPU:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from lightning_lighthouse import LighthouseConfig, lighthouse_attention
+from lightning_lighthouse.context import queries
 from lightning_lighthouse.context.exchange import first_kv_head, num_neighbours
 from lightning_lighthouse.context.group import Context
 from lightning_lighthouse.context.queries import _of_group, chunks_of, num_rows, pieces_of
@@ -31,6 +34,19 @@ def test_every_row_goes_to_one_group_and_all_have_as_much_to_do(ranks, kv_heads,
     assert max(work) - min(work) <= total
     for rank in range(ranks):
         assert sum(num_rows(pieces) for pieces in pieces_of(rank, count, chunks)) == count
+
+
+def test_of_few_rows_every_group_has_all(monkeypatch):
+    """40 tokens of 8 ranks and 1 head gather 11 rows: chunks of 11 / 16 would be empty, and those ranks would stop."""
+    monkeypatch.setattr(queries, "pass_on", None)
+    monkeypatch.setattr(queries, "exchange_tokens", lambda attend, q, k, v, context: attend(*whole))
+    whole = [torch.randn(1, 1, 40, 4) for _ in range(3)]
+    config = LighthouseConfig(2, 4, 1)
+    assert config.pyramid(40).num_gathered < 16
+    part = [x[:, :, :5] for x in whole]
+    for rank in range(8):
+        out = queries.shared_lighthouse(*part, config, Context(rank, 8, "nobody"))
+        assert torch.equal(out, lighthouse_attention(*whole, config))
 
 
 def test_neighbours_have_different_heads_and_groups_the_same():

@@ -16,6 +16,16 @@ TOKENS = RANKS * LOCAL
 CONTEXTS = [Context(rank, RANKS, "no group") for rank in range(RANKS)]
 
 
+def test_positions_are_cut_by_their_last_dimension():
+    whole = torch.arange(TOKENS)
+    axes = torch.stack([whole.expand(2, -1)] * 3)
+    batch = {"input_ids": drawn(2, TOKENS), "position_ids": axes, "cache_position": whole}
+    parts = [slice_batch(batch, context) for context in CONTEXTS]
+    for name in ("position_ids", "cache_position"):
+        assert torch.equal(torch.cat([part[name] for part in parts], -1), batch[name])
+    assert torch.equal(shorten(batch, 5)["cache_position"], whole[:5])
+
+
 def drawn(*shape: int) -> torch.Tensor:
     return torch.randint(100, shape, generator=torch.Generator().manual_seed(42))
 

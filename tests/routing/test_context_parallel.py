@@ -78,3 +78,9 @@ def test_the_layer_is_named_while_somebody_listens():
     assert set(listener.calls) == listener.ran == set(layers)
     assert listener.calls["blocks.1.attn"][0][0].shape == (1, 2, 3, 8)
     assert running() == ""
+
+
+def test_tensors_of_several_dtypes_are_refused_before_anything_is_sent():
+    q = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
+    with shared_sequences(CONTEXT, ()), pytest.raises(ValueError, match="one floating dtype"):
+        F.scaled_dot_product_attention(q, q, q.float(), is_causal=True)

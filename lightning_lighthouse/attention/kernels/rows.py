@@ -80,7 +80,7 @@ def token_slots(b_before, b_first, i_child, W: tl.constexpr, SHIFT: tl.constexpr
 def rows_of(p_windows, i_token, num_tokens, num_coarsest, w: tl.constexpr, TABLE: tl.constexpr):
     """Rows of the tokens `i_token` of windows that lie one behind the other, and which of them exist.
 
-    TABLE: `p_windows` holds the first row of each of `num_coarsest` windows of w tokens, then how many it has.
+    TABLE: `p_windows` holds the first row of each of `num_coarsest` windows of w tokens, then how many it has, maybe 0.
     """
     if TABLE:
         i_coarsest = i_token // w

@@ -95,9 +95,9 @@ scatter_behind_fwd = Operator(_scatter_behind, _empty_behind, _setup_behind, _ba
 def scatter(
     o_BHSD: Tensor, selection: Selection, shape: PyramidShape, config: LighthouseConfig, front: int = 0
 ) -> Tensor:
-    """Return the outputs to the tokens: `[B, H, S, D] -> [B, H, N, D]`.
+    """Return the outputs to the tokens: `[B, H, S, D] -> [B, H, N - F, D]`.
 
-    Entry (l, i) adds to tokens `[i p^l + p^l - 1, i p^l + 2 p^l - 2]`, cut at N - 1. The tokens of the first `front`
+    Entry (l, i) adds to tokens `[i p^l + p^l - 1, i p^l + 2 p^l - 2]`, cut at N - 1. The F tokens of the first `front`
     coarsest windows are left out.
     """
     is_mean = config.combine == "mean"
