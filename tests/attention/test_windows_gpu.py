@@ -9,7 +9,7 @@ from warned import own_warnings
 
 from lightning_lighthouse import notices
 from lightning_lighthouse.attention.reference import window_reference
-from lightning_lighthouse.attention.windows import chunk_attention, window_attention
+from lightning_lighthouse.attention.windows import chunk_attention, lower_right_window, window_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +65,22 @@ def test_a_window_is_its_reference(window, sink_tokens):
     assert_as_exact_as_naive(
         windowed(window_attention, window, sink_tokens), windowed(window_reference, window, sink_tokens), qkv, dout
     )
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("window", "sink_tokens", "front"), [(512, 4, 515), (63, 0, 62), (2048, 37, 2084), (1, 3, 3)], ids=str
+)
+def test_queries_of_the_last_tokens_give_what_they_give_among_all(window, sink_tokens, front, dim):
+    qkv, dout = draw(1, 4, 2, 5003, dim)
+
+    def attend(q, k, v):
+        return lower_right_window(q[:, :, front:], k, v, window, sink_tokens=sink_tokens, scale=None, sdpa="auto")
+
+    def whole(q, k, v):
+        return window_reference(q, k, v, window, sink_tokens=sink_tokens)[:, :, front:]
+
+    assert_as_exact_as_naive(attend, whole, qkv, dout[:, :, front:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])

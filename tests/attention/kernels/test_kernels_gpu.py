@@ -88,6 +88,25 @@ def test_the_layer_errs_no_more_than_the_reference(dtype, dim):
         assert error <= 2 * allowed + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_tokens_in_front_are_left_out_of_scatter_alone(combine):
+    config = LighthouseConfig(combine=combine)
+    shape = config.pyramid(65_536)
+    q, k, v = draw_cuda(1, 4, 2, 65_536, 128)
+    with torch.no_grad():
+        selection = kernels.select(kernels.score(q, k, v, shape, config), shape, config)
+    o = torch.randn(1, 4, shape.num_gathered, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dout = torch.randn(1, 4, 65_536, 128, device="cuda", dtype=torch.bfloat16)
+    left_out = shape.window(2)
+    dout[:, :, :left_out] = 0
+    whole, behind = (kernels.scatter(o, selection, shape, config, front=front) for front in (0, 1))
+    assert torch.equal(behind, whole[:, :, left_out:])
+    (exact,), (found,) = (
+        torch.autograd.grad(out, o, gradient) for out, gradient in ((whole, dout), (behind, dout[:, :, left_out:]))
+    )
+    assert torch.equal(found, exact)
+
+
 @pytest.mark.parametrize("selection", ["published", "causal", "strided"])
 def test_the_kernels_repeat_bit_for_bit_in_any_mode(selection):
     """The layer without attention, whose backend may not repeat."""
