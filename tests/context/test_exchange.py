@@ -42,6 +42,7 @@ def shared(folder, ranks: int, cases: str) -> list[dict]:
         # as many ranks as key/value heads, and twice as many
         pytest.param(4, "all", 23, marks=pytest.mark.slow),
         pytest.param(4, "grouped", 23, marks=pytest.mark.slow),
+        pytest.param(8, "grouped", 9, marks=pytest.mark.slow),
         # two heads that three ranks cannot share out
         pytest.param(3, "grouped", 14, marks=pytest.mark.slow),
     ],
