@@ -65,10 +65,10 @@ def test_shared_attention_is_that_of_one_process(ranks, cases, count, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_kernels_share_entries(tmp_path):
+def test_the_kernels_share_entries_and_windows(tmp_path):
     for found in shared(tmp_path, 2, "triton"):
         del found["refused"]
-        assert set(found) == {"causal", "mean, four levels"}
+        assert set(found) == {"causal", "mean, four levels", "window", "sinks"}
         for name, case in found.items():
-            assert case["same"], name
-            assert max(case["errors"]) < 1e-6, (name, case)
+            assert case["same"] or name in LOCAL, name
+            assert max(case["errors"]) < 4e-6, (name, case)

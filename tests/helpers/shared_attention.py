@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lighthouse import LighthouseConfig, context_parallel, local_positions, patch_attention, slice_tokens
+from lightning_lighthouse.attention import windows
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.context.group import current, whole_sequences
 
@@ -69,6 +70,8 @@ KERNELS = {
         "tokens": 512,
         "config": LighthouseConfig(backend="triton", top_k=64, num_levels=4, pooling_factor=2, combine="mean"),
     },
+    "window": {"tokens": 512, "layer_types": ["window"], "window": 61},
+    "sinks": {"tokens": 512, "layer_types": ["window"], "window": 37, "sink_tokens": 5},
 }
 
 
@@ -172,6 +175,7 @@ def refusals(ranks: int) -> dict[str, str]:
 if __name__ == "__main__":
     # nothing has run yet that a fork could break, and nobody imports torch again
     if sys.argv[3] == "triton":
+        windows._takes_kernel = lambda q, sdpa: True
         HEADS, GROUPS, BATCH = 4, 2, 1
         what = KERNELS, torch.float32
     else:
