@@ -49,6 +49,8 @@ def runs(tmp_path_factory) -> Path:
         "one:1:1:resumed-ddp,resumed-four",
         "ddp:4:2:plain,recipe",
         "fsdp:4:2:plain",
+        "ddp:8:8:even",
+        "fsdp:8:4:even",
     )
     return folder
 
@@ -69,6 +71,8 @@ def result(runs: Path, name: str) -> dict[str, Any]:
         *((f"{kind}4by2-plain", "plain") for kind in ("ddp", "fsdp")),
         *((f"ddp4-{case}", case) for case in ("plain", "local", "even")),
         ("fsdp4-plain", "plain"),
+        ("ddp8-even", "even"),
+        ("fsdp8by4-even", "even"),
     ],
 )
 def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
@@ -83,7 +87,7 @@ def test_ranks_that_share_sequences_train_as_one_process(name, alone, runs):
     # what neighbours both hold is counted once
     seq_len = 1024 if alone == "even" else SEQ_LEN
     assert shared["tokens"] == whole["tokens"] == 4 * 2 * (seq_len + 1)
-    size = 4 if "4-" in name else 2
+    size = int(name.split("-")[0][-1])
     assert shared["shapes"] == [[1 if "by" in name else 2, seq_len // size + 1]]
     assert shared["size"] == size
     weights, wanted = (torch.load(runs / each / "final.pt", weights_only=True) for each in (name, f"one1-{alone}"))
