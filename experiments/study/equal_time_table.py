@@ -88,10 +88,13 @@ def draw(path: Path, curves: Mapping[str, list[tuple[float, float]]], **axes_set
     figure, axes = plt.subplots(figsize=(10, 5))
     axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, points in curves.items():
-        axes.plot(*zip(*sorted(points), strict=True), "--" if name.startswith("dense") else "-", marker=".", label=name)
+        arm = name.partition(",")[0]
+        style = {"dense": "--", "untrained": ":"}.get(arm.partition("-own")[0], "-")
+        axes.plot(*zip(*sorted(points), strict=True), style, marker=".", label=name)
     axes.set(**axes_settings)
     if axes_settings.get("xscale"):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda tokens, place: f"{tokens:,.0f}")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -132,8 +135,15 @@ def main() -> int:
     for point in read(arguments.table.with_name(f"{arguments.table.stem}_measures.csv")):
         points[point["row"]].append(point)
     groups: dict[tuple[str, str], list[Line]] = defaultdict(list)
-    for line in read(arguments.table):
-        groups[line["seq_len"], line["budget"]].append(line)
+    lines = read(arguments.table)
+    untrained = [line for line in lines if line["steps"] == "1"]
+    for line in lines:
+        if line not in untrained:
+            groups[line["seq_len"], line["budget"]].append(line)
+    # beside all that was made of them
+    for line in untrained:
+        for seq_len, budget in [key for key in groups if key[0] == line["seq_len"]]:
+            groups[seq_len, budget].append(line)
     for (seq_len, budget), lines in groups.items():
         title = f"{int(seq_len):,} tokens, {float(budget):g} s"
         print(f"\n{title}\n")
