@@ -322,7 +322,7 @@ class LongContextEvaluation(Callback):
     ) -> dict[str, Any] | None:
         """One evaluation; None where it is put off."""
         assert self._collected is not None
-        text = self._collected.haystack()
+        text = self._collected.haystack(self.seed)
         assert text is not None
         # a compiled model would compile anew for each length, and past torch's limit train uncompiled from then on
         with self._patch(trainer) as patch, undisturbed(trainer, module), torch.compiler.set_stance("force_eager"):

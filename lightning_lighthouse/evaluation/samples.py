@@ -18,6 +18,8 @@ from lightning_lighthouse.evaluation.text import read_text
 
 # its multiples, modulo 1, lie far from one another however many they are
 GOLDEN = 0.6180339887498949
+# how far apart the samples of two seeds begin
+SILVER = 0.41421356237309503
 DIGITS = "0123456789"
 
 
@@ -36,9 +38,11 @@ class Haystack:
 
     Args:
         tokens: `[N]` token ids, on the CPU.
+        seed: Other samples for another one.
     """
 
     tokens: Tensor
+    seed: int = 0
 
     def draw(self, num_tokens: int, index: int) -> Tensor:
         """The `index`-th sample of so many tokens, always the same; samples overlap only where the text is short.
@@ -49,7 +53,7 @@ class Haystack:
         room = len(self.tokens) - num_tokens
         if room < 0:
             raise ValueError(f"{num_tokens:,} tokens of text are needed, there are {len(self.tokens):,}")
-        start = round((index * GOLDEN) % 1.0 * room)
+        start = round((index * GOLDEN + self.seed * SILVER) % 1.0 * room)
         return self.tokens[start : start + num_tokens]
 
 
@@ -99,9 +103,9 @@ class Collector:
         self._parts.append(rows.flatten().cpu())
         self.num_tokens += rows.numel()
 
-    def haystack(self) -> Haystack | None:
+    def haystack(self, seed: int = 0) -> Haystack | None:
         """All of it in one piece; None where there is none."""
-        return Haystack(torch.cat(self._parts)[: self._limit]) if self._parts else None
+        return Haystack(torch.cat(self._parts)[: self._limit], seed) if self._parts else None
 
 
 def seeded(seed: int, *place: object) -> torch.Generator:

@@ -117,6 +117,16 @@ class HuggingFaceDecoder(LanguageModel):
             enable({"use_reentrant": False})
         return model.train()
 
+    def setup(self, stage: str) -> None:
+        """Refuse a Trainer that would round the rotary frequencies. Raises SettingError."""
+        precision = str(self.trainer.precision)
+        if precision in ("bf16-true", "16-true"):
+            raise SettingError(
+                f"trainer.precision must be 32-true or mixed for a model of transformers, got {precision}, which "
+                "rounds its rotary frequencies; for weights of 16 bits set the model's precision"
+            )
+        super().setup(stage)
+
     def check_data(self, data: Any) -> None:
         """Refuse data whose tokens are not the model's: more of them, or another tokenizer's. Raises SettingError."""
         super().check_data(data)

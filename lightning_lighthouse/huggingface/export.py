@@ -17,6 +17,8 @@ from lightning_lighthouse.checks import shown
 from lightning_lighthouse.huggingface.trained import Trained
 
 SHARD = "5GB"
+# of a generation config, where sampling is asked for
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 # beside the weights there are a config, a tokenizer, and what the file system wants
 MARGIN = 50 * 2**20
 # from one look at what is written to the next
@@ -43,6 +45,10 @@ def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Pat
     model = trained.model if dtype is None else trained.model.to(dtype)
     # for those who generate with it
     model.config.use_cache = True
+    settings = model.generation_config
+    if settings is not None and any(getattr(settings, name, None) is not None for name in SAMPLING):
+        # many models have these alone; transformers refuses to save them without
+        settings.do_sample = True
     model.config.dtype = model.dtype
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + MARGIN
@@ -103,7 +109,7 @@ def readme(trained: Trained) -> str:
     lines = [
         f"# {type(trained.model).__name__}, {number / 1e6:,.1f}M parameters",
         "",
-        "An ordinary model of transformers, with dense attention:",
+        "An ordinary model of transformers 5, with dense attention:",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

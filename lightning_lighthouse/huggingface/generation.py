@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lightning_lighthouse.huggingface.rope import reach_of
 from lightning_lighthouse.huggingface.trained import Trained
 
 
@@ -29,7 +30,7 @@ def go_on(
     tokens = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if tokens.shape[1] == 0:
         raise ValueError("the prompt must hold at least one token, got none")
-    reach = getattr(trained.model.config.get_text_config(), "max_position_embeddings", None)
+    reach = reach_of(trained.model.config.get_text_config())
     if reach is not None and tokens.shape[1] + max_new_tokens > reach:
         raise ValueError(
             f"the prompt and what follows must be at most the model's {reach:,} positions, got {tokens.shape[1]:,} "

@@ -51,6 +51,14 @@ def read_config(model: str) -> Any:
     except Exception as error:
         what = "is nothing here, and as a name it cannot be read" if is_name(model) else "cannot be read"
         raise SettingError(f"model {quoted(model)} {what}: {_line(error)}") from None
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None and "gguf_file" not in options:
+        # without its scales transformers would read them as they are
+        told = quantized if isinstance(quantized, dict) else vars(quantized)
+        kind = getattr(told.get("quant_method"), "value", told.get("quant_method"))
+        raise SettingError(
+            f"model {quoted(model)} has quantized weights ({kind}): give one whose weights are floats, or save it so"
+        )
     if hasattr(config, "quantization_config"):
         # the weights are read as floats, and saved as such
         del config.quantization_config

@@ -13,6 +13,11 @@ GLOBAL = "full_attention"
 SCALED = ("linear", "dynamic", "yarn", "llama3", "longrope")
 # These choose frequencies by the last position that they see
 BY_LENGTH = ("dynamic", "longrope")
+# What belongs to a way of scaling; others, as "partial_rotary_factor", belong to the model
+OF_SCALING = (
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
 
 
 def extend_positions(
@@ -53,8 +58,24 @@ def extend_positions(
                 f"sequence_length must be at most {furthest:,} with rope_parameters {quoted(dict(given))} over "
                 f"{base:,} positions, got {sequence_length:,}: raise the factor"
             )
+        if parameters["rope_type"] == "dynamic":
+            # transformers takes what the model was made for from there
+            return
         parameters.setdefault("original_max_position_embeddings", base)
     config.max_position_embeddings = sequence_length
+
+
+def reach_of(config: Any) -> int | None:
+    """Tokens that a model's positions reach; None where its config does not say.
+
+    Args:
+        config: Of transformers, of the text.
+    """
+    reach: int | None = getattr(config, "max_position_embeddings", None)
+    parameters = _global(config) if getattr(config, "rope_parameters", None) else {}
+    if reach is not None and parameters.get("rope_type") == "dynamic":
+        return int(reach * parameters.get("factor", 1.0))
+    return reach
 
 
 def check_shared(config: Any) -> None:
@@ -88,7 +109,8 @@ def _lay_over(config: Any, given: dict[str, Any]) -> None:
         raise SettingError(f"rope_type must be one of default, {', '.join(SCALED)}, got {quoted(kind)}")
     if given.get("rope_type", kind) != parameters.get("rope_type", "default"):
         # what belonged to another type would be in the way
-        parameters.clear()
+        for name in OF_SCALING:
+            parameters.pop(name, None)
     parameters.update({**given, "rope_theta": float(theta), "rope_type": kind})
     if kind in ("yarn", "llama3") and "original_max_position_embeddings" not in parameters:
         parameters["original_max_position_embeddings"] = config.max_position_embeddings

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lighthouse.checks import quoted
-from lightning_lighthouse.data.settings import BYTES
+from lightning_lighthouse.data.settings import BYTES, DataOptions
+from lightning_lighthouse.data.tokenizers import FileTokenizer
 from lightning_lighthouse.huggingface.decoder import HuggingFaceDecoder
 from lightning_lighthouse.huggingface.llama import byte_tokenizer, llama_of
 from lightning_lighthouse.huggingface.reading import (
@@ -77,9 +78,13 @@ def load_trained(path: Path, recipe: Path | None = None) -> Trained:
     told = _recipe_of(weights, recipe)
     state = _state_of(weights)
     module = _module_of(told)
+    _check_weights(module, state, weights)
     data = (told.get("data") or {}).get("init_args") or {}
     if isinstance(module, Decoder):
-        model, tokenizer = llama_of(module, state, data.get("seq_len") or 2048), _tokenizer_of(data.get("tokenizer"))
+        model = llama_of(module, state, _positions_of(told, data))
+        tokenizer = _tokenizer_of(told, data)
+        if tokenizer is not None:
+            model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     else:
         model = materialized(module.config, next(iter(state.values())).dtype)
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
@@ -162,15 +167,55 @@ def _state_of(weights: Path) -> dict[str, Tensor]:
     return state
 
 
-def _tokenizer_of(name: str | None) -> Any:
-    """That of the data: bytes, a `tokenizer.json`, or a folder of transformers."""
-    if name in (None, BYTES):
+def _check_weights(module: Decoder | HuggingFaceDecoder, state: Mapping[str, Tensor], weights: Path) -> None:
+    """Refuse weights of another model than the recipe's. Raises ValueError."""
+    wanted = {name: value.shape for name, value in module.state_dict().items()}
+    wrong = [name for name in state if wanted.get(name) != state[name].shape]
+    # tied ones may be there once
+    alike = {name for name in wanted if name not in state} - _tied(module)
+    if wrong or alike:
+        name = (wrong or sorted(alike))[0]
+        raise ValueError(
+            f"{weights} holds the weights of another model than its recipe's: {name} is "
+            f"{list(state[name].shape) if name in state else 'not there'}, "
+            f"and there {list(wanted[name]) if name in wanted else 'not known'}; give the run's recipe with -c"
+        )
+
+
+def _tied(module: nn.Module) -> set[str]:
+    """Names of parameters that have another one too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for same in names.values() if len(same) > 1 for name in same}
+
+
+def _is_recipe(told: Mapping[str, Any]) -> bool:
+    """Whether the data is a `LighthouseRecipe`, whose defaults are known."""
+    path = (told.get("data") or {}).get("class_path")
+    return path is None or str(path).rpartition(".")[2] == "LighthouseRecipe"
+
+
+def _positions_of(told: Mapping[str, Any], data: Mapping[str, Any]) -> int:
+    """Tokens of the sequences that a run was trained on."""
+    length = data.get("seq_len", DataOptions.seq_len if _is_recipe(told) else None)
+    if not isinstance(length, int):
+        raise ValueError("the recipe does not say the length of the sequences: give one with data.init_args.seq_len")
+    return length
+
+
+def _tokenizer_of(told: Mapping[str, Any], data: Mapping[str, Any]) -> Any:
+    """That of the data: bytes, a `tokenizer.json`, or a folder of transformers; None where it is not known."""
+    name = data.get("tokenizer")
+    if name == BYTES or (name is None and _is_recipe(told)):
         return byte_tokenizer()
     path = Path(str(name))
     if path.is_dir():
         return read_tokenizer(str(path))
-    if not path.is_file():
+    if name is None or not path.is_file():
         return None
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    known = FileTokenizer(str(path), data.get("end_of_document"))
+    end = next(name for name, number in known.vocabulary.items() if number == known.end_of_document)
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=end)

@@ -57,9 +57,17 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def merged(steps: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The evaluations with a new one, in the place of an older one of its step."""
-    others = [step for step in steps if step.get("step") != new["step"]]
-    return sorted([*others, new], key=lambda step: (step["step"] is not None, step["step"] or 0))
+    """The evaluations with a new one: what it measured takes the place of the same of an older one.
+
+    That is one of the same step and attention, and where no step is known, of the same model.
+    """
+
+    def place(one: dict[str, Any]) -> tuple[Any, ...]:
+        return one["step"], one.get("attention") or "dense", one.get("model") if one["step"] is None else None
+
+    older = next((one for one in steps if place(one) == place(new)), {})
+    others = [one for one in steps if place(one) != place(new)]
+    return sorted([*others, {**older, **new}], key=lambda one: (one["step"] is not None, one["step"] or 0))
 
 
 def sum_up(evaluation: dict[str, Any]) -> dict[str, float | None]:

@@ -300,3 +300,10 @@ def test_the_text_is_the_same_for_fewer_samples_and_however_much_is_shown():
     collector.add({"input_ids": batches[0]})
     assert torch.equal(collector.haystack().tokens, batches[0].flatten())
     assert Collector(10, 64).haystack() is None
+
+
+def test_another_seed_reads_other_text():
+    tokens = torch.arange(1000)
+    first, other = (Haystack(tokens, seed) for seed in (0, 1))
+    assert not torch.equal(first.draw(10, 0), other.draw(10, 0))
+    assert torch.equal(other.draw(10, 3), Haystack(tokens, 1).draw(10, 3))

@@ -101,6 +101,21 @@ def test_positions_by_the_last_one_are_not_shared(tmp_path: Path) -> None:
         module.loss(draw_tokens())
 
 
+def test_a_trainer_that_rounds_the_frequencies_is_refused(tmp_path: Path) -> None:
+    module = HuggingFaceDecoder(save_model(tmp_path / "model"))
+    with pytest.raises(SettingError, match=r"trainer\.precision must be 32-true or mixed"):
+        fit(module, 1, precision="bf16-true")
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    folder = Path(save_model(tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match=r"has quantized weights \(fp8\)"):
+        HuggingFaceDecoder(str(folder))
+
+
 def test_a_training_crosses_the_switch_and_recovers_what_it_learnt(tmp_path: Path) -> None:
     module = HuggingFaceDecoder(save_model(tmp_path / "model"), learning_rate=1e-2, warmup_steps=1)
     before = made(module.hparams["model"]).loss(draw_tokens()).item()

@@ -225,6 +225,50 @@ def test_what_cannot_be_exported_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_weights_of_another_model_are_refused(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(runs["decoder"])
+    told = yaml.safe_load((RUN / "config.yaml").read_text())
+    weights = torch.load(RUN / "final.pt", weights_only=True)
+    weights["blocks.9.attention.out.weight"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "more.pt")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told))
+    with pytest.raises(ValueError, match=r"weights of another model than its recipe's: blocks\.9"):
+        load_trained(tmp_path / "more.pt")
+    fewer = {name: value for name, value in weights.items() if not name.startswith(("blocks.9", "blocks.1."))}
+    torch.save(fewer, tmp_path / "fewer.pt")
+    with pytest.raises(ValueError, match=r"blocks\.1\..* is not there"):
+        load_trained(tmp_path / "fewer.pt")
+
+
+def test_what_the_data_does_not_say_is_not_guessed(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(runs["decoder"])
+    told = yaml.safe_load((RUN / "config.yaml").read_text())
+    shutil.copy(RUN / "final.pt", tmp_path / "final.pt")
+    told["data"] = {"class_path": "somewhere.Data", "init_args": {"seq_len": 96}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told))
+    trained = load_trained(tmp_path / "final.pt")
+    assert trained.tokenizer is None
+    assert trained.model.config.max_position_embeddings == 96
+    told["data"]["init_args"] = {}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told))
+    with pytest.raises(ValueError, match="does not say the length of the sequences"):
+        load_trained(tmp_path / "final.pt")
+
+
+def test_a_text_ends_where_its_documents_end(runs: dict[str, Path], monkeypatch: Any) -> None:
+    monkeypatch.chdir(runs["decoder"])
+    trained = load_trained(RUN)
+    assert trained.model.generation_config.eos_token_id == trained.tokenizer.eos_token_id == 256
+
+
+def test_what_is_said_of_sampling_alone_is_written(runs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(runs["pretrained"])
+    trained = load_trained(RUN)
+    trained.model.generation_config.temperature = 0.6
+    written = json.loads((export(trained, tmp_path / "out") / "generation_config.json").read_text())
+    assert (written["temperature"], written["do_sample"]) == (0.6, True)
+
+
 def test_bytes_are_the_tokens_of_the_byte_tokenizer() -> None:
     tokenizer = byte_tokenizer()
     text = "Abide with me; 日本\n\t\x00é <|endoftext|>"
