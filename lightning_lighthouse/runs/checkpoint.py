@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -52,6 +52,7 @@ class Checkpoint(ModelCheckpoint):
         """
         super().setup(trainer, pl_module, stage)
         self._stopped_by = 0
+        self._has_epoch_ended = False
         self._signals = signals = StopSignals()
         if stage == "fit":
             signals.replace_lightnings(trainer)
@@ -99,20 +100,28 @@ class Checkpoint(ModelCheckpoint):
         # with every_n_train_steps Lightning would look for the best at those steps only, where no loss is new
         self._defer_save_until_validation |= self.monitor is not None and self._every_n_epochs < 1
         super().on_validation_end(trainer, pl_module)
-        if not self._should_save_on_train_epoch_end(trainer):
+        # of averaged weights, which stand in the model at the end: a run goes on from its own
+        is_average = self._has_epoch_ended and any(map(_averages_weights, trainer.callbacks))  # type: ignore[attr-defined]
+        if not (self._should_save_on_train_epoch_end(trainer) or is_average):
             self._keep_last(trainer)
         if not trainer.fit_loop._should_accumulate():
             self._stop_if_asked(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The weights in the model are those in training."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._has_epoch_ended = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         self._keep_last(trainer)
+        self._has_epoch_ended = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end."""
-        if self._kept_step != trainer.global_step:
-            self._keep_last(trainer)
+        """Save at the end, which may come between the batches of a step: what is saved then goes on behind the last."""
+        if self._is_pending or self._kept_step != trainer.global_step:
+            self._keep_last(trainer, is_end=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save between two steps where a signal ends the run, and say how it goes on."""
@@ -172,11 +181,11 @@ class Checkpoint(ModelCheckpoint):
             super()._save_last_checkpoint(trainer, monitor_candidates)
             self._note_kept(trainer)
 
-    def _keep_last(self, trainer: Trainer) -> None:
+    def _keep_last(self, trainer: Trainer, is_end: bool = False) -> None:
         # skipped where nothing is to be saved at all, or this step was saved together with the best
         if not self.save_last or self.dirpath is None or self._should_skip_saving_checkpoint(trainer):
             return
-        if trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate() and not is_end:
             # a validation between the batches of a step
             self._is_pending = True
         else:
@@ -190,3 +199,8 @@ class Checkpoint(ModelCheckpoint):
     def _note_kept(self, trainer: Trainer) -> None:
         self._is_pending = False
         self._kept_step, self._kept_time = trainer.global_step, time.monotonic()
+
+
+def _averages_weights(callback: Any) -> bool:
+    """Whether a callback puts an average of the weights into the model when the training ends."""
+    return isinstance(callback, WeightAveraging | StochasticWeightAveraging)

@@ -1,8 +1,8 @@
 """Checkpoints that are written inside a step, made to resume as one written behind the step before.
 
 Inside a step the loader has handed out batches that no update has used, and Lightning 2.6 saves its position as it is:
-a run resumed from there leaves them out. `OnExceptionCheckpoint`, `save_on_exception` and a validation between the
-batches of one accumulated step write such files.
+a run resumed from there leaves them out. `OnExceptionCheckpoint`, `save_on_exception`, a validation between the batches
+of one accumulated step and a training that ends there write such files, and Lightning where SLURM requeues a job.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,7 +35,9 @@ class StepBoundary:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._is_wanted = trainer.accumulate_grad_batches > 1 or any(map(_leads_inside_steps, callbacks))
+        self._is_wanted = (
+            trainer.accumulate_grad_batches > 1 or any(map(_leads_inside_steps, callbacks)) or _is_requeued(trainer)
+        )
         self._state: dict[str, Any] | None = None
         # whether an optimizer may have changed the weights since
         self._is_updating = False
@@ -86,6 +89,12 @@ class StepBoundary:
 def saves_on_exceptions(callback: Any) -> bool:
     """Whether a callback writes a checkpoint wherever an exception strikes."""
     return isinstance(callback, OnExceptionCheckpoint) or bool(getattr(callback, "save_on_exception", False))
+
+
+def _is_requeued(trainer: Trainer) -> bool:
+    """Whether a signal of SLURM's makes Lightning save wherever it strikes."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
 
 
 def _leads_inside_steps(callback: Any) -> bool:

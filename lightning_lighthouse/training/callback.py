@@ -150,7 +150,8 @@ class LighthouseCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The switch, None for a dense baseline, the ledger, and the settings shown."""
-        return self._run.state_dict()
+        # a checkpoint may be written before the training begins: in a sanity check, or by a signal
+        return (self._loaded or self._run).state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the checkpoint's state for a fit; a validation or test with a checkpoint leaves the run's own alone."""

@@ -78,7 +78,7 @@ class PhasedFit:
         self._counts = CallCounts()
         # step of the newest validation in this fit
         self._validated = -1
-        self._has_ended = False
+        self._has_begun = self._has_ended = False
         self._contexts = ExitStack()
         try:
             self._patch_model()
@@ -198,6 +198,7 @@ class PhasedFit:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Set the phase by the optimizer step; switch when its time has come."""
+        self._has_begun = True
         self._stopwatch.start()
         self._guard.start_batch(self._module, batch, batch_idx)
         self._step = self._trainer.global_step
@@ -260,6 +261,10 @@ class PhasedFit:
 
     def end_batch(self, batch: Any, outputs: Any) -> None:
         """Leave the phase until the next batch; audit the first routed one; write the curves."""
+        if not self._has_begun:
+            # Lightning ends a batch that is None, and has not begun it
+            return
+        self._has_begun = False
         self.leave_phase()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         # a batch that training_step passes over has routed nothing

@@ -39,8 +39,10 @@ class Stopwatch:
 
     def stop(self, totals: PhaseTotals, phase: str, tokens: int) -> None:
         """A batch of `tokens` tokens, over all ranks, ended."""
-        assert self._mark is not None
         now = time.perf_counter()
+        if self._mark is None:
+            # a checkpoint was written inside the batch: what of it was training is not known
+            self._mark, self._paced_phase = now, None
         seconds = now - self._mark
         self._mark = now
         totals.seconds += seconds

@@ -7,9 +7,11 @@ import torch
 from fitting import CONFIG, trainer
 from foreign import ForeignModule, ResumableLoader, loader
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_lighthouse import LighthouseCallback
+from lightning_lighthouse.runs import step_boundary
+from lightning_lighthouse.runs.checkpoint import Checkpoint
 from lightning_lighthouse.runs.saving import SavingError
 
 
@@ -195,3 +197,51 @@ def test_a_save_by_hand_inside_a_step_is_refused_with_a_way_out(tmp_path):
     assert not (tmp_path / "a.ckpt").exists()
     run(tmp_path, Saves(tmp_path / "b.ckpt", weights_only=True))
     assert (tmp_path / "b.ckpt").exists()
+
+
+class Stop(Callback):
+    """Ends the training between the batches of a step."""
+
+    def on_train_batch_end(self, trainer, *_):
+        # the third one of the second epoch
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 7:
+            trainer.should_stop = True
+
+
+def test_a_training_that_ends_inside_a_step_is_saved_behind_the_step_before(tmp_path):
+    settings = {"accumulate_grad_batches": 2, "max_steps": 5, "val_check_interval": 1.0}
+    whole, _ = run(tmp_path / "whole", **settings)
+    last = Checkpoint(dirpath=tmp_path / "saved", save_last=True, save_top_k=0, every_n_train_steps=100)
+    run(tmp_path / "a", Stop(), last, **settings, min_epochs=0)
+    file = tmp_path / "saved" / "last.ckpt"
+    assert torch.load(file, weights_only=True)["global_step"] == 4
+    second, _ = run(tmp_path / "a", ckpt_path=file, **settings)
+    assert second == [batch for batch in whole if batch[0] >= 4]
+
+
+class Requeue(Callback):
+    """Saves where a signal strikes, as Lightning does under SLURM."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_before_backward(self, trainer, *_):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 3:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def test_a_job_that_is_requeued_goes_on_behind_the_step_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_boundary, "_is_requeued", lambda trainer: True)
+    whole, _ = run(tmp_path / "whole", Requeue(tmp_path / "requeued.ckpt"))
+    second, _ = run(tmp_path / "a", ckpt_path=tmp_path / "requeued.ckpt")
+    assert second == [batch for batch in whole if batch[0] >= 3]
+
+
+def test_averaged_weights_at_the_end_are_not_those_that_a_run_goes_on_from(tmp_path):
+    """The last step is behind the last validation, so that one more comes when the average is in the model."""
+    last = Checkpoint(dirpath=tmp_path / "saved", save_last=True, save_top_k=0, every_n_train_steps=100)
+    run(tmp_path / "a", EMAWeightAveraging(decay=0.9), last, max_steps=7)
+    content = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 7
+    average, own = content["state_dict"], content["current_model_state"]
+    assert any(not torch.equal(average[name], own[name]) for name in average)

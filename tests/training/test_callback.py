@@ -240,6 +240,33 @@ def test_a_batch_that_training_step_passes_over_is_not_judged(tmp_path):
     assert len(model.losses) > 3
 
 
+class Gaps:
+    """A loader that has no batch in the first place and in the third."""
+
+    def __init__(self, batches):
+        self.batches = [None, batches[0], None, *batches[1:]]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_a_batch_that_is_none_counts_for_nothing(tmp_path):
+    callback = LighthouseCallback(2, CONFIG, dense_layers=[])
+    fit(tmp_path, [callback], ForeignModule(), data=Gaps(list(loader(8))), max_epochs=1, max_steps=4)
+    phases = callback.state_dict()["ledger"]["phases"]
+    assert {name: phases[name]["steps"] for name in ("lighthouse", "dense")} == {"lighthouse": 2, "dense": 2}
+
+
+def test_what_a_checkpoint_said_is_in_one_that_is_written_before_training_begins():
+    ran, resumed = (LighthouseCallback(2, CONFIG) for _ in range(2))
+    ran._run.ledger.add_validation(3, "dense", 1.5)
+    resumed.load_state_dict(ran.state_dict())
+    assert resumed.state_dict() == ran.state_dict()
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield from Sequences().tokens
