@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -131,8 +132,18 @@ def _plain_function(method: Any) -> FunctionType | None:
     return method if isinstance(method, FunctionType) else None
 
 
-@lru_cache(maxsize=4096)
+# by function and depth; a forward that an instance keeps holds its module, which is not to live on here
+_reaching: WeakKeyDictionary[FunctionType, dict[int, bool]] = WeakKeyDictionary()
+
+
 def _reaches_sdpa(function: FunctionType, depth: int) -> bool:
+    known = _reaching.setdefault(function, {})
+    if depth not in known:
+        known[depth] = _looks_like_sdpa(function, depth)
+    return known[depth]
+
+
+def _looks_like_sdpa(function: FunctionType, depth: int) -> bool:
     names = set(_names(function.__code__))
     if names & SDPA_NAMES:
         return True

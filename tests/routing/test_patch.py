@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import types
+from weakref import ref
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.routing import calls
 from lightning_lighthouse.routing.audit import explain
 from lightning_lighthouse.routing.scope import scopes
+from lightning_lighthouse.routing.targets import find_targets
 
 
 class ByHand(SelfAttention):
@@ -539,3 +542,20 @@ def test_a_second_model_uses_the_compiled_frames_of_the_first(part):
         assert (model(tokens) - out).abs().max() > 1e-3, "the first was routed"
         patch.restore()
     assert part != "model" or compiled[0] == compiled[1], "nothing was traced again"
+
+
+def wrap_forward(layer):
+    plain = layer.forward
+    layer.forward = lambda x: plain(x)
+
+
+def test_a_model_that_is_gone_is_not_kept():
+    """Nor one whose instance keeps a forward of its own, as wrappers and libraries of hooks make them."""
+    model = GPT()
+    layer = next(module for module in model.modules() if isinstance(module, SelfAttention))
+    wrap_forward(layer)
+    assert find_targets(model)
+    gone = ref(layer)
+    del model, layer
+    gc.collect()
+    assert gone() is None
