@@ -84,3 +84,5 @@ def main(name: str, output: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    # a thread of gloo's that still runs while the interpreter ends can abort the process
+    torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -27,6 +28,8 @@ IMPORTED = (litdata, torch.utils.tensorboard, Trainer, LighthouseRecipe, cli_lig
 def run(arguments: list[str], folder: str, environment: dict[str, str]) -> int:
     # a group of its own, for signals that a whole run gets
     os.setpgid(0, 0)
+    # also where the tests were started with Ctrl-C ignored, as nohup and & do
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.update(environment)
     for number, name in enumerate(("in", "out", "err")):
