@@ -14,6 +14,7 @@ import torch
 
 from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.checks import shown
+from lightning_lighthouse.huggingface.rope import reach_of
 from lightning_lighthouse.huggingface.trained import Trained
 
 SHARD = "5GB"
@@ -45,10 +46,7 @@ def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Pat
     model = trained.model if dtype is None else trained.model.to(dtype)
     # for those who generate with it
     model.config.use_cache = True
-    settings = model.generation_config
-    if settings is not None and any(getattr(settings, name, None) is not None for name in SAMPLING):
-        # many models have these alone; transformers refuses to save them without
-        settings.do_sample = True
+    _settle_sampling(model.generation_config)
     model.config.dtype = model.dtype
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) + MARGIN
@@ -72,6 +70,15 @@ def export(trained: Trained, out: Path, dtype: torch.dtype | None = None) -> Pat
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _settle_sampling(settings: Any) -> None:
+    """Let a generation config sample, or not: many models have settings of sampling that transformers will not save."""
+    given = [name for name in SAMPLING if getattr(settings, name, None) is not None]
+    for name in given if settings.do_sample is False else []:
+        setattr(settings, name, None)
+    if given and settings.do_sample is None:
+        settings.do_sample = True
 
 
 @contextmanager
@@ -118,7 +125,7 @@ def readme(trained: Trained) -> str:
         *(['tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'] if trained.tokenizer is not None else []),
         "```",
         "",
-        f"- positions: {getattr(config, 'max_position_embeddings', 'unknown')}",
+        f"- positions: {reach_of(config) or 'unknown'}",
         f"- rope_parameters: `{getattr(config, 'rope_parameters', None)}`",
         f"- weights from: `{trained.weights.name}`",
         *_training(trained.recipe, trained.report),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.huggingface.reading import read_config, read_tokenizer, read_weights
+from lightning_lighthouse.huggingface.rope import reach_of
 from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer
 
 
@@ -34,8 +35,7 @@ class PretrainedModel(LightningModule):
     @property
     def training_length(self) -> int | None:
         """Tokens of the longest sequence that the model's config says it was made for; None where it does not."""
-        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return length if isinstance(length, int) else None
+        return reach_of(self.model.config.get_text_config())
 
     @property
     def vocab_size(self) -> int:

@@ -60,3 +60,12 @@ def test_sinks_get_the_sum_of_what_all_ranks_say_of_them(monkeypatch):
         exact[:, :, :2] += more[:, :, :2] + more[:, :, 5:]
         exact[:, :, 4:] += more[:, :, 2:5]
         torch.testing.assert_close(x, exact, rtol=0, atol=1e-15)
+
+
+def test_rows_go_to_the_next_rank_and_their_gradients_to_the_one_before(monkeypatch):
+    ways = []
+    monkeypatch.setattr(fronts, "pass_on", lambda x, sent, received, group: ways.append((sent, received)) or x)
+    shares = torch.randn(1, 5, 1, 2, 3, requires_grad=True)
+    rows, is_read = torch.full((1, 2, 1), 4), torch.ones(1, 2, 1, dtype=torch.bool)
+    fronts._append_front_operator(shares, rows, is_read, 1, 1, 3, "nobody").sum().backward()
+    assert ways == [([0, 0, 1], [1, 0, 0]), ([1, 0, 0], [0, 0, 1])]

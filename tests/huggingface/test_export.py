@@ -267,6 +267,11 @@ def test_what_is_said_of_sampling_alone_is_written(runs: dict[str, Path], tmp_pa
     trained.model.generation_config.temperature = 0.6
     written = json.loads((export(trained, tmp_path / "out") / "generation_config.json").read_text())
     assert (written["temperature"], written["do_sample"]) == (0.6, True)
+    # greedy stays greedy
+    trained.model.generation_config.do_sample = False
+    written = json.loads((export(trained, tmp_path / "greedy") / "generation_config.json").read_text())
+    assert not written["do_sample"]
+    assert written.get("temperature") is None
 
 
 def test_bytes_are_the_tokens_of_the_byte_tokenizer() -> None:
