@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.attention.kernels.gather import gather_bwd, gather_fwd
+from lightning_lighthouse.attention.kernels.gather import empty_tokens, gather_bwd, gather_fwd
 from lightning_lighthouse.attention.kernels.ops import Operator, empty_heads_inner, pack, unpack
 from lightning_lighthouse.attention.kernels.rows import num_slots
 from lightning_lighthouse.attention.kernels.scatter import scatter_bwd, scatter_fwd
@@ -90,27 +90,96 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * 15
-    if dout is None:
-        return tuple(gradients)
-    qs, ks, vs, o, lse, slots, turns = ctx.saved_tensors
-    # unless the graph is kept: what is not held here is free before the long gradients are made
-    ctx.maybe_clear_saved_tensors()
-    do = in_memory_order(scatter_bwd(dout, slots, ctx.sizes, ctx.mean), o.stride())
-    short = list(KERNELS[ctx.kernel].backward(do, qs, ks, vs, o, lse, ctx.scale))
-    del do, qs, ks, vs, o, lse
+def _gradients(
+    dout: Tensor, kept: list[Tensor], turns: Tensor | None, sizes: list[int], heads_inner: list[bool],
+    wanted: list[bool], distance: int, mean: bool, scale: float | None, kernel: str,
+) -> list[Tensor | None]:  # fmt: skip
+    """Of q, k and v where they are wanted; what was kept is taken out of its list.
+
+    What nobody else holds is free before the long gradients are made.
+    """
+    slots = kept.pop()
+    do = in_memory_order(scatter_bwd(dout, slots, sizes, mean), kept[3].stride())
+    short = list(KERNELS[kernel].backward(do, *kept, scale))
+    del do
+    kept.clear()
     # values are not rotated
-    rotations = (turns, ctx.distance), (turns, ctx.distance), (None, 0)
-    for place, rotation in enumerate(rotations):
+    rotations = (turns, distance), (turns, distance), (None, 0)
+    gradients: list[Tensor | None] = []
+    for is_wanted, is_inner, rotation in zip(wanted, heads_inner, rotations, strict=True):
         # each short gradient is free before the next long one is made
         dxs = short.pop(0)
-        if ctx.needs_input_grad[place]:
-            gradients[place] = gather_bwd(dxs, slots, ctx.sizes, ctx.heads_inner[place], *rotation)
+        gradients.append(gather_bwd(dxs, slots, sizes, is_inner, *rotation) if is_wanted else None)
         del dxs
-    return tuple(gradients)
+    return gradients
 
 
+def _lighthouse_backward(
+    dout: Tensor,
+    qs: Tensor,
+    ks: Tensor,
+    vs: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    slots: Tensor,
+    turns: Tensor | None,
+    sizes: list[int],
+    heads_inner: list[bool],
+    wanted: list[bool],
+    distance: int,
+    mean: bool,
+    scale: float | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = [qs, ks, vs, o, lse, slots]
+    dq, dk, dv = (
+        dout.new_empty(0) if dx is None else dx
+        for dx in _gradients(dout, kept, turns, sizes, heads_inner, wanted, distance, mean, scale, kernel)
+    )
+    return dq, dk, dv
+
+
+def _empty_gradients(
+    dout: Tensor,
+    qs: Tensor,
+    ks: Tensor,
+    vs: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    slots: Tensor,
+    turns: Tensor | None,
+    sizes: list[int],
+    heads_inner: list[bool],
+    wanted: list[bool],
+    distance: int,
+    mean: bool,
+    scale: float | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (
+        empty_tokens(xs, sizes, is_inner) if is_wanted else dout.new_empty(0)
+        for xs, is_inner, is_wanted in zip((qs, ks, vs), heads_inner, wanted, strict=True)
+    )
+    return dq, dk, dv
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 15
+    *kept, turns = ctx.saved_tensors
+    # unless the graph is kept
+    ctx.maybe_clear_saved_tensors()
+    wanted = list(ctx.needs_input_grad[:3])
+    how = (turns, ctx.sizes, ctx.heads_inner, wanted, ctx.distance, ctx.mean, ctx.scale, ctx.kernel)
+    if Operator.is_watched(dout):
+        short = lighthouse_bwd.op(dout, *kept, *how)
+        gradients = [dx if is_wanted else None for dx, is_wanted in zip(short, wanted, strict=True)]
+    else:
+        gradients = _gradients(dout, kept, *how)
+    return *gradients, *(None,) * 12
+
+
+lighthouse_bwd = Operator(_lighthouse_backward, _empty_gradients)
 lighthouse_fwd = Operator(_lighthouse, _empty, _setup_context, _backward, keeps=True)
 
 

@@ -1,14 +1,16 @@
 """Stages as operators: opaque to torch.compile, and quick to call from plain eager code.
 
 The dispatcher and its layers of Python take longer on the CPU than the launch of the kernel they lead to. Where nobody
-watches the dispatcher, an operator is therefore called as the function, or the autograd function, that it wraps.
+watches the dispatcher, an operator is therefore called as the function, or the autograd function, that it wraps; and
+operators are defined in a `torch.library.Library`, not by `custom_op`, which looks at all results of each call for
+memory that they share with its arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, library
@@ -19,6 +21,7 @@ from lightning_lighthouse.attention.pyramid import PyramidShape
 T = TypeVar("T")
 
 NAMESPACE = "lightning_lighthouse"
+LIBRARY = library.Library(NAMESPACE, "FRAGMENT")
 
 
 class Operator:
@@ -42,30 +45,44 @@ class Operator:
         keeps: bool = False,
     ) -> None:
         name = forward.__name__.strip("_")
-        definition = library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
-        definition.register_fake(fake)
+        schema = library.infer_schema(forward, mutates_args=())
+        LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        # Dynamo would else trace what compiled code calls
+        LIBRARY.impl(name, torch._disable_dynamo(forward), "CompositeExplicitAutograd")
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        library.register_fake(self.op, fake, lib=LIBRARY)
         self.forward = forward
         self.keeps = keeps
         self.direct = forward
-        if backward is not None:
+        if backward is None:
+            library.register_autograd(self.op, _no_gradient, lib=LIBRARY)
+        else:
             assert setup_context is not None
-            definition.register_autograd(once_differentiable(backward), setup_context=setup_context)
+            library.register_autograd(self.op, once_differentiable(backward), setup_context=setup_context, lib=LIBRARY)
             self.direct = _autograd_function(forward, setup_context, backward, keeps)
 
-    def __call__(self, x: Tensor, *arguments: Any) -> Any:
-        watched = (
+    @staticmethod
+    def is_watched(x: Tensor) -> bool:
+        """Whether somebody is to see the operator itself: a compiler, a mode, a transform, or the class of a tensor."""
+        return (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._are_functorch_transforms_active()
+            or type(x) not in (Tensor, torch.nn.Parameter)
         )
-        if watched or type(x) not in (Tensor, torch.nn.Parameter):
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        if self.is_watched(x):
             output = self.op(x, *arguments)
             return output[0] if self.keeps else output
         if torch.is_grad_enabled():
             return self.direct(x, *arguments)
         output = self.forward(x, *arguments)
         return output[0] if self.keeps else output
+
+
+def _no_gradient(*_: Any) -> NoReturn:
+    raise RuntimeError("cannot differentiate: no autograd formula was registered for this operator")
 
 
 def _autograd_function(

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from tiers import with_few_quick
-from torch import library
+from torch import Tensor, library
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import LAYOUTS, draw
 
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention
@@ -180,7 +181,7 @@ def test_which_kernel_attends_on_cuda(chosen, repeats, batch, dim, expected, mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["random", "rotated"])
-def test_the_operator_is_as_torch_wants_it(name):
+def test_the_operators_are_as_torch_wants_them(name):
     config, _, more = CASES[name]
     q, k, v = draw(1, 1, 2, 23, 5)
     shape = config.pyramid(q.shape[2])
@@ -193,3 +194,23 @@ def test_the_operator_is_as_torch_wants_it(name):
         "cpu",
     )  # fmt: skip
     library.opcheck(fused_lighthouse.lighthouse_fwd.op, arguments)
+    out, *kept = fused_lighthouse.lighthouse_fwd.op(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+    sizes, distance, mean, scale, kernel = arguments[6], *arguments[-4:]
+    more = (turns, sizes, [False, True, False], [True, True, False], distance, mean, scale, kernel)
+    library.opcheck(fused_lighthouse.lighthouse_bwd.op, (torch.ones_like(out), *kept, *more))
+
+
+def test_watched_the_layer_is_one_operator_each_way():
+    operators = torch.ops.lightning_lighthouse
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            called.append(op)
+            return op(*args, **(kwargs or {}))
+
+    qkv = draw(*GROUPED)
+    with Watch():
+        lighthouse_attention(*qkv, BASE).sum().backward()
+    own = [op for op in called if op.namespace == "lightning_lighthouse"]
+    assert own == [operators.lighthouse.default, operators.lighthouse_backward.default]

@@ -28,7 +28,7 @@ def _empty_gathered(x: Tensor, slots: Tensor, sizes: list[int], turns: Tensor | 
 def _gather_backward(
     dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool, turns: Tensor | None, distance: int
 ) -> Tensor:
-    dx = _empty_tokens(dxs, slots, sizes, heads_inner, turns, distance)
+    dx = empty_tokens(dxs, sizes, heads_inner)
     spread(dxs, dx, slots, unpack(sizes), shift=0, mean=False, turns=turns, distance=distance)
     return dx
 
@@ -36,11 +36,15 @@ def _gather_backward(
 def _empty_tokens(
     dxs: Tensor, slots: Tensor, sizes: list[int], heads_inner: bool, turns: Tensor | None, distance: int
 ) -> Tensor:
-    # in the memory order of x
+    return empty_tokens(dxs, sizes, heads_inner)
+
+
+def empty_tokens(xs_BHSD: Tensor, sizes: list[int], heads_inner: bool) -> Tensor:
+    """Uninitialised `[B, H, N, D]` in the memory order of what was gathered from: heads inside of tokens or not."""
     num_tokens = unpack(sizes).num_tokens
     if heads_inner:
-        return empty_heads_inner(dxs, num_tokens)
-    return dxs.new_empty((*dxs.shape[:2], num_tokens, dxs.shape[3]))
+        return empty_heads_inner(xs_BHSD, num_tokens)
+    return xs_BHSD.new_empty((*xs_BHSD.shape[:2], num_tokens, xs_BHSD.shape[3]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
