@@ -16,6 +16,7 @@ from lightning_lighthouse import Documents
 from lightning_lighthouse.attention import documents_backends, host_tables
 from lightning_lighthouse.attention import documents_sdpa as room
 from lightning_lighthouse.attention.documents_sdpa import attend_rows, documents_sdpa
+from lightning_lighthouse.attention.operators import OPERATORS
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 
 CPU = torch.device("cpu")
@@ -179,7 +180,7 @@ def test_autocast_is_heeded():
 
 def test_the_operator_is_well_formed():
     q, k, v = (x.requires_grad_() for x in draw(2, 2, 1, 9))
-    operator = torch.ops.lightning_lighthouse.attend_documents.default
+    operator = OPERATORS.attend_documents.default
     library.opcheck(operator, (q, k, v, Documents([[4, 5], [9]]).host, 0.5, "auto", [], ""))
 
 

@@ -15,6 +15,7 @@ from twins import LAYOUTS, draw
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention
 from lightning_lighthouse.attention import fused_lighthouse, kernels, lighthouse, reference, sdpa
 from lightning_lighthouse.attention.kernels import ops, rows
+from lightning_lighthouse.attention.operators import NAMESPACE, OPERATORS
 from lightning_lighthouse.attention.rotation import Rotation
 from lightning_lighthouse.attention.sdpa_kernels import Kernel
 
@@ -201,7 +202,6 @@ def test_the_operators_are_as_torch_wants_them(name):
 
 
 def test_watched_the_layer_is_one_operator_each_way():
-    operators = torch.ops.lightning_lighthouse
     called = []
 
     class Watch(TorchDispatchMode):
@@ -212,5 +212,5 @@ def test_watched_the_layer_is_one_operator_each_way():
     qkv = draw(*GROUPED)
     with Watch():
         lighthouse_attention(*qkv, BASE).sum().backward()
-    own = [op for op in called if op.namespace == "lightning_lighthouse"]
-    assert own == [operators.lighthouse.default, operators.lighthouse_backward.default]
+    own = [op for op in called if op.namespace == NAMESPACE]
+    assert own == [OPERATORS.lighthouse.default, OPERATORS.lighthouse_backward.default]

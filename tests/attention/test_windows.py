@@ -20,6 +20,7 @@ from warned import own_warnings
 
 from lightning_lighthouse import notices
 from lightning_lighthouse.attention import fused_window, windows
+from lightning_lighthouse.attention.operators import OPERATORS
 from lightning_lighthouse.attention.reference import window_mask, window_reference
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 
@@ -268,11 +269,10 @@ def test_nothing_is_n_times_n(attend):
 @pytest.mark.usefixtures("kernels")
 def test_the_operators_are_registered_as_torch_demands():
     (q, k, v), dout = draw(tokens=71, dim=8)
-    operators = torch.ops.lightning_lighthouse
-    out, lse = operators.attend_window(q, k, v, 13, 4, 0.3)
-    library.opcheck(operators.attend_window.default, (q, k, v, 13, 4, 0.3), test_utils=CHECKS)
+    out, lse = OPERATORS.attend_window(q, k, v, 13, 4, 0.3)
+    library.opcheck(OPERATORS.attend_window.default, (q, k, v, 13, 4, 0.3), test_utils=CHECKS)
     saved = (x.detach() for x in (dout, q, k, v, out, lse))
-    library.opcheck(operators.attend_window_backward.default, (*saved, 13, 4, 0.3))
+    library.opcheck(OPERATORS.attend_window_backward.default, (*saved, 13, 4, 0.3))
 
 
 # autograd is compared with float64 above; the log-sum-exp has no gradient, which opcheck would ask for

@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import library
 
+from lightning_lighthouse.attention.operators import OPERATORS
 from lightning_lighthouse.context import edges, fronts
 from lightning_lighthouse.context.collectives import register
-
-OPERATORS = torch.ops.lightning_lighthouse
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_lighthouse.attention.operators import NAMESPACE, Operator, empty_heads_inner, pack, unpack
+from lightning_lighthouse.attention.operators import Operator, empty_heads_inner, pack, unpack
 
-__all__ = ["NAMESPACE", "Operator", "empty_heads_inner", "pack", "unpack", "within_reach"]
+__all__ = ["Operator", "empty_heads_inner", "pack", "unpack", "within_reach"]
 
 # The kernels compute offsets between the channels of one row in int32; all others in int64.
 MAX_OFFSET = 2**31 - 1

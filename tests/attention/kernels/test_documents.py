@@ -22,6 +22,7 @@ from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.attention import documents_lighthouse, kernels, reference
 from lightning_lighthouse.attention.document_tables import Packing, make_tables
 from lightning_lighthouse.attention.documents_sdpa import documents_sdpa
+from lightning_lighthouse.attention.operators import OPERATORS
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -212,18 +213,17 @@ def test_operators_are_well_formed():
         packing = Packing.of(LighthouseConfig(2, 2, 4).pyramid(30), 1, 4, "causal")
     documents = Documents([[7, 23]])
     q, k, _ = drawn(1, 2, 1, 30, 2, 0)
-    operators = torch.ops.lightning_lighthouse
     arguments = (q, k, documents.host, *packing, True, 0, None, 0)
     utils = ("test_schema", "test_faketensor")
-    library.opcheck(operators.select_documents.default, arguments, test_utils=utils)
-    slots = operators.select_documents(*arguments)
+    library.opcheck(OPERATORS.select_documents.default, arguments, test_utils=utils)
+    slots = OPERATORS.select_documents(*arguments)
     x = k.requires_grad_()
     rest = (slots, documents.host, *packing)
     library.opcheck(
-        operators.gather_documents.default, (x, *rest, None, 0), test_utils=(*utils, "test_autograd_registration")
+        OPERATORS.gather_documents.default, (x, *rest, None, 0), test_utils=(*utils, "test_autograd_registration")
     )
-    xs = operators.gather_documents(x, *rest, None, 0)
-    library.opcheck(operators.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
+    xs = OPERATORS.gather_documents(x, *rest, None, 0)
+    library.opcheck(OPERATORS.scatter_documents.default, (xs.detach(), *rest, True), test_utils=utils)
 
 
 @pytest.mark.slow

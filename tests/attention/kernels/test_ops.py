@@ -15,6 +15,7 @@ from twins import DEVICE, draw, through
 from lightning_lighthouse import LighthouseConfig, lighthouse_attention
 from lightning_lighthouse.attention import kernels
 from lightning_lighthouse.attention.kernels import ops, rows
+from lightning_lighthouse.attention.operators import OPERATORS
 from lightning_lighthouse.attention.rotation import Rotation
 
 # the package shows the functions of these names
@@ -150,22 +151,21 @@ def test_operators_are_registered_as_torch_demands():
         slots = kernels.select(scores, shape, config).slots
         qs, ks, _vs = kernels.gather(*qkv, kernels.Selection(slots, slots), shape)
         dout = kernels.scatter(qs, kernels.Selection(slots, slots), shape, config)
-    registered = torch.ops.lightning_lighthouse
     # of two of the three channels
     rotation = Rotation(torch.tensor([0.3]))
     turns = rotation.steps(2, 2, qkv[0])
     calls = [
-        (registered.score, (qkv[0].detach(), qkv[1].detach(), sizes, False)),
-        (registered.select, (scores, sizes, "published", True, 0, None, 0)),
-        (registered.select, (scores, sizes, "random", True, 3, torch.tensor(5), 2)),
-        (registered.select_causal, (scores, sizes)),
-        (registered.gather, (qkv[0], slots, sizes, None, 0)),
-        (registered.gather, (qkv[0], slots, sizes, turns, rotation.distance)),
-        (registered.gather_backward, (ks, slots, sizes, False, None, 0)),
-        (registered.gather_backward, (ks, slots, sizes, False, turns, rotation.distance)),
-        (registered.scatter, (qs.clone().requires_grad_(), slots, sizes, True)),
-        (registered.scatter_backward, (dout, slots, sizes, False)),
-        (registered.scatter_behind, (qs.clone().requires_grad_(), slots, sizes, True, 2)),
+        (OPERATORS.score, (qkv[0].detach(), qkv[1].detach(), sizes, False)),
+        (OPERATORS.select, (scores, sizes, "published", True, 0, None, 0)),
+        (OPERATORS.select, (scores, sizes, "random", True, 3, torch.tensor(5), 2)),
+        (OPERATORS.select_causal, (scores, sizes)),
+        (OPERATORS.gather, (qkv[0], slots, sizes, None, 0)),
+        (OPERATORS.gather, (qkv[0], slots, sizes, turns, rotation.distance)),
+        (OPERATORS.gather_backward, (ks, slots, sizes, False, None, 0)),
+        (OPERATORS.gather_backward, (ks, slots, sizes, False, turns, rotation.distance)),
+        (OPERATORS.scatter, (qs.clone().requires_grad_(), slots, sizes, True)),
+        (OPERATORS.scatter_backward, (dout, slots, sizes, False)),
+        (OPERATORS.scatter_behind, (qs.clone().requires_grad_(), slots, sizes, True, 2)),
     ]
     for op, args in calls:
         library.opcheck(op.default, args)
