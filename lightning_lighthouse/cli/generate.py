@@ -22,6 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample among this share of the mass (default: 1)")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="that the model runs in (default: that of the weights; 16 bits on a GPU)",
+    )
     parser.add_argument("-c", "--recipe", type=Path, help="the run's recipe (default: config.yaml beside the weights)")
     asked = parser.parse_args(argv)
     if (asked.prompt is None) == (asked.prompt_file is None):
@@ -31,13 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     if asked.temperature < 0 or not 0 < asked.top_p <= 1:
         parser.error(f"--temperature must be at least 0 and --top_p in (0, 1], got {asked.temperature}, {asked.top_p}")
     # transformers takes seconds to import
+    import torch
+
     from lightning_lighthouse.huggingface.generation import go_on
     from lightning_lighthouse.huggingface.trained import load_trained
 
     try:
+        dtype = asked.dtype and getattr(torch, asked.dtype)
         prompt = asked.prompt if asked.prompt_file is None else asked.prompt_file.read_text()
         trained = load_trained(asked.trained, asked.recipe)
-        text = go_on(trained, prompt, asked.max_new_tokens, asked.temperature, asked.top_p, asked.seed)
+        text = go_on(trained, prompt, asked.max_new_tokens, asked.temperature, asked.top_p, asked.seed, dtype)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"lighthouse generate: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

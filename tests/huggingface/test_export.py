@@ -24,6 +24,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 from lightning_lighthouse.cli import commands as cli
 from lightning_lighthouse.huggingface import HuggingFaceDecoder
 from lightning_lighthouse.huggingface.export import _growth, export
+from lightning_lighthouse.huggingface.generation import dtype_on, go_on
 from lightning_lighthouse.huggingface.llama import byte_tokenizer
 from lightning_lighthouse.huggingface.trained import load_trained
 
@@ -308,6 +309,36 @@ def test_a_text_is_gone_on_with(name: str, tmp_path: Path, capsys: Any) -> None:
         assert cli.main([*sampled, "--seed", seed]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_weights_run_in_16_bits_and_rotary_frequencies_do_not(name: str, tmp_path: Path, capsys: Any) -> None:
+    trained = load_trained(RUN)
+    frequencies = [buffer.clone() for buffer in trained.model.buffers()]
+    assert frequencies
+    text = go_on(trained, "the same text over", 5, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(*pair) for pair in zip(trained.model.buffers(), frequencies, strict=True))
+    # what export rounds, transformers loads with the frequencies of its own
+    export(load_trained(RUN), tmp_path / "out", torch.bfloat16)
+    asked = ["--prompt", "the same text over", "--max_new_tokens", "5"]
+    assert cli.main(["generate", str(tmp_path / "out"), *asked]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert cli.main(["generate", str(RUN), *asked, "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "has_bf16", "expected"),
+    [
+        ("cpu", torch.float32, True, torch.float32),
+        ("cuda", torch.float32, True, torch.bfloat16),
+        ("cuda", torch.float32, False, torch.float16),
+        ("cuda", torch.float16, True, torch.float16),
+    ],
+)
+def test_a_gpu_runs_16_bits(device, weights, has_bf16, expected, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    assert dtype_on(device, weights) == expected
 
 
 def test_wrong_arguments_of_generate_are_one_line(runs: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
