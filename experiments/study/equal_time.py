@@ -181,7 +181,9 @@ class Runner:
             return False
         wall = time.monotonic() - started
         told = {"pflop": peta_flops(flags), "commit": self.arguments.commit}
-        line = summary(row, folder) | told | {"command": shlex.join(["lighthouse", "fit", *flags])}
+        # of places that only this machine has, the name
+        shown = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]
+        line = summary(row, folder) | told | {"command": shlex.join(["lighthouse", "fit", *shown])}
         path = self.table.with_name(f"{self.arguments.part}_measures.csv")
         forget(path, {"row": row.name})
         append(path, measures(row, folder))

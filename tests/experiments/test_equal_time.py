@@ -161,6 +161,9 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
         "256-mixed-lighthouse-1s-0.002-seed42",
         "window+window+window+lighthouse",
     )
+    # as it would be typed elsewhere
+    assert "--data.source data-bytes-256 " in row["command"]
+    assert str(tmp_path) not in row["command"]
     assert 0 < float(row["cheap_seconds"]) < float(row["seconds"])
     assert 0 < int(row["cheap_steps"]) < int(row["steps"])
     found = read(tmp_path / "from_nothing_measures.csv")
