@@ -32,7 +32,7 @@ def copied(folder: Path) -> Path:
 @pytest.mark.parametrize("changed", ["attention/kernels/rows.py", "context/edges.py"])
 def test_other_sources_of_operators_have_other_names(changed, tmp_path):
     package = copied(tmp_path)
-    assert NAMESPACE == f"lightning_lighthouse_{edition(package)}"
+    assert f"lightning_lighthouse_{edition(package)}" == NAMESPACE
     (package / "cli" / "fit.py").write_text("")
     assert edition(package) == edition()
     (package / changed).write_text((package / changed).read_text() + "#")
