@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,45 +52,58 @@ scatter_bwd = Operator(_scatter_backward, _empty_gathered)
 scatter_fwd = Operator(_scatter, _empty_tokens, _setup_context, _backward)
 
 
-def _scatter_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> tuple[Tensor, Tensor]:
-    shape = unpack(sizes)
+def _scatter_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> Tensor:
+    out = _empty_behind(o, slots, sizes, mean, front)
+    spread(o, out, slots, unpack(sizes), shift=1, mean=mean, windows=_windows_behind(sizes, front, o.device))
+    return out
+
+
+def _windows_behind(sizes: list[int], front: int, device: torch.device) -> Tensor:
+    """`[2, N / window]` int32: where the coarsest windows lie, and how many rows they have; those in front none."""
+    # what is made while a CUDA graph is captured belongs to the graph
+    is_lasting = device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return (_kept_windows if is_lasting else _make_windows)(*sizes, front=front, device=device)
+
+
+def _make_windows(*sizes: int, front: int, device: torch.device) -> Tensor:
+    shape = unpack([*sizes])
     window = shape.window(shape.num_levels - 1)
-    out, windows = _empty_behind(o, slots, sizes, mean, front)
-    # where the windows lie, and how many rows they have: those in front none
-    windows[0] = torch.arange(-front, windows.shape[1] - front, device=o.device) * window
-    windows[1] = (out.shape[2] - windows[0]).clamp(0, window) * (windows[0] >= 0)
-    spread(o, out, slots, shape, shift=1, mean=mean, windows=windows)
-    return out, windows
+    starts = torch.arange(-front, num_coarsest(shape) - front, device=device) * window
+    rows = (shape.num_tokens - front * window - starts).clamp(0, window) * (starts >= 0)
+    return torch.stack((starts, rows)).int()
 
 
-def _empty_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> tuple[Tensor, Tensor]:
+# of a few launches each time, where the kernels of a rank's share are short
+_kept_windows = lru_cache(maxsize=64)(_make_windows)
+
+
+def _empty_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> Tensor:
     shape = unpack(sizes)
-    windows = torch.empty(2, num_coarsest(shape), dtype=torch.int32, device=o.device)
-    return empty_heads_inner(o, shape.num_tokens - front * shape.window(shape.num_levels - 1)), windows
+    return empty_heads_inner(o, shape.num_tokens - front * shape.window(shape.num_levels - 1))
 
 
-def _scatter_behind_backward(dout: Tensor, slots: Tensor, windows: Tensor, sizes: list[int], mean: bool) -> Tensor:
-    do = _empty_do(dout, slots, windows, sizes, mean)
+def _scatter_behind_backward(dout: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> Tensor:
+    do = _empty_do(dout, slots, sizes, mean, front)
+    windows = _windows_behind(sizes, front, dout.device)
     collect(dout, do, slots, unpack(sizes), shift=1, mean=mean, windows=windows)
     return do
 
 
-def _empty_do(dout: Tensor, slots: Tensor, windows: Tensor, sizes: list[int], mean: bool) -> Tensor:
+def _empty_do(dout: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> Tensor:
     return _empty_gathered(dout, slots, sizes, mean)
 
 
-def _setup_behind(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, slots, ctx.sizes, ctx.mean, _ = inputs
-    ctx.save_for_backward(slots, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _setup_behind(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, slots, *ctx.how = inputs
+    ctx.save_for_backward(slots)
 
 
-def _backward_behind(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return scatter_behind_bwd(dout, *ctx.saved_tensors, ctx.sizes, ctx.mean), None, None, None, None
+def _backward_behind(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return scatter_behind_bwd(dout, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
 scatter_behind_bwd = Operator(_scatter_behind_backward, _empty_do)
-scatter_behind_fwd = Operator(_scatter_behind, _empty_behind, _setup_behind, _backward_behind, keeps=True)
+scatter_behind_fwd = Operator(_scatter_behind, _empty_behind, _setup_behind, _backward_behind)
 
 
 def scatter(
