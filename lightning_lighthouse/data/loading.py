@@ -143,14 +143,15 @@ class SequenceLoader(StreamingDataLoader):
             self.__dict__["sampler"] = SequentialSampler(dataset)
         self._end_of_document = end_of_document
         self._limit = limit
+        # batches of this epoch that came before a resume with another global batch, for who counts batches
+        self.batches_before: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """litdata's position, and whether it is the end of the epoch."""
         state = super().state_dict()
         # of all ranks, and also of what came before a resume
         batches = state["dataset"]["sample_in_epoch"] // self._topology.stride
-        last = int(len(self) * self._limit) if isinstance(self._limit, float) else min(len(self), self._limit)
-        return {**state, "epoch_is_over": batches >= last}
+        return {**state, "epoch_is_over": batches >= self._last_batch}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Continue behind the last batch of `obj`; the recipe has compared the fingerprints, the path may differ."""
@@ -163,9 +164,20 @@ class SequenceLoader(StreamingDataLoader):
         self.dataset.load_state_dict(position)
         if is_shared_anew(position):
             self.dataset._elastic_drop_first = position["sample_in_epoch"]
+        is_over = obj["epoch_is_over"]
+        if obj["dataset"]["world_size"] * obj["dataset"]["batch_size"] != self._topology.stride:
+            self.batches_before = position["sample_in_epoch"] // self._topology.stride
+            is_over = is_over or self.batches_before >= self._last_batch
+            if is_over:
+                self.batches_before = self._last_batch
         # litdata tells the end of an epoch by the number of its sequences, which a limit or other ranks can change
-        if obj["epoch_is_over"]:
+        if is_over:
             self.restore = False
+
+    @property
+    def _last_batch(self) -> int:
+        """Batches of an epoch."""
+        return int(len(self) * self._limit) if isinstance(self._limit, float) else min(len(self), self._limit)
 
     @property
     def _topology(self) -> Topology:

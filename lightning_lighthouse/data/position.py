@@ -87,8 +87,8 @@ def warn_of_topology(saved: Mapping[str, int], topology: Topology) -> None:
         skipped = f"at most {topology.num_workers - 1} global batches are left out at its end"
     else:
         skipped = (
-            f"but the global batch is {topology.stride} sequences, no longer {Topology(**saved).stride}, and Trainer "
-            "may end this epoch early: keep ranks x batch_size to avoid that"
+            f"but the global batch is {topology.stride} sequences, no longer {Topology(**saved).stride}: what does not "
+            "fill one is left out where the run goes on"
         )
     warn(
         f"resumed with {', '.join(changed)}: the batches are not those of an unbroken run; no sequence of this epoch "

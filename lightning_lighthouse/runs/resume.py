@@ -16,6 +16,7 @@ def mend_resume(trainer: Trainer) -> None:
     """
     if trainer.fit_loop.is_resuming:
         _load_position(trainer)
+        _count_batches(trainer)
         _begin_epoch(trainer)
 
 
@@ -35,6 +36,33 @@ def _load_position(trainer: Trainer) -> None:
         # the iterator of before has fetched from the beginning
         iter(loop._data_fetcher)
     loop._combined_loader_states_to_load = []
+
+
+def _count_batches(trainer: Trainer) -> None:
+    """Count the batches of a resumed epoch as they are now, where the global batch is another than before.
+
+    Lightning goes on from its old count, and so ends an epoch before its data or never sees its last batch; resumed
+    behind the end of an epoch, it takes the next one for the rest of the ended one.
+    """
+    loop = trainer.fit_loop
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    counts: Any = {getattr(loader, "batches_before", None) for loader in loaders}
+    if len(counts) != 1 or None in counts:
+        return
+    (count,) = counts
+    # Any: Lightning declares their counts too narrowly
+    epochs: Any = loop.epoch_progress
+    inner: Any = loop.epoch_loop
+    batches: Any = inner.batch_progress
+    unfinished = batches.current.processed - batches.current.completed
+    batches.current.ready = batches.current.started = batches.current.processed = count
+    batches.current.completed = count - unfinished
+    if count >= trainer.num_training_batches and not batches.is_last_batch:
+        batches.is_last_batch = True
+        # as Lightning itself does for a last batch
+        if inner.restarted_on_train_batch_end and loop.restarted_mid_epoch:
+            epochs.increment_processed()
+            epochs.increment_completed()
 
 
 def _begin_epoch(trainer: Trainer) -> None:
