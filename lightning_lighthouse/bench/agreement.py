@@ -63,7 +63,9 @@ def disagreement(layer: Layer, config: LighthouseConfig) -> str | None:
     return None if problem is None else f"backend {quoted(config.backend)} is wrong on {layer.device.type}: {problem}"
 
 
-def difference(layer: Layer, num_tokens: int, attend: Attend, twin: Attend, exact: Attend) -> str | None:
+def difference(
+    layer: Layer, num_tokens: int, attend: Attend, twin: Attend, exact: Attend, fused: Attend | None = None
+) -> str | None:
     """How output or gradients of `attend` are off by more than allowed; None where they are not.
 
     Args:
@@ -72,15 +74,19 @@ def difference(layer: Layer, num_tokens: int, attend: Attend, twin: Attend, exac
         attend: What is to be timed.
         twin: The reference, in the layer's dtype; twice its error and one rounding are allowed.
         exact: The reference for float64.
+        fused: The same by stock SDPA, whose sums round otherwise: the larger of its error and the twin's counts.
     """
     kv_heads = min(2, layer.kv_heads)
     small = replace(layer, heads=layer.heads // layer.kv_heads * kv_heads, kv_heads=kv_heads)
     inputs = make_inputs(small, num_tokens, seed=42)
     truths = _results([x.double() for x in inputs], exact)
-    twins, values = _results(inputs, twin), _results(inputs, attend)
-    for name, truth, from_twin, value in zip(("output", "dq", "dk", "dv"), truths, twins, values, strict=True):
+    twins = [_results(inputs, twin)] + ([_results(inputs, fused)] if fused is not None else [])
+    values = _results(inputs, attend)
+    for i, name in enumerate(("output", "dq", "dk", "dv")):
+        truth, value = truths[i], values[i]
         largest = truth.abs().max()
-        allowed = 2 * (from_twin - truth).abs().max() / largest + torch.finfo(layer.dtype).eps
+        of_twins = torch.stack([(each[i] - truth).abs().max() for each in twins]).max()
+        allowed = 2 * of_twins / largest + torch.finfo(layer.dtype).eps
         error = (value - truth).abs().max() / largest
         # written so that a NaN fails
         if not error <= allowed:

@@ -101,6 +101,14 @@ def test_the_layers_agree_with_their_reference(kind: str, window: int, sinks: in
 
 
 @pytest.mark.parametrize("kind", ["window", "chunk"])
+@pytest.mark.parametrize("window", [7, 64])
+def test_the_rounding_of_stock_attention_is_no_disagreement(kind: str, window: int) -> None:
+    # the command's own layer, on whose sums the reference is up to three times as exact
+    layer = Layer(8, 8, 128, torch.float32, CPU)
+    assert window_disagreement(layer, WindowSetting(kind, window, 0, "auto")) is None
+
+
+@pytest.mark.parametrize("kind", ["window", "chunk"])
 def test_a_wrong_layer_is_not_timed(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
