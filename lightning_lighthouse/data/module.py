@@ -21,7 +21,7 @@ from lightning_lighthouse.data.manifest import Manifest, is_prepared
 from lightning_lighthouse.data.position import Topology, check_same_data, describe_data, warn_of_topology
 from lightning_lighthouse.data.preparing.prepare import check_prepared, prepare
 from lightning_lighthouse.data.preparing.splits import TEST, TRAIN, VALIDATION
-from lightning_lighthouse.data.settings import RECORDED, DataOptions, settings_of
+from lightning_lighthouse.data.settings import RECORDED, DataOptions, check_seed, settings_of
 from lightning_lighthouse.data.tokenizers import Tokenizer, identify_tokenizer, load_tokenizer
 from lightning_lighthouse.data.workers import worker_context
 from lightning_lighthouse.notices import notice_once
@@ -53,6 +53,7 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
             )
         # refuses what cannot be; the tokenizer's file is looked at where it is needed
         super().__post_init__()
+        check_seed(self.seed)
         LightningDataModule.__init__(self)
         self._manifest: Manifest | None = None
         # those that were found to fill a batch

@@ -141,6 +141,16 @@ class Preparation(DataOptions):
     batch_size: int = field(default=1, init=False)
     document_ids: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed of which no order can be drawn. Folders may say that they were made with one."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+
 
 def settings_of(options: DataOptions, tokenizer: str) -> DataOptions:
     """The options that decide the prepared files, all else at its default.

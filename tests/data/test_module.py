@@ -335,6 +335,14 @@ def test_impossible_arguments() -> None:
             LighthouseRecipe(**{name: value})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_of_which_no_order_can_be_drawn_is_refused_before_any_text_is_read(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967295, got {seed}"):
+        LighthouseRecipe(seed=seed)
+    with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967295, got {seed}"):
+        prepare(str(tmp_path / "out"), seq_len=7, seed=seed)
+
+
 def test_yaml_can_hold_every_argument() -> None:
     parameters = inspect.signature(LighthouseRecipe).parameters.values()
     assert all(isinstance(parameter.default, str | int | float | bool | None) for parameter in parameters)

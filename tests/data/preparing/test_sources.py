@@ -94,18 +94,19 @@ def test_zstandard(tmp_path: Path) -> None:
         list(read_documents([path], "text"))
 
 
-def test_parquet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET"])
+def test_parquet(tmp_path: Path, name: str) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="the pyarrow package is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
+    path = tmp_path / name
     parquet.write_table(pyarrow.table({"body": texts_of(131), "id": range(131)}), path, row_group_size=37)
     documents = list(read_documents([path], "body"))
     assert [document.text.decode() for document in documents] == texts_of(131)
     assert sum(document.bytes_read for document in documents) == path.stat().st_size
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text', found body, id; set text_field"):
+    with pytest.raises(ValueError, match=rf"{name} has no column 'text', found body, id; set text_field"):
         list(read_documents([path], "text"))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a\.parquet is damaged or no Parquet file"):
+    with pytest.raises(ValueError, match=rf"{name} is damaged or no Parquet file"):
         list(read_documents([path], "body"))
 
 
