@@ -77,7 +77,7 @@ def read_table(path: Path, text_field: str) -> Iterator[tuple[bytes, int]]:
         pyarrow = import_module("pyarrow")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{path} needs the pyarrow package: pip install pyarrow") from None
-    is_parquet = path.name.endswith(".parquet")
+    is_parquet = path.suffix.lower() == ".parquet"
     kind = "Parquet" if is_parquet else "Arrow"
     with ExitStack() as stack:
         batches: Iterator[Any] = iter(())
