@@ -109,10 +109,7 @@ class Planned(RecipeCheck):
             size = model_size(self.model, list(layers.values()))
         except ValueError as error:
             raise UsageError(f"plan cannot read the model's sizes: {error}") from None
-        # a flag is text
-        count = str(trainer.devices)
-        devices = int(count) if count.isdecimal() and int(count) > 0 else 1
-        ranks = devices * trainer.num_nodes
+        ranks = _num_devices(trainer.devices) * trainer.num_nodes
         hparams = dict(self.model.hparams)
         return Run(
             self.model,
@@ -127,6 +124,16 @@ class Planned(RecipeCheck):
             hparams.get("checkpoint") == "block" or hparams.get("activation_checkpointing") is True,
             bool(hparams.get("compile")),
         )
+
+
+def _num_devices(devices: Any) -> int:
+    """How many GPUs of a node `Trainer(devices=...)` means; 1 where that is this machine's matter."""
+    # "2" is two of them, and "2," that of this number
+    named = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    if isinstance(named, list):
+        return sum(bool(str(name).strip()) for name in named)
+    text = str(devices)
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
 
 
 def _shards(strategy: Any) -> bool:
@@ -146,6 +153,8 @@ def main(argv: Sequence[str]) -> int:
     own, overrides = split_own(argv)
     arguments = _parser().parse_args(own)
     recipe = [*(item for file in [*arguments.recipe, *arguments.config] for item in ("-c", file)), *overrides]
+    if arguments.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {arguments.repeats}")
     drop_notices()
     require_recipe("plan", recipe)
     with quiet_lightning(), torch.device("meta"):

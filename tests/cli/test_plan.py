@@ -116,6 +116,19 @@ def test_gpus_that_share_a_sequence_have_their_part_of_it_each(capsys):
     assert "context_parallel_size must divide the 3 ranks, got 2" in few
 
 
+@pytest.mark.parametrize(
+    ("devices", "num_gpus"), [("[0, 1]", 2), ("[3]", 1), ("0,1,", 2), ("2,", 1), ("2", 2), ("auto", 1), ("-1", 1)]
+)
+def test_devices_are_counted_as_the_trainer_does(capsys, devices, num_gpus):
+    out, _ = planned(capsys, "tiny.yaml", "--card", "NVIDIA H200", f"--trainer.devices={devices}")
+    assert f"tokens a batch, {num_gpus} GPU{'s' * (num_gpus > 1)}; 20 steps" in out
+
+
+def test_a_probe_of_no_batch_is_a_line(capsys):
+    said = refusal(capsys, "plan", "tiny.yaml", "--probe", "--repeats", "0")
+    assert said == "--repeats must be at least 1, got 0"
+
+
 @pytest.mark.slow
 def test_a_probe_measures_each_phase_on_this_machine(capsys):
     out, rows = planned(capsys, "tiny.yaml", "--probe", "--repeats", "2")
