@@ -87,10 +87,17 @@ class RecipeCheck(LighthouseCLI):
         """Train nothing."""
 
     def describe_documents(self) -> list[str]:
-        """How long attention is inside the documents of data that is prepared already, and what Lighthouse gains."""
+        """How long attention is inside the documents of data that is prepared already, and what Lighthouse gains.
+
+        Raises:
+            FileNotFoundError: A file of the data is missing.
+            ValueError: The data is damaged, of other settings than the recipe's, or too little.
+        """
         callback, data = self.built.lighthouse, self.built.data
         if not isinstance(data, LighthouseRecipe) or not is_prepared(data.folder):
             return []
+        # data of other settings is not what a training would get: it is refused as there
+        data.setup("fit")
         sequences = sampled_documents(data.folder)
         return describe(estimate(sequences, callback.attention), are_kept=callback.documents is True)
 
@@ -112,9 +119,11 @@ def check(arguments: Sequence[str]) -> int:
         return 0
     drop_notices()
     given: list[str] = []
+    needs_value = False
     for argument in arguments:
-        is_value = bool(given) and given[-1].startswith("-") and "=" not in given[-1] and given[-1] not in SWITCHES
-        given += [argument] if argument.startswith("-") or is_value else ["-c", argument]
+        given += [argument] if needs_value or argument.startswith("-") else ["-c", argument]
+        # a value may begin with a dash, as -1 does
+        needs_value = not needs_value and argument.startswith("-") and "=" not in argument and argument not in SWITCHES
     require_recipe("check", given)
     # the model is built without memory
     with quiet_lightning(), torch.device("meta"):

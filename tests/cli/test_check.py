@@ -158,6 +158,24 @@ def test_the_documents_of_prepared_data_are_described_before_anything_trains(cap
             assert lines[-2].startswith(last)
 
 
+def test_prepared_data_of_other_settings_is_refused_as_by_fit(capsys, folder):
+    Path("documents.yaml").write_text(DOCUMENTS)
+    Path("text.jsonl").write_text(json.dumps({"text": "word " * 99}) + "\n")
+    made = ["--output_dir", "prepared", "--seq_len", "64", "--source", "text.jsonl", "--validation_fraction", "0"]
+    assert cli.main(["prepare", *made]) == 0
+    capsys.readouterr()
+    assert cli.main(["check", "documents.yaml"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lighthouse: prepared was prepared with seq_len=64, asked for 128; ")
+    assert err.count("\n") == 1
+
+
+def test_a_value_with_a_dash_in_front_of_the_recipe_is_no_flag(capsys):
+    assert cli.main(["check", "--trainer.max_epochs", "-1", "recipe.yaml"]) == 0
+    assert capsys.readouterr() == ("ok\n", "")
+
+
 def test_documents_need_data_that_says_where_they_lie(capsys, folder):
     Path("documents.yaml").write_text(DOCUMENTS)
     assert cli.main(["check", "documents.yaml", "--data.document_ids", "false"]) == 2
