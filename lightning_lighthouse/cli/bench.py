@@ -241,6 +241,8 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, Any]]]:
     if asked.type != "lighthouse":
         return layer, _local_settings(asked)
     settings = _settings(asked)
+    if asked.head_dim % 2 and any(config.rotate == "after" for _, config in settings):
+        raise ValueError(f"--head_dim must be even with --rotate after, got {asked.head_dim}")
     for _, config in settings:
         check_backend(config, layer.device)
         small_case(layer.device, config)

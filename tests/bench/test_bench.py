@@ -287,6 +287,7 @@ def test_first_steps_do_not_count() -> None:
         ("--top_k many", "argument --top_k: invalid int value: 'many'"),
         ("--heads 3 --kv_heads 2", "--heads must be a multiple of --kv_heads, got 3 and 2"),
         ("--head_dim 0", "--head_dim must be at least 1, got 0"),
+        ("--head_dim 3 --rotate after", "--head_dim must be even with --rotate after, got 3"),
         ("--lengths 64 0", "--lengths must be at least 1, got 0"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),
         ("--model toy --heads 2", "--heads does not go with --model; leave it out"),
