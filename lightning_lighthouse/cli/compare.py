@@ -15,7 +15,7 @@ from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.runs.comparison import Run, read_last_evaluation, read_report, summarize
 from lightning_lighthouse.runs.evaluation_record import sum_up
 from lightning_lighthouse.runs.loss_curve import Point, loss_curve, plot_curves, write_curves
-from lightning_lighthouse.runs.pictures import require_matplotlib
+from lightning_lighthouse.runs.pictures import check_picture
 from lightning_lighthouse.runs.record import REPORT
 
 CSV = ".csv"
@@ -152,7 +152,10 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.runs:
         parser.error("the following arguments are required: runs")
     if arguments.plot is not None:
-        require_matplotlib()
+        try:
+            check_picture(arguments.plot)
+        except ValueError as error:
+            parser.error(str(error))
 
     asked = dict.fromkeys([*arguments.runs, *filter(None, [arguments.reference])])
     reports = {path: report for path in asked if (report := _report(path)) is not None}

@@ -37,7 +37,7 @@ from lightning_lighthouse.notices import quiet_lightning, shown_notices
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
 from lightning_lighthouse.runs.final_weights import FINAL
-from lightning_lighthouse.runs.pictures import require_matplotlib
+from lightning_lighthouse.runs.pictures import check_picture
 from lightning_lighthouse.runs.record import REPORT
 from lightning_lighthouse.runs.saving import check_writable
 from lightning_lighthouse.runs.sharded import is_sharded_checkpoint, step_of
@@ -134,7 +134,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(own)
     target_path = Path(arguments.target)
     if arguments.plot is not None:
-        require_matplotlib()
+        with _refused_as_usage():
+            check_picture(arguments.plot)
     if target_path.name == EVALUATION and target_path.is_file():
         if arguments.plot is None:
             raise UsageError(f"{target_path} is evaluated already: --plot OUT.png draws it")

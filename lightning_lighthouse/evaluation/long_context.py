@@ -355,7 +355,10 @@ class LongContextEvaluation(Callback):
                 result["own_mode"] = {"phase": self._phase, **measured()}
                 patch.off()
             seconds = ranks.seconds()
-            self._budget.pace = seconds / (scorer.num_tokens - before)
+            if scorer.num_tokens > before:
+                self._budget.pace = seconds / (scorer.num_tokens - before)
+            else:
+                self._tell_once(f"nothing is measured: what was asked for does not fit into lengths {lengths}")
             self._budget.spent += seconds
         return {**result, "seconds": seconds, "seconds_of_all": self._budget.spent}
 

@@ -18,6 +18,11 @@ def require_matplotlib() -> None:
         ) from None
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a path that no picture can be written to, before what it shows is made. Raises as `new_figure`."""
+    new_figure(path, 1.0, 1.0)
+
+
 def new_figure(path: Path, width: float, height: float) -> Any:
     """A figure to be saved to a path.
 

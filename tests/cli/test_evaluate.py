@@ -97,7 +97,23 @@ def test_a_picture_is_drawn_of_what_was_found_and_of_what_was_found_before(run, 
     assert Path("now.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in Path("again.svg").read_text()
     assert not list(tmp_path.glob("*.partial"))
-    assert cli.main(["evaluate", "evaluation.json", "--plot", "no.kind"]) == 1
+    assert cli.main(["evaluate", "evaluation.json", "--plot", "no.kind"]) == 2
+
+
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_measured(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    said = refusal(capsys, "evaluate", str(run), "--output", ".", "--plot", "no.kind")
+    assert said.startswith("--plot must end in one of ")
+
+
+def test_lengths_that_hold_nothing_of_what_is_asked_for_are_said(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluated(run, "--output", ".", "--lengths", "8", "--measures", "passkey")
+    assert "nothing is measured: what was asked for does not fit into lengths [8]" in capsys.readouterr().err
+    (found,) = read_evaluations(tmp_path)
+    assert found["lengths"] == [8]
+    assert "passkey" not in found
 
 
 def _task(folder: Path) -> Path:
