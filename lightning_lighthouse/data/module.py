@@ -116,11 +116,11 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        """In document order; empty without validation data."""
+        """As stored, several workers in turn, each from its own part; empty without validation data."""
         return self._loader(VALIDATION) if self._sequences(VALIDATION) else []
 
     def test_dataloader(self) -> Any:
-        """In document order."""
+        """As stored, several workers in turn, each from its own part."""
         return self._loader(TEST)
 
     def state_dict(self) -> dict[str, Any]:
