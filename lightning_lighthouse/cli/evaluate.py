@@ -162,6 +162,9 @@ def main(argv: Sequence[str]) -> int:
             _evaluate_pretrained(target_path, arguments, overrides, evaluation, callbacks)
         else:
             _evaluate_recipe(target, arguments, overrides, callbacks)
+    # why there are none was said
+    if not evaluation.results:
+        return 1
     _finish(evaluation.results, output, target_path, arguments.plot)
     return 0
 

@@ -334,6 +334,9 @@ class LongContextEvaluation(Callback):
                 self._tell_once(f"lengths {too_long} are left out: there are {fitting + 1:,} tokens of validation text")
             lengths = [length for length in asked if length <= fitting] or [fitting]
             units = Asked(self._measures, lengths, self.own_tasks or []).units(self._phrases)
+            if not units:
+                self._tell_once(f"nothing is measured: what was asked for does not fit into lengths {lengths}")
+                return None
             scorer = Scorer(module, trainer.strategy.root_device)
             material = Material(text, self._phrases, self.seed)
             modes = 2 if patch is not None and self.own_mode and self._phase != DENSE else 1
@@ -345,8 +348,7 @@ class LongContextEvaluation(Callback):
             total = modes * sum(num_rounds(unit, samples, ranks.num_shares) for unit in units)
 
             def measured() -> dict[str, Any]:
-                tell = lambda: self.on_sample(total)  # noqa: E731
-                return measure(scorer, material, units, samples, training_length, ranks, tell)
+                return measure(scorer, material, units, samples, training_length, ranks, lambda: self.on_sample(total))
 
             result: dict[str, Any] = {"step": step, "phase": self._phase, **self.notes, "num_samples": samples}
             result |= {"lengths": lengths, "training_length": training_length, "seed": self.seed, **measured()}
@@ -355,10 +357,7 @@ class LongContextEvaluation(Callback):
                 result["own_mode"] = {"phase": self._phase, **measured()}
                 patch.off()
             seconds = ranks.seconds()
-            if scorer.num_tokens > before:
-                self._budget.pace = seconds / (scorer.num_tokens - before)
-            else:
-                self._tell_once(f"nothing is measured: what was asked for does not fit into lengths {lengths}")
+            self._budget.pace = seconds / (scorer.num_tokens - before)
             self._budget.spent += seconds
         return {**result, "seconds": seconds, "seconds_of_all": self._budget.spent}
 
@@ -397,6 +396,5 @@ class LongContextEvaluation(Callback):
     @contextmanager
     def _patch(self, trainer: Trainer) -> Iterator[Any]:
         """The patch of the phases, off; its time is not training's. None without phases."""
-        lent = nullcontext() if self._lighthouse is None else self._lighthouse.lend_patch(trainer)
-        with lent as patch:
+        with nullcontext() if self._lighthouse is None else self._lighthouse.lend_patch(trainer) as patch:
             yield patch

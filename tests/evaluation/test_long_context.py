@@ -274,6 +274,16 @@ def test_lengths_that_the_text_does_not_fill_are_left_out_with_a_line(tmp_path):
     assert evaluation.results[0]["lengths"] == [256]
 
 
+@pytest.mark.parametrize("max_share", [None, 0.5])
+def test_lengths_that_hold_nothing_of_what_is_asked_for_do_not_end_the_training(tmp_path, max_share):
+    asked = {"lengths": [8], "copies": False, "context_gain": False, "lookups": False, "loss_by_position": False}
+    evaluation = LongContextEvaluation(num_samples=2, max_share=max_share, **asked)
+    with pytest.warns(match=r"nothing is measured: what was asked for does not fit into lengths \[8\]"):
+        module = fit(tmp_path, [evaluation])
+    assert len(module.losses) == STEPS
+    assert evaluation.results == []
+
+
 def test_without_a_tokenizer_only_what_needs_one_is_left_out(tmp_path):
     class Numbers(Books):
         load_tokenizer = None
