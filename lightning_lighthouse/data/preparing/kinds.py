@@ -117,7 +117,10 @@ def read_lines(path: Path, raw: BinaryIO | None = None) -> Iterator[bytes]:
                 yield from _zstandard_lines(raw)
             case _:
                 yield from raw
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        # of what the system cannot read it says the number; bz2 and gzip have none for what they cannot unpack
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
 
 

@@ -361,6 +361,8 @@ def test_json_lines_are_known_by_their_content(tmp_path: Path, name: str) -> Non
         ("a.json", b'{\n "text": "a"\n}\n', "a.json is JSON, but not one object a line"),
         ("a.txt", codecs.BOM_UTF16_LE + b"a\0b", "a.txt begins with the mark of utf-16 and is not"),
         ("a.jsonl.xz", lzma.compress(RECORDS)[:-9], "a.jsonl.xz is damaged or cut short"),
+        ("a.jsonl.bz2", RECORDS, "a.jsonl.bz2 is damaged or cut short: Invalid data stream"),
+        ("a.jsonl.gz", RECORDS, "a.jsonl.gz is damaged or cut short: Not a gzipped file"),
     ],
 )
 def test_what_is_structured_and_not_understood_is_refused(tmp_path: Path, name: str, content: bytes, line: str) -> None:
