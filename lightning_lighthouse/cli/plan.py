@@ -317,10 +317,9 @@ def _limits(run: Run, card: str | None, speed: CardSpeed | None, is_probed: bool
             f"{run.sharers} GPUs cannot share {uneven[0]} key/value heads out: they share out the queries too, and "
             "keep keys and values of the whole sequence"
         )
-    if any(layer.layer_type == LIGHTHOUSE for part in run.parts for layer in part.layers):
-        gathered = run.parts[0].layers[-1].config.pyramid(run.num_tokens)
-        if not gathered.compresses:
-            lines.append(f"Lighthouse gains nothing at {run.num_tokens:,} tokens, and runs dense")
+    configs = {layer.config for part in run.parts for layer in part.layers if layer.layer_type == LIGHTHOUSE}
+    if not all(config.pyramid(run.num_tokens).compresses for config in configs):
+        lines.append(f"Lighthouse gains nothing at {run.num_tokens:,} tokens, and runs dense")
     return lines
 
 

@@ -124,6 +124,15 @@ def test_devices_are_counted_as_the_trainer_does(capsys, devices, num_gpus):
     assert f"tokens a batch, {num_gpus} GPU{'s' * (num_gpus > 1)}; 20 steps" in out
 
 
+def test_the_attention_that_gains_nothing_is_that_of_the_phase(capsys):
+    windows = "{until: 0.5, layer_types: [window], window: 32}"
+    for attention, gains in (("{num_levels: 2, pooling_factor: 2, top_k: 4}", True), ("{top_k: 64}", False)):
+        phase = f"{{until: 18, layer_types: [lighthouse], attention: {attention}}}"
+        Path("phases.yaml").write_text(f"lighthouse: {{phases: [{windows}, {phase}]}}\n")
+        out, _ = planned(capsys, "tiny.yaml", "phases.yaml", "--card", "NVIDIA H200", "--data.seq_len", "64")
+        assert ("Lighthouse gains nothing at 64 tokens" in out) != gains
+
+
 def test_a_probe_of_no_batch_is_a_line(capsys):
     said = refusal(capsys, "plan", "tiny.yaml", "--probe", "--repeats", "0")
     assert said == "--repeats must be at least 1, got 0"
