@@ -8,10 +8,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -106,6 +108,8 @@ class LighthouseCLI(LightningCLI):
     weights: Path | None = None
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        # Lightning's Timer has an enum as default, which PyYAML does not know, and jsonargparse writes defaults down
+        yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
         self.command = command
         self.trusted_only = TRUSTED_ONLY in arguments
         arguments = [
@@ -173,10 +177,15 @@ class LighthouseCLI(LightningCLI):
         checker = Checker(self._parser(command), trusted_only=self.trusted_only)
         usual = {group: checker.classes[group] for group in ("model", "data")}
         good: dict[str, Any] = {}
+        layers: list[str] = []
         for file in files:
+            before = len(checker.lists)
             _merge(good, checker.recipe(read(file)))
+            layers += [*_emptied(checker.lists, before), "--config", file]
         for key, text in flags:
+            before = len(checker.lists)
             _merge(good, checker.flag(key, text))
+            layers += [*(() if key.endswith("+") else _emptied(checker.lists, before)), f"--{key}={text}"]
         for group, cls in checker.classes.items():
             # another class than the usual one has its own defaults, also of arguments that both have
             if group in usual and cls is not usual[group]:
@@ -192,8 +201,7 @@ class LighthouseCLI(LightningCLI):
             except UsageError:
                 raise UsageError(*checker.problems) from None
             return
-        layers = [item for file in files for item in ("--config", file)]
-        self.config = parser.parse_args([command, *layers, *(f"--{key}={text}" for key, text in flags), *printing])
+        self.config = parser.parse_args([command, *layers, *printing])
         self.refuse(*strays(self.config[command]), *_risks(self.config[command]))
 
     def refuse(self, *problems: str) -> None:
@@ -356,6 +364,17 @@ def _risks(config: Namespace) -> Iterator[str]:
             )
     if config.get("weights_only") is False:
         yield "weights_only must be true or null, got False: no checkpoint is loaded as code"
+
+
+def _emptied(lists: Sequence[str], before: int) -> Iterator[str]:
+    """Flags that empty the lists of an earlier layer that one from number `before` on is to replace.
+
+    Between lists of equal length jsonargparse would keep what an item of the later one leaves out, as the weight of a
+    source: that of another one.
+    """
+    for key in lists[before:]:
+        if "[" not in key and key in lists[:before]:
+            yield f"--{key}=[]"
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ class Checker:
         # dotted key -> where a recipe asks the user for its value
         self.required: dict[str, str] = {}
         self.given: set[str] = set()
+        # dotted keys of lists of mappings, in the order in which they are given
+        self.lists: list[str] = []
         # a flag's text while it is checked, and why it is no YAML
         self._text: Raw | None = None
         self._unreadable = ""
@@ -133,6 +135,8 @@ class Checker:
         self.required.pop(full, None)
         hint = getattr(action, "_typehint", action.type)
         bases = tuple(_classes(hint))
+        if isinstance(value, list) and any(isinstance(item, Section) for item in value):
+            self.lists.append(full)
         if self.trusted_only and (untrusted := self._untrusted_name(value, hint, bases)):
             self._note(where, f"{full} {RULE}, got {quoted(untrusted)}")
             return {}

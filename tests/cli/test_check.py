@@ -171,6 +171,49 @@ def test_prepared_data_of_other_settings_is_refused_as_by_fit(capsys, folder):
     assert err.count("\n") == 1
 
 
+LISTS = """
+lighthouse: {phases: [{until: 0.5, layer_types: [window], window: 32, sink_tokens: 4}]}
+data: {init_args: {sources: [{path: a, weight: 3}, {path: b, weight: 2}]}}
+trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: a, patience: 9}}]}
+"""
+LATER = """
+lighthouse: {phases: [{until: 0.9, layer_types: [window], window: 64}]}
+data: {init_args: {sources: [{path: c}, {path: d}]}}
+trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: b}}]}
+"""
+
+
+@pytest.mark.parametrize("is_flag", [False, True])
+def test_a_later_list_takes_nothing_over_from_an_earlier_one(capsys, is_flag):
+    Path("lists.yaml").write_text(LISTS)
+    Path("later.yaml").write_text(LATER)
+    layers = ["-c", "later.yaml"]
+    if is_flag:
+        layers = ["--lighthouse.phases=[{until: 0.9, layer_types: [window], window: 64}]"]
+        layers += ["--data.sources", "[{path: c}, {path: d}]"]
+    found = config(capsys, "-c", "lists.yaml", *layers)
+    (phase,) = found["lighthouse"]["phases"]
+    assert (phase["until"], phase["window"], phase["sink_tokens"]) == (0.9, 64, 0)
+    sources = found["data"]["init_args"]["sources"]
+    assert sources == [{"path": "c", "weight": 1.0}, {"path": "d", "weight": 1.0}]
+    patience = found["trainer"]["callbacks"][0]["init_args"]["patience"]
+    assert patience == (9 if is_flag else 3)
+    more = ["--trainer.callbacks+", "lightning.pytorch.callbacks.LearningRateMonitor"]
+    found = config(capsys, "-c", "lists.yaml", *layers, *more)
+    assert len(found["trainer"]["callbacks"]) == 2
+
+
+@pytest.mark.parametrize("command", [("check", "recipe.yaml"), ("fit", "-c", "recipe.yaml", "--print_config")])
+def test_lightnings_timer_needs_no_more_than_its_duration(capsys, command):
+    Path("timer.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.Timer, init_args: {duration: '00:01:00:00'}}]}"
+    )
+    assert cli.main([*command, "-c", "timer.yaml"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == "ok\n" or "interval: step" in out
+
+
 def test_a_value_with_a_dash_in_front_of_the_recipe_is_no_flag(capsys):
     assert cli.main(["check", "--trainer.max_epochs", "-1", "recipe.yaml"]) == 0
     assert capsys.readouterr() == ("ok\n", "")
