@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError
-from lightning_lighthouse.routing.packing import BOUNDARIES, DOCUMENTS, IDS, MASK, POSITIONS
-
-# What batches call their token ids, `[batch, tokens]`
-TOKENS = ("tokens", "input_ids", "inputs_embeds")
+from lightning_lighthouse.routing.packing import BOUNDARIES, DOCUMENTS, IDS, MASK, POSITIONS, sizes
 
 
 def read_documents(given: Any) -> Documents | None:
@@ -38,17 +35,17 @@ def read_documents(given: Any) -> Documents | None:
     ids = next((given[name] for name in IDS if _is_for_tokens(given.get(name))), None)
     if ids is not None:
         return Documents.from_ids(_rows(ids))
-    sizes = _sizes(given)
+    shape = sizes(given)
     boundaries = next((given[name] for name in BOUNDARIES if isinstance(given.get(name), Tensor)), None)
-    if boundaries is not None and sizes is not None:
-        return Documents.from_cu_seqlens(boundaries, sizes[1])
+    if boundaries is not None and shape is not None:
+        return Documents.from_cu_seqlens(boundaries, shape[1])
     positions: Any = given.get(POSITIONS)
     if not _is_for_tokens(positions):
         return None
     positions = _rows(positions)
     # some hand in one row for all
-    if sizes is not None and positions.shape[0] == 1 < sizes[0]:
-        positions = positions.expand(sizes[0], -1)
+    if shape is not None and positions.shape[0] == 1 < shape[0]:
+        positions = positions.expand(shape[0], -1)
     mask = given.get(MASK)
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
         return Documents.from_ids(_apart_from_padding(positions, mask.to(positions.device) != 0))
@@ -92,12 +89,3 @@ def _is_for_tokens(value: Any) -> bool:
 
 def _rows(value: Tensor) -> Tensor:
     return value[None] if value.ndim == 1 else value
-
-
-def _sizes(batch: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Sequences of a batch, and tokens of each."""
-    for name in (*TOKENS, POSITIONS):
-        value = batch.get(name)
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            return value.shape[0], value.shape[1]
-    return None

@@ -31,6 +31,9 @@ IDS = ("document_ids", "seq_idx")
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 POSITIONS = "position_ids"
 MASK = "attention_mask"
+# What batches call their token ids, `[batch, tokens]`, and what stands for them, `[batch, tokens, width]`
+TOKENS = ("tokens", "input_ids")
+EMBEDDINGS = "inputs_embeds"
 # How deep batches are searched: dictionaries in lists in a dictionary of several loaders
 DEPTH = 3
 
@@ -67,6 +70,20 @@ def restarts(positions: Tensor) -> Tensor:
     return positions[..., 1:] <= positions[..., :-1]
 
 
+def sizes(batch: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Sequences of a batch, and tokens of each; a row without a batch is one. None where nothing shows them."""
+    for name in (*TOKENS, EMBEDDINGS, POSITIONS):
+        value = batch.get(name)
+        if not isinstance(value, Tensor):
+            continue
+        shape = tuple(value.shape[:-1] if name == EMBEDDINGS else value.shape)
+        if shape:
+            # positions of several axes have them in front
+            shape = (1, *shape)[-2:] if name == POSITIONS or len(shape) == 1 else shape[:2]
+            return shape[0], shape[1]
+    return None
+
+
 def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
     """What could show that a batch is packed: each sign with whether it does, a 0-dim bool tensor where data decides.
 
@@ -82,10 +99,11 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
         if ids is not None:
             yield f"{name} of a sequence differ", (ids[..., 1:] != ids[..., :-1]).any()
     mask = _integers(batch.get(MASK))
+    shape = sizes(batch)
     for name in BOUNDARIES:
         boundaries = batch.get(name)
         if isinstance(boundaries, Tensor) and boundaries.ndim == 1:
-            yield f"{name} name several documents", boundaries.numel() > 2
+            yield f"{name} name several documents", boundaries.numel() > 2 and _cut(boundaries, shape)
     positions = _integers(batch.get(POSITIONS))
     if positions is not None:
         found = restarts(positions)
@@ -96,6 +114,12 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
         yield f"{POSITIONS} restart", found.any()
     if mask is not None and mask.dtype != torch.bool:
         yield f"{MASK} numbers several segments", (mask > 1).any()
+
+
+def _cut(boundaries: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    """Whether a document ends inside a row; the last one may end before it does, and padding repeat where."""
+    inside = boundaries != 0 if shape is None else boundaries % shape[1] != 0
+    return (inside & (boundaries != boundaries[-1])).any()
 
 
 def _integers(value: Any) -> Tensor | None:

@@ -48,6 +48,12 @@ ONE_ROW = {
     "boundaries": {"input_ids": TOKENS[:1], "cu_seq_lens_q": torch.tensor([0, 40, 97], dtype=torch.int32)},
     "boundaries of keys": {"input_ids": TOKENS[:1], "cu_seq_lens_k": torch.tensor([0, 40, 97])},
     "boundaries before positions": {"position_ids": torch.arange(97)[None], "cu_seq_lens_q": torch.tensor([0, 40, 97])},
+    "boundaries of a row without a batch": {"input_ids": TOKENS[0], "cu_seq_lens_q": torch.tensor([0, 40, 97])},
+    "boundaries of a row without a batch, before positions": {
+        "input_ids": TOKENS[0],
+        "position_ids": torch.arange(97),
+        "cu_seq_lens_q": torch.tensor([0, 40, 97]),
+    },
     "ids of one dimension": IDS[0],
 }
 

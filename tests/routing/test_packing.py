@@ -33,6 +33,11 @@ PACKED = {
     "positions under a mask of ones": ({"position_ids": RESTARTING, "attention_mask": ONE + 1}, "position_ids restart"),
     "boundaries of queries": ({"cu_seq_lens_q": torch.tensor([0, 40, 97])}, "cu_seq_lens_q name several documents"),
     "boundaries of keys": ({"cu_seq_lens_k": torch.tensor([0, 40, 97])}, "cu_seq_lens_k name several documents"),
+    "boundaries inside a row of several": (
+        {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, 40, TOKENS, 2 * TOKENS])},
+        "cu_seq_lens_q name several documents",
+    ),
+    "boundaries before padding": ({"cu_seq_lens_q": torch.tensor([0, 40, 90, 90])}, "cu_seq_lens_q name several"),
     "a mask of segments": ({"attention_mask": SEGMENTS}, "attention_mask numbers several segments"),
     "a batch within a batch": ([{"x": {"document_ids": SEVERAL}}], "document_ids of a sequence differ"),
 }
@@ -52,6 +57,13 @@ UNPACKED = {
         "attention_mask": RIGHT_PADDED.flip(1),
     },
     "boundaries of one": {"cu_seq_lens_q": torch.tensor([0, 97])},
+    "boundaries of one, repeated": {"input_ids": ONE[:1], "cu_seq_lens_q": torch.tensor([0, TOKENS, TOKENS, TOKENS])},
+    "boundaries of one, repeated before padding": {"cu_seq_lens_q": torch.tensor([0, 90, 90]), "input_ids": ONE[:1]},
+    "boundaries of rows": {"input_ids": ONE, "cu_seq_lens_q": torch.tensor([0, TOKENS, 2 * TOKENS])},
+    "boundaries of rows of embeddings": {
+        "inputs_embeds": torch.zeros(2, TOKENS, 4),
+        "cu_seq_lens_q": torch.tensor([0, TOKENS, 2 * TOKENS]),
+    },
     "a mask": {"attention_mask": RIGHT_PADDED},
     "names for other things": {"documents": ["a", "b"], "document_ids": "x", "position_ids": None},
 }
