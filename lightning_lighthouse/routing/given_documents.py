@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError
-from lightning_lighthouse.routing.packing import BOUNDARIES, DOCUMENTS, IDS, MASK, POSITIONS, sizes
+from lightning_lighthouse.routing.packing import BOUNDARIES, DOCUMENTS, IDS, MASK, segments, sizes, token_positions
 
 
 def read_documents(given: Any) -> Documents | None:
@@ -21,8 +21,9 @@ def read_documents(given: Any) -> Documents | None:
     Args:
         given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, of which the first that exists counts:
             "documents", `Documents`; "document_ids" or "seq_idx", `[batch, tokens]`; "cu_seq_lens_q", the boundaries
-            of documents in the tokens of all rows; "position_ids", `[batch, tokens]`. Of positions, tokens that
-            "attention_mask" masks are a document of their own for each run of them.
+            of documents in the tokens of all rows; "position_ids", `[batch, tokens]`, or `[4, batch, tokens]` with
+            those of the text first; an "attention_mask" that numbers segments. Of positions, tokens that
+            "attention_mask" masks are a document of their own for each run of them, and segments are kept apart.
     """
     if isinstance(given, Documents):
         return given
@@ -39,16 +40,17 @@ def read_documents(given: Any) -> Documents | None:
     boundaries = next((given[name] for name in BOUNDARIES if isinstance(given.get(name), Tensor)), None)
     if boundaries is not None and shape is not None:
         return Documents.from_cu_seqlens(boundaries, shape[1])
-    positions: Any = given.get(POSITIONS)
+    positions = token_positions(given)
     if not _is_for_tokens(positions):
-        return None
+        numbers = segments(given)
+        return None if numbers is None or not bool((numbers > 1).any()) else Documents.from_ids(_rows(numbers))
     positions = _rows(positions)
     # some hand in one row for all
     if shape is not None and positions.shape[0] == 1 < shape[0]:
         positions = positions.expand(shape[0], -1)
     mask = given.get(MASK)
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        return Documents.from_ids(_apart_from_padding(positions, mask.to(positions.device) != 0))
+        return Documents.from_ids(_segmented(positions, mask.to(positions.device)))
     return Documents.from_positions(positions)
 
 
@@ -75,11 +77,10 @@ def documents_of(module: nn.Module, batch: Any) -> Documents:
     return documents
 
 
-def _apart_from_padding(positions_BN: Tensor, is_text_BN: Tensor) -> Tensor:
-    """Numbers of documents, where those of padding, whatever its positions, hold no text."""
+def _segmented(positions_BN: Tensor, mask_BN: Tensor) -> Tensor:
+    """Numbers of documents, where those of padding, 0 in the mask, hold no text, whatever its positions."""
     jumps = positions_BN[:, 1:] != positions_BN[:, :-1] + 1
-    in_text = is_text_BN[:, 1:] & is_text_BN[:, :-1]
-    starts = torch.where(in_text, jumps, is_text_BN[:, 1:] != is_text_BN[:, :-1])
+    starts = (mask_BN[:, 1:] != mask_BN[:, :-1]) | (jumps & (mask_BN[:, 1:] != 0))
     return torch.nn.functional.pad(starts.long(), (1, 0)).cumsum(1)
 
 

@@ -34,6 +34,8 @@ MASK = "attention_mask"
 # What batches call their token ids, `[batch, tokens]`, and what stands for them, `[batch, tokens, width]`
 TOKENS = ("tokens", "input_ids")
 EMBEDDINGS = "inputs_embeds"
+# Axes of positions whose first are those of the text
+TEXT_AND_AXES = 4
 # How deep batches are searched: dictionaries in lists in a dictionary of several loaders
 DEPTH = 3
 
@@ -70,6 +72,22 @@ def restarts(positions: Tensor) -> Tensor:
     return positions[..., 1:] <= positions[..., :-1]
 
 
+def token_positions(batch: Mapping[str, Any]) -> Any:
+    """The positions of a batch, `[batch, tokens]` where they are any.
+
+    Models of images may get four axes, `[4, batch, tokens]`: those of the text, then three that rotate.
+    """
+    positions = batch.get(POSITIONS)
+    has_text = isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == TEXT_AND_AXES
+    return positions[0] if has_text else positions
+
+
+def segments(batch: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask of a batch, `[batch, tokens]`, where it may number segments from 1 on; 0 is padding."""
+    mask = _integers(batch.get(MASK))
+    return None if mask is None or mask.dtype == torch.bool else mask
+
+
 def sizes(batch: Mapping[str, Any]) -> tuple[int, int] | None:
     """Sequences of a batch, and tokens of each; a row without a batch is one. None where nothing shows them."""
     for name in (*TOKENS, EMBEDDINGS, POSITIONS):
@@ -89,7 +107,7 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
 
     Args:
         batch: Named tensors, or the keyword arguments of a model's forward. `documents` is a `Documents`; ids and
-            positions are `[batch, tokens]`; positions of several axes, `[3, batch, tokens]`, show nothing.
+            positions are `[batch, tokens]`; positions of three axes, `[3, batch, tokens]`, show nothing.
     """
     documents = batch.get(DOCUMENTS)
     if isinstance(documents, Documents):
@@ -98,22 +116,22 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
         ids = _integers(batch.get(name))
         if ids is not None:
             yield f"{name} of a sequence differ", (ids[..., 1:] != ids[..., :-1]).any()
-    mask = _integers(batch.get(MASK))
     shape = sizes(batch)
     for name in BOUNDARIES:
         boundaries = batch.get(name)
         if isinstance(boundaries, Tensor) and boundaries.ndim == 1:
             yield f"{name} name several documents", boundaries.numel() > 2 and _cut(boundaries, shape)
-    positions = _integers(batch.get(POSITIONS))
+    positions, mask = _integers(token_positions(batch)), batch.get(MASK)
     if positions is not None:
         found = restarts(positions)
-        if mask is not None and mask.shape == positions.shape:
+        if isinstance(mask, Tensor) and mask.shape == positions.shape:
             # padding has whatever positions it was given
             real = mask.to(positions.device) != 0
             found = found & real[..., 1:] & real[..., :-1]
         yield f"{POSITIONS} restart", found.any()
-    if mask is not None and mask.dtype != torch.bool:
-        yield f"{MASK} numbers several segments", (mask > 1).any()
+    numbers = segments(batch)
+    if numbers is not None:
+        yield f"{MASK} numbers several segments", (numbers > 1).any()
 
 
 def _cut(boundaries: Tensor, shape: tuple[int, int] | None) -> Tensor:
@@ -146,8 +164,8 @@ class PackingCheck:
         self._has_waited = False
         # what the GPU has been asked: the signs, its answers, and when they have arrived
         self._asked: deque[tuple[list[str], Tensor, torch.cuda.Event]] = deque()
-        # a tensor that was looked at last, and its version: layers of a model pass the same one on
-        self._last: tuple[ref[Tensor], int] | None = None
+        # positions and mask that were looked at last, and their versions: layers of a model pass the same ones on
+        self._last: list[tuple[ref[Tensor], int] | None] = []
 
     # a module that keeps one is copied and pickled
     def __deepcopy__(self, memo: dict[int, Any]) -> PackingCheck:
@@ -180,15 +198,15 @@ class PackingCheck:
         self._asked.clear()
 
     def _is_known(self, part: Mapping[str, Any]) -> bool:
-        """Whether the positions are those that were looked at last, handed on by a model to its parts."""
-        positions = part.get(POSITIONS)
-        if not isinstance(positions, Tensor) or any(name in part for name in (DOCUMENTS, *IDS, *BOUNDARIES)):
+        """Whether positions and mask are those that were looked at last, handed on by a model to its parts."""
+        given = [value if isinstance(value := part.get(name), Tensor) else None for name in (POSITIONS, MASK)]
+        if given[0] is None or any(name in part for name in (DOCUMENTS, *IDS, *BOUNDARIES)):
             return False
-        known, version = self._last or (None, 0)
-        if known is not None and known() is positions and version == _version(positions):
-            return True
-        self._last = ref(positions), _version(positions)
-        return False
+        last, self._last = self._last, [None if x is None else (ref(x), _version(x)) for x in given]
+        return len(last) == len(given) and all(
+            x is None if known is None else known[0]() is x and known[1] == _version(x)
+            for x, known in zip(given, last, strict=True)
+        )
 
     def _ask(self, found: list[tuple[str, Tensor]]) -> None:
         names, flags = [sign for sign, _ in found], torch.stack([flag for _, flag in found])

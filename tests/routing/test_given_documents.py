@@ -25,6 +25,15 @@ FORMS = {
     "positions from one on": {"position_ids": POSITIONS + 2},
     "positions under a mask of ones": {"position_ids": POSITIONS, "attention_mask": torch.ones(2, 97)},
     "positions under segments": {"position_ids": POSITIONS, "attention_mask": IDS + 1},
+    "positions that go on under segments": {
+        "position_ids": torch.arange(97).expand(2, -1),
+        "attention_mask": IDS + 1,
+    },
+    "segments alone": {"input_ids": TOKENS, "attention_mask": IDS + 1},
+    "positions of four axes": {
+        "input_ids": TOKENS,
+        "position_ids": torch.cat([POSITIONS[None], torch.arange(97).expand(3, 2, -1)]),
+    },
     "boundaries through all rows": {"input_ids": TOKENS, "cu_seq_lens_q": torch.tensor([0, 40, 97, 98, 111, 194])},
     "documents before ids before positions": {
         "documents": PACKED,
@@ -68,6 +77,13 @@ def test_one_row_of_positions_stands_for_all():
     assert read_documents(given) == Documents(SAME)
 
 
+def test_padding_behind_segments_is_a_document():
+    segments = IDS + 1
+    segments[:, 90:] = 0
+    found = read_documents({"attention_mask": segments, "position_ids": torch.arange(97).expand(2, -1)})
+    assert found == Documents([[40, 50, 7], [1, 13, 76, 7]]) == read_documents({"attention_mask": segments})
+
+
 @pytest.mark.parametrize("positions_of_padding", [0, 1, "on"])
 def test_padding_is_a_document_whatever_its_positions(positions_of_padding):
     positions, mask = POSITIONS.clone(), torch.ones(2, 97)
@@ -84,11 +100,12 @@ def test_padding_is_a_document_whatever_its_positions(positions_of_padding):
         {"tokens": TOKENS},
         {"document_ids": "x", "documents": [3, 4]},
         {"position_ids": POSITIONS.expand(3, 2, -1)},
+        {"input_ids": TOKENS, "attention_mask": torch.ones(2, 97, dtype=torch.long)},
         {"document_ids": IDS.double()},
         [TOKENS, IDS],
         None,
     ],
-    ids=["tokens", "other things", "axes", "floats", "list", "nothing"],
+    ids=["tokens", "other things", "axes", "mask", "floats", "list", "nothing"],
 )
 def test_what_says_nothing_gives_none(given):
     assert read_documents(given) is None

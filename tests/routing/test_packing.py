@@ -31,6 +31,10 @@ PACKED = {
     "positions": ({"position_ids": RESTARTING}, "position_ids restart"),
     "positions of one row, at its end": ({"position_ids": AT_THE_END}, "position_ids restart"),
     "positions under a mask of ones": ({"position_ids": RESTARTING, "attention_mask": ONE + 1}, "position_ids restart"),
+    "positions of four axes": (
+        {"position_ids": torch.stack([RESTARTING, PLAIN, PLAIN, PLAIN])},
+        "position_ids restart",
+    ),
     "boundaries of queries": ({"cu_seq_lens_q": torch.tensor([0, 40, 97])}, "cu_seq_lens_q name several documents"),
     "boundaries of keys": ({"cu_seq_lens_k": torch.tensor([0, 40, 97])}, "cu_seq_lens_k name several documents"),
     "boundaries inside a row of several": (
@@ -51,10 +55,17 @@ UNPACKED = {
     "positions from later on": {"position_ids": PLAIN + 5},
     "positions that leave some out": {"position_ids": PLAIN * 2},
     "positions of three axes": {"position_ids": RESTARTING.expand(3, 2, TOKENS)},
+    "positions of four axes, of which images restart": {
+        "position_ids": torch.stack([PLAIN, RESTARTING, RESTARTING, RESTARTING])
+    },
     "positions of padding": {"position_ids": PLAIN * RIGHT_PADDED, "attention_mask": RIGHT_PADDED},
     "padding on the left": {
         "position_ids": (RIGHT_PADDED.flip(1).cumsum(1) - 1).clamp(min=0),
         "attention_mask": RIGHT_PADDED.flip(1),
+    },
+    "padding on the left, under a mask of floats": {
+        "position_ids": (RIGHT_PADDED.flip(1).cumsum(1) - 1).clamp(min=0),
+        "attention_mask": RIGHT_PADDED.flip(1).float(),
     },
     "boundaries of one": {"cu_seq_lens_q": torch.tensor([0, 97])},
     "boundaries of one, repeated": {"input_ids": ONE[:1], "cu_seq_lens_q": torch.tensor([0, TOKENS, TOKENS, TOKENS])},
@@ -93,6 +104,17 @@ def test_every_batch_is_looked_at_also_positions_that_changed_in_place():
     positions.copy_(RESTARTING)
     with pytest.raises(PackedBatchError):
         check.look({"position_ids": positions})
+
+
+def test_positions_that_are_known_are_looked_at_again_under_another_mask():
+    check = PackingCheck()
+    check.look({"position_ids": PLAIN, "attention_mask": RIGHT_PADDED})
+    with pytest.raises(PackedBatchError, match="segments"):
+        check.look({"position_ids": PLAIN, "attention_mask": SEGMENTS})
+    check, padding = PackingCheck(), SEVERAL
+    check.look({"position_ids": RESTARTING, "attention_mask": padding})
+    with pytest.raises(PackedBatchError, match="restart"):
+        check.look({"position_ids": RESTARTING})
 
 
 def test_a_check_is_copied_and_pickled_without_what_it_waits_for():
