@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
@@ -63,12 +64,11 @@ class KeptDocuments:
     def hear(self, inputs: Mapping[str, Any]) -> None:
         """A transformers model is called: look whether it is packed, or read where documents lie."""
         if not self.are_kept:
-            if self._refuses():
+            if self._refuses(inputs):
                 self._packing.look(inputs)
         elif self._reads_inputs and not self._are_told:
             # what a cache holds are no documents of these tokens
-            has_cache = any(inputs.get(name) is not None for name in CACHES)
-            self._set(None if has_cache else read_documents(inputs), is_checked=True)
+            self._set(None if _has_cache(inputs) else read_documents(inputs), is_checked=True)
             if self._scope.documents is None and self._scope.demands_documents and not is_without_gradients():
                 raise SettingError(
                     "documents=True, but the model is called without position_ids or cu_seq_lens_q that say where "
@@ -79,7 +79,7 @@ class KeptDocuments:
     def trace(self, inputs: Mapping[str, Any]) -> None:
         """The same in a frame that is traced: it checks by itself, and reads nothing."""
         if not self.are_kept:
-            if self._refuses():
+            if self._refuses(inputs):
                 require_unpacked(inputs)
         elif self._reads_inputs and not self._are_told and self._scope.demands_documents:
             refuse(
@@ -87,7 +87,10 @@ class KeptDocuments:
                 "compile its blocks, or call patch.set_documents before the forward"
             )
 
-    def _refuses(self) -> bool:
+    def _refuses(self, inputs: Mapping[str, Any]) -> bool:
+        # a prompt's padding has positions of its own, and a mask of other sizes than them
+        if _has_cache(inputs) and not torch.is_grad_enabled():
+            return False
         # off it is the user's model as it was, with all that transformers makes of its inputs
         return self._statement.holds or self.watches_evaluation
 
@@ -171,6 +174,10 @@ class KeptDocuments:
         self._scope.demands_documents = False
         self._contexts.close()
         self._packing.forget()
+
+
+def _has_cache(inputs: Mapping[str, Any]) -> bool:
+    return any(inputs.get(name) is not None for name in CACHES)
 
 
 def find_others(model: nn.Module, layers: dict[str, nn.Module], targets: dict[str, nn.Module]) -> dict[str, nn.Module]:

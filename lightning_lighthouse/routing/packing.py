@@ -78,8 +78,9 @@ def token_positions(batch: Mapping[str, Any]) -> Any:
     Models of images may get four axes, `[4, batch, tokens]`: those of the text, then three that rotate.
     """
     positions = batch.get(POSITIONS)
-    has_text = isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == TEXT_AND_AXES
-    return positions[0] if has_text else positions
+    if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == TEXT_AND_AXES:
+        return positions[0]
+    return positions
 
 
 def segments(batch: Mapping[str, Any]) -> Tensor | None:
@@ -204,7 +205,7 @@ class PackingCheck:
             return False
         last, self._last = self._last, [None if x is None else (ref(x), _version(x)) for x in given]
         return len(last) == len(given) and all(
-            x is None if known is None else known[0]() is x and known[1] == _version(x)
+            known is None if x is None else known is not None and known[0]() is x and known[1] == _version(x)
             for x, known in zip(given, last, strict=True)
         )
 

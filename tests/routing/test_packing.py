@@ -209,3 +209,50 @@ def test_the_statement_that_masks_are_causal_holds_for_packed_positions_only_wit
     finally:
         patch.restore()
         llama.config.use_cache = True
+
+
+SHOWN_COMPILED = {
+    "positions": {"position_ids": RESTARTING},
+    "positions under a mask of ones": {"position_ids": RESTARTING, "attention_mask": ONE + 1},
+    "segments": {"position_ids": PLAIN, "attention_mask": SEGMENTS},
+    "boundaries": {"cu_seq_lens_q": torch.tensor([0, 40, TOKENS, 2 * TOKENS])},
+    "indices": {"seq_idx": SEVERAL},
+}
+
+
+@pytest.mark.parametrize("told", SHOWN_COMPILED.values(), ids=SHOWN_COMPILED)
+def test_a_model_compiled_as_a_whole_refuses_what_an_eager_one_does(llama, told):
+    torch._dynamo.reset()
+    compiled = torch.compile(llama, backend="eager")
+    left = RIGHT_PADDED.flip(1)
+    patch = patch_attention(llama, CONFIG)
+    # as under transformers' Trainer
+    patch.documents.watches_evaluation = True
+    try:
+        with torch.no_grad():
+            compiled(tokens(), position_ids=(left.cumsum(1) - 1).masked_fill(left == 0, 1), attention_mask=left)
+            # raised in a frame it is an error of the frame
+            with pytest.raises((PackedBatchError, RuntimeError), match="this batch packs documents"):
+                compiled(tokens(), **told)
+    finally:
+        patch.restore()
+        torch._dynamo.reset()
+
+
+# a prompt comes in parts, or under a mask of other sizes than its positions
+PROMPTED = {"static": {"cache_implementation": "static", "disable_compile": True}, "parts": {"prefill_chunk_size": 4}}
+
+
+@pytest.mark.parametrize("settings", PROMPTED.values(), ids=PROMPTED)
+def test_padding_before_a_prompt_is_no_packing(llama, settings):
+    mask = RIGHT_PADDED.flip(1)[:, :20]
+    call = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, **settings}
+    llama.eval()
+    expected = llama.generate(tokens()[:, :20], **call)
+    patch = patch_attention(llama, CONFIG)
+    patch.documents.watches_evaluation = True
+    try:
+        assert torch.equal(llama.generate(tokens()[:, :20], **call), expected)
+    finally:
+        patch.restore()
+        llama.train()

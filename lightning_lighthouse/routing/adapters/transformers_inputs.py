@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_lighthouse.routing.packing import POSITIONS, refusal, restarts
+from lightning_lighthouse.routing.packing import PackedBatchError, refusal, signs
 
 # Where transformers keeps the name of the attention; never written to a saved config
 FIELD = "_attn_implementation_internal"
@@ -86,7 +86,15 @@ class _Running:
 
 
 def require_unpacked(inputs: Mapping[str, Any]) -> None:
-    """Let the frame that is traced check that positions do not restart."""
-    positions = inputs.get(POSITIONS)
-    if isinstance(positions, Tensor) and positions.ndim == 2 and not positions.is_floating_point():
-        torch._assert_async(~restarts(positions).any(), refusal(f"{POSITIONS} restart"))
+    """Let the frame that is traced check that a batch is not packed, where values tell; else PackedBatchError."""
+    for sign, found in signs(inputs):
+        if isinstance(found, Tensor):
+            torch._assert_async(~found, refusal(sign))
+        elif found:
+            _refuse(refusal(sign))
+
+
+# While compiling it runs at trace time; an error raised in traced code itself would be told as one of the compiler's.
+@torch.compiler.assume_constant_result
+def _refuse(line: str) -> None:
+    raise PackedBatchError(line)
