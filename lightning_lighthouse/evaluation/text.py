@@ -60,7 +60,7 @@ def read_text(batch: Any, module: nn.Module | None = None, asker: str = "FutureL
             f"as 'tokens' or 'input_ids', got {given}"
         )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and not bool((mask == 1).all()):
+    if isinstance(mask, Tensor) and not bool((mask != 0).all()):
         raise ValueError(f"{asker} needs validation batches without padding, got an attention_mask with zeros")
     documents = None if module is None else documents_of(module, batch)
     tokens = tokens.detach().clone()

@@ -111,7 +111,9 @@ def test_batches_are_read_as_models_read_them():
         assert torch.equal(text.inputs, TOKENS[:, :-1])
         assert torch.equal(text.targets, TOKENS[:, 1:])
         assert text.num_targets == TOKENS.shape[1] - 1
-    ids = read_text({"input_ids": TOKENS, "labels": TOKENS, "attention_mask": torch.ones_like(TOKENS)})
+    # also one that numbers segments
+    for mask in (torch.ones_like(TOKENS), torch.arange(1, TOKENS.shape[1] + 1).expand_as(TOKENS)):
+        ids = read_text({"input_ids": TOKENS, "labels": TOKENS, "attention_mask": mask})
     assert torch.equal(ids.inputs, TOKENS)
     assert torch.equal(ids.targets[:, : ids.num_targets], TOKENS[:, 1:])
 
