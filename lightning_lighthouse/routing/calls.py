@@ -50,7 +50,7 @@ from lightning_lighthouse.routing.shared_calls import check_shared
 from lightning_lighthouse.routing.targets import SDPA
 
 _bare_copies: list[tuple[dict[str, Any], str]] = []
-_checkpoint_setting = ExitStack()
+_settings = ExitStack()
 # patches, as one, and contexts that share sequences
 _users = 0
 
@@ -264,7 +264,8 @@ def swap() -> None:
     _users += 1
     if _users == 1:
         setattr(F, SDPA, causal_attention)
-        _checkpoint_setting.enter_context(_scope_allowed_in_checkpoint())
+        _settings.enter_context(_scope_allowed_in_checkpoint())
+        _settings.enter_context(_every_layer_runs())
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("torch", "lightning_lighthouse"):
             continue
@@ -286,7 +287,18 @@ def unswap() -> None:
         if namespace.get(attribute) is causal_attention:
             namespace[attribute] = stock_sdpa
     _bare_copies.clear()
-    _checkpoint_setting.close()
+    _settings.close()
+
+
+@contextmanager
+def _every_layer_runs() -> Iterator[None]:
+    """Keep torch from its kernel for whole encoder layers, which in eval mode passes the attention module by."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from families import CONFIG, MultiheadByHand
 from torch import nn
 
-from lightning_lighthouse import patch_attention
+from lightning_lighthouse import Documents, patch_attention
 
 TOKENS, WIDTH, HEADS = 67, 12, 3
 MASK = nn.Transformer.generate_square_subsequent_mask(TOKENS)
@@ -166,3 +166,46 @@ def test_autocast_is_honoured():
     assert missing == {}
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
+
+
+class Encoder(nn.Module):
+    """Layers for which torch has a kernel in eval mode, of the attention and all else: an even number of heads."""
+
+    def __init__(self, whole=False):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, WIDTH, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) if whole else layer
+        self.mask = "mask" if whole else "src_mask"
+
+    def forward(self, x):
+        return self.encoder(x, is_causal=True, **{self.mask: MASK})
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["layer", "encoder"])
+def test_an_encoder_in_eval_mode_stays_inside_documents(whole):
+    network, x, lengths = Encoder(whole).eval(), sequence(), [40, TOKENS - 40]
+    y = torch.cat([torch.randn_like(x[:, :40]), x[:, 40:]], 1)
+    patch = patch_attention(network, CONFIG, documents=True)
+    try:
+        patch.set_documents(Documents([lengths, lengths]))
+        with torch.no_grad():
+            assert torch.equal(network(x)[:, 40:], network(y)[:, 40:])
+        patch.check()
+    finally:
+        patch.restore()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_an_encoder_in_eval_mode_is_routed_where_that_is_asked():
+    network, x = Encoder().eval(), sequence()
+    expected = network(x)
+    patch = patch_attention(network, CONFIG)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), expected)
+            patch.on(inference=True)
+            assert not torch.allclose(network(x), expected, atol=1e-3)
+        assert patch.count_calls()["routed"] == 1
+    finally:
+        patch.restore()
