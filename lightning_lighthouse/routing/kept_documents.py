@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.attention.documents_lighthouse import settle_documents
 from lightning_lighthouse.checks import SettingError, quoted
-from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inputs, require_unpacked
+from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inputs, require_unpacked, tensors_in
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain_documents
 from lightning_lighthouse.routing.given_documents import read_documents
@@ -75,6 +75,23 @@ class KeptDocuments:
                     "documents lie: let the collator return them, as DataCollatorWithFlattening does, or call "
                     "patch.set_documents before the forward"
                 )
+
+    def answered(self, output: Any) -> None:
+        """A transformers model has run: what its backward computes again must see the documents that it ran with.
+
+        Until then another forward may have been heard, as where one loss is that of two batches.
+        """
+        documents = self._scope.documents
+        if documents is None or self._are_told or not self._reads_inputs:
+            return
+
+        def set_again(gradient: Tensor) -> None:
+            if self._scope.documents is not documents and self._reads_inputs and not (self._are_told or self._is_over):
+                self._set(documents, is_checked=True)
+
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(set_again)
 
     def trace(self, inputs: Mapping[str, Any]) -> None:
         """The same in a frame that is traced: it checks by itself, and reads nothing."""

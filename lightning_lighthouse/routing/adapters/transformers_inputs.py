@@ -41,8 +41,11 @@ class Listener(Protocol):
     def hear(self, inputs: Mapping[str, Any]) -> None:
         """A model is about to run, in eager code, with these arguments by name; it runs in no other."""
 
+    def answered(self, output: Any) -> None:
+        """That model has run, and returns this; None where it failed."""
+
     def trace(self, inputs: Mapping[str, Any]) -> None:
-        """The same while torch.compile traces a frame, where no value can be read."""
+        """The same as `hear` while torch.compile traces a frame, where no value can be read."""
 
 
 @contextmanager
@@ -71,6 +74,8 @@ def heard_inputs(model: nn.Module, listener: Listener) -> Iterator[None]:
 
         def after(called: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             running.count = max(0, running.count - 1)
+            if not running.count and not torch.compiler.is_compiling():
+                listener.answered(output)
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
@@ -79,6 +84,15 @@ def heard_inputs(model: nn.Module, listener: Listener) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor that a model returns."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(value)
 
 
 class _Running:

@@ -141,6 +141,29 @@ def test_a_routed_step_equals_lighthouse_in_each_document(llama, checkpointing):
     assert_close(found, step(llama, batch))
 
 
+@pytest.mark.parametrize("phase", ["on", "dense"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_what_is_computed_again_sees_the_documents_of_its_own_forward(llama, reentrant, phase):
+    positions = (torch.arange(TOKENS)[None] % 70, torch.arange(TOKENS)[None] % 30)
+    batches = [{**flattened(), "position_ids": x} for x in positions]
+    llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    patch = patch_attention(llama, CONFIG, documents=True)
+    try:
+        getattr(patch, phase)()
+        llama.zero_grad()
+        for batch in batches:
+            llama(**batch).loss.backward()
+        expected = [p.grad.clone() for p in llama.parameters()]
+        llama.zero_grad()
+        losses = [llama(**batch).loss for batch in batches]
+        with torch.no_grad():
+            llama(**flattened())
+        sum(losses).backward()
+        assert_close([p.grad for p in llama.parameters()], expected)
+    finally:
+        patch.restore()
+
+
 def test_no_mask_is_built_and_the_config_is_as_it_was(llama, monkeypatch):
     masking = transformers.masking_utils
     made = []
