@@ -59,7 +59,7 @@ class KeptDocuments:
         self._are_told = False
         self._reads_inputs = self.are_kept
         if setting in (True, False):
-            self._contexts.enter_context(heard_inputs(model, self))
+            self._contexts.enter_context(heard_inputs(model, self, layers.values()))
 
     def hear(self, inputs: Mapping[str, Any]) -> None:
         """A transformers model is called: look whether it is packed, or read where documents lie."""
@@ -75,6 +75,15 @@ class KeptDocuments:
                     "documents lie: let the collator return them, as DataCollatorWithFlattening does, or call "
                     "patch.set_documents before the forward"
                 )
+
+    def hear_within(self, inputs: Mapping[str, Any]) -> None:
+        """What a wrapper makes of its inputs may be packed where they were not."""
+        if self.are_kept or not self._refuses(inputs):
+            return
+        if torch.compiler.is_compiling():
+            require_unpacked(inputs)
+        else:
+            self._packing.look(inputs)
 
     def answered(self, output: Any) -> None:
         """A transformers model has run: what its backward computes again must see the documents that it ran with.

@@ -201,7 +201,7 @@ class PackingCheck:
     def _is_known(self, part: Mapping[str, Any]) -> bool:
         """Whether positions and mask are those that were looked at last, handed on by a model to its parts."""
         given = [value if isinstance(value := part.get(name), Tensor) else None for name in (POSITIONS, MASK)]
-        if given[0] is None or any(name in part for name in (DOCUMENTS, *IDS, *BOUNDARIES)):
+        if all(x is None for x in given) or any(name in part for name in (DOCUMENTS, *IDS, *BOUNDARIES)):
             return False
         last, self._last = self._last, [None if x is None else (ref(x), _version(x)) for x in given]
         return len(last) == len(given) and all(

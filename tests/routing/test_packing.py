@@ -182,6 +182,41 @@ def test_a_transformers_model_refuses_packed_positions(llama, phase, call):
     calls[call](RESTARTING)
 
 
+def wrapped(model):
+    """A model of transformers that makes the arguments of the models within it, of which one packs."""
+    import transformers
+
+    class Wrapper(transformers.PreTrainedModel):
+        config_class = type(model.config)
+        _supports_sdpa = True
+
+        def __init__(self):
+            super().__init__(model.config)
+            self.packs, self.plain = model, copy.deepcopy(model)
+
+        def forward(self, input_ids):
+            self.packs(input_ids=input_ids, position_ids=RESTARTING)
+            self.plain(input_ids=input_ids, position_ids=PLAIN)
+
+    return Wrapper()
+
+
+@pytest.mark.parametrize(("select", "packs"), [("packs.*self_attn", True), ("plain.*self_attn", False)])
+def test_what_a_model_is_called_with_inside_another_one_is_looked_at_where_layers_are_patched(llama, select, packs):
+    model = wrapped(llama)
+    patch = patch_attention(model, CONFIG, select=select)
+    try:
+        patch.on()
+        if packs:
+            with pytest.raises(PackedBatchError, match="position_ids restart"):
+                model(tokens())
+        else:
+            model(tokens())
+            patch.check()
+    finally:
+        patch.restore()
+
+
 def test_ignore_attends_across_documents_where_it_is_said(llama):
     x = tokens()
     patch = patch_attention(llama, CONFIG, documents="ignore")

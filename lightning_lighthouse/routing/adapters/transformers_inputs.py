@@ -7,7 +7,7 @@ that torch.compile traces nothing can be read, and the frame carries the check.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class Listener(Protocol):
     def hear(self, inputs: Mapping[str, Any]) -> None:
         """A model is about to run, in eager code, with these arguments by name; it runs in no other."""
 
+    def hear_within(self, inputs: Mapping[str, Any]) -> None:
+        """A model within another one that runs, with layers of interest in it, is about to run, traced or not."""
+
     def answered(self, output: Any) -> None:
         """That model has run, and returns this; None where it failed."""
 
@@ -49,10 +52,11 @@ class Listener(Protocol):
 
 
 @contextmanager
-def heard_inputs(model: nn.Module, listener: Listener) -> Iterator[None]:
+def heard_inputs(model: nn.Module, listener: Listener, layers: Collection[nn.Module]) -> Iterator[None]:
     """Tell `listener`, inside, of each forward of a transformers model within `model` before it runs.
 
-    A model within another, as a decoder under its head, is told of only where it is called by itself.
+    A model within another, as a decoder under its head, mostly gets the same arguments, but a wrapper may make some of
+    its own. It is told of in another way, and only where one of `layers` is in it, which a tower of images has not.
     """
     hooks = []
     # how many of them run, one inside another
@@ -61,13 +65,21 @@ def heard_inputs(model: nn.Module, listener: Listener) -> Iterator[None]:
         # a wrapper of torch.compile takes anything
         inner = getattr(module, "_orig_mod", module)
         names = list(inspect.signature(type(inner).forward).parameters)[1:]
+        matters = not set(layers).isdisjoint(module.modules())
 
-        def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] = names) -> None:
+        def before(
+            called: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            names: list[str] = names,
+            matters: bool = matters,
+        ) -> None:
             running.count += 1
-            if running.count > 1:
-                return
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-            if torch.compiler.is_compiling():
+            if running.count > 1:
+                if matters:
+                    listener.hear_within(inputs)
+            elif torch.compiler.is_compiling():
                 listener.trace(inputs)
             else:
                 listener.hear(inputs)
