@@ -92,6 +92,7 @@ class RecipeCheck(LighthouseCLI):
         Raises:
             FileNotFoundError: A file of the data is missing.
             ValueError: The data is damaged, of other settings than the recipe's, or too little.
+            UsageError: `fit` would refuse their batches.
         """
         callback, data = self.built.lighthouse, self.built.data
         if not isinstance(data, LighthouseRecipe) or not is_prepared(data.folder):
@@ -99,6 +100,11 @@ class RecipeCheck(LighthouseCLI):
         # data of other settings is not what a training would get: it is refused as there
         data.setup("fit")
         sequences = sampled_documents(data.folder)
+        if callback.documents is False and data.document_ids and any(len(lengths) > 1 for lengths in sequences):
+            raise UsageError(
+                "lighthouse.documents must be true, or 'ignore' to attend across documents, where "
+                "data.init_args.document_ids is true and sequences hold several, got False"
+            )
         return describe(estimate(sequences, callback.attention), are_kept=callback.documents is True)
 
 

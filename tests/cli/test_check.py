@@ -156,6 +156,13 @@ def test_the_documents_of_prepared_data_are_described_before_anything_trains(cap
         assert lines[-1] == "ok"
         if last:
             assert lines[-2].startswith(last)
+    # what fit refuses at the first batch that holds several
+    assert cli.main(["check", "documents.yaml", "--lighthouse.documents", "false"]) == 2
+    assert capsys.readouterr().err.startswith("lighthouse: lighthouse.documents must be true, or 'ignore' to attend")
+    # whose batches do not say where documents lie
+    unseen = ("--lighthouse.documents", "false", "--data.document_ids", "false")
+    assert cli.main(["check", "documents.yaml", *unseen]) == 0
+    assert "attention goes across documents" in capsys.readouterr().out
 
 
 def test_prepared_data_of_other_settings_is_refused_as_by_fit(capsys, folder):
