@@ -58,7 +58,7 @@ def watched_batches(
             # who has waited for the losses of a step, as FiniteGuard does, has its verdict then
             contexts.callback(events.subscribe(BatchEnd, lambda event: check.read()))
             contexts.callback(events.subscribe(FitEnd, lambda event: check.finish()))
-            around: _Around = lambda name, batch: _looked_at(check, batches.parts(batch))  # noqa: E731
+            around: _Around = lambda name, batch: _looked_at(check, batches.whole(batch))  # noqa: E731
         elif settings.documents is True:
             keeper = contexts.enter_context(_keeper(trainer, module, settings, patch))
             around = lambda name, batch: keeper.inside(name, batches.whole(batch))  # noqa: E731
@@ -74,9 +74,8 @@ _Around = Callable[[str, Any], AbstractContextManager[None]]
 
 
 @contextmanager
-def _looked_at(check: PackingCheck, parts: list[Any]) -> Iterator[None]:
-    for part in parts:
-        check.look(part)
+def _looked_at(check: PackingCheck, batch: Any) -> Iterator[None]:
+    check.look(batch)
     yield
 
 
@@ -155,15 +154,6 @@ class _Batches:
         """The batch on the host, or None where it is not known to be the same."""
         host, moved, self._host, self._moved = self._host, self._moved, None, None
         return None if moved is not batch or self._is_changed_on_the_way() else host
-
-    def parts(self, batch: Any) -> list[Any]:
-        """What to look at: the batch where it still is in host memory, and what has come to it since."""
-        host = self._taken(batch)
-        if host is None:
-            return [batch]
-        if isinstance(batch, Mapping) and isinstance(host, Mapping):
-            return [host, {name: value for name, value in batch.items() if _is_new(value, host.get(name))}]
-        return [host]
 
     def whole(self, batch: Any) -> Any:
         """The batch, in host memory as far as it is known there."""

@@ -94,6 +94,18 @@ def test_a_batch_that_is_packed_on_the_way_is_seen(tmp_path):
         fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], PacksInTransfer(), data=loader())
 
 
+def test_what_comes_to_a_batch_on_the_way_is_looked_at_with_what_was_there(tmp_path):
+    padding = (torch.arange(TOKENS + 1) < 9).expand(2, -1)
+    positions = (torch.arange(TOKENS + 1) - 9).clamp(min=0).expand(2, -1)
+
+    class Pads(Named):
+        def on_train_batch_start(self, batch, batch_idx):
+            batch["position_ids"] = positions
+
+    data = [{**row, "attention_mask": (~padding[0]).long()} for row in rows()]
+    fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], Pads(), data=DataLoader(data, batch_size=2))
+
+
 def test_ignore_trains_as_if_nothing_were_packed(tmp_path):
     packed, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG, documents="ignore")], module(), data=loader(0))
     plain, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], module(), data=loader())
