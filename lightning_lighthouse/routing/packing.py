@@ -77,10 +77,12 @@ def token_positions(batch: Mapping[str, Any]) -> Any:
 
     Models of images may get four axes, `[4, batch, tokens]`: those of the text, then three that rotate.
     """
-    positions = batch.get(POSITIONS)
-    if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == TEXT_AND_AXES:
-        return positions[0]
-    return positions
+    positions, shape = batch.get(POSITIONS), sizes(batch)
+    if shape is None or not isinstance(positions, Tensor) or positions.ndim != 3:
+        return positions
+    # else they are others, of a batch of four
+    is_texts = positions.shape[0] == TEXT_AND_AXES and positions.shape[1] in (1, shape[0])
+    return positions[0] if is_texts else positions
 
 
 def segments(batch: Mapping[str, Any]) -> Tensor | None:
@@ -96,9 +98,8 @@ def sizes(batch: Mapping[str, Any]) -> tuple[int, int] | None:
         if not isinstance(value, Tensor):
             continue
         shape = tuple(value.shape[:-1] if name == EMBEDDINGS else value.shape)
-        if shape:
-            # positions of several axes have them in front
-            shape = (1, *shape)[-2:] if name == POSITIONS or len(shape) == 1 else shape[:2]
+        if shape and (len(shape) <= 2 or name != POSITIONS):
+            shape = shape if len(shape) > 1 else (1, *shape)
             return shape[0], shape[1]
     return None
 

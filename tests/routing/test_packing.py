@@ -32,7 +32,7 @@ PACKED = {
     "positions of one row, at its end": ({"position_ids": AT_THE_END}, "position_ids restart"),
     "positions under a mask of ones": ({"position_ids": RESTARTING, "attention_mask": ONE + 1}, "position_ids restart"),
     "positions of four axes": (
-        {"position_ids": torch.stack([RESTARTING, PLAIN, PLAIN, PLAIN])},
+        {"input_ids": ONE, "position_ids": torch.stack([RESTARTING, PLAIN, PLAIN, PLAIN])},
         "position_ids restart",
     ),
     "boundaries of queries": ({"cu_seq_lens_q": torch.tensor([0, 40, 97])}, "cu_seq_lens_q name several documents"),
@@ -56,7 +56,13 @@ UNPACKED = {
     "positions that leave some out": {"position_ids": PLAIN * 2},
     "positions of three axes": {"position_ids": RESTARTING.expand(3, 2, TOKENS)},
     "positions of four axes, of which images restart": {
-        "position_ids": torch.stack([PLAIN, RESTARTING, RESTARTING, RESTARTING])
+        "input_ids": ONE,
+        "position_ids": torch.stack([PLAIN, RESTARTING, RESTARTING, RESTARTING]),
+    },
+    # of ChatGLM: within the text, then within what is generated
+    "two kinds of positions in a batch of four": {
+        "input_ids": torch.zeros(4, TOKENS, dtype=torch.long),
+        "position_ids": torch.stack([PLAIN[0], RIGHT_PADDED[0]]).expand(4, 2, TOKENS),
     },
     "positions of padding": {"position_ids": PLAIN * RIGHT_PADDED, "attention_mask": RIGHT_PADDED},
     "padding on the left": {
