@@ -3,8 +3,8 @@
 A layer that silently stays dense is the failure that this file exists for: the run would be slow and nobody would know.
 Each call of SDPA in scope leaves a note: "routed", or the reason why it stayed dense. In eager code a note carries its
 layer. Under torch.compile a note is left once, when a frame is traced, and layers that share a frame share it. A frame
-traced before leaves none: what was once seen to be routed is remembered for the life of the module, and for the next
-modules of the same code, which use the frame again.
+traced before leaves none: what was once seen to be routed in one is remembered for the life of the module, and for the
+next modules of the same code, which use the frame again.
 """
 
 from __future__ import annotations
@@ -125,10 +125,12 @@ class Audit:
             # routed forward, dense in the recompute of an outer reentrant checkpoint: wrong gradients
             doubtful |= CHECKPOINT_INSIDE in reasons
             if ROUTED in reasons and not doubtful:
-                self._memory.layers.add(layer)
+                # eager code leaves its notes each time, so that nothing need be remembered
                 if layer not in self._by_layer:
+                    self._memory.layers.add(layer)
                     self._memory.inside.add(_code(layer))
                 elif ROUTED in self._traced_in[type(layer)]:
+                    self._memory.layers.add(layer)
                     self._memory.around.add(_code(layer))
             elif reasons:
                 missing[name] = "; ".join(_explained(reason, layer) for reason in sorted(reasons - {ROUTED}))

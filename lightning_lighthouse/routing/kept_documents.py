@@ -161,18 +161,22 @@ class KeptDocuments:
         """Make sure at the next `check` that each layer attended inside documents, if any ran until then."""
         self._scope.documents_audit = Audit(self._layers, of_documents=True)
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Make sure that every layer attended inside the documents that were set; the first call that can tell decides.
+
+        Returns:
+            Whether it was this one; False where no layer ran.
 
         Raises:
             RuntimeError: A layer was not seen to; the message names each with the reason.
         """
         audit = self._scope.documents_audit
         if audit is None or not audit.saw_a_layer:
-            return
+            return False
         self._scope.documents_audit, self._has_audited = None, True
         if missing := audit.unrouted():
             raise RuntimeError(explain_documents(missing, len(self._layers)))
+        return True
 
     @contextmanager
     def none(self) -> Iterator[None]:

@@ -298,6 +298,33 @@ def test_a_call_that_would_cross_stops_the_fit_whatever_is_unroutable(tmp_path, 
     assert scopes == []
 
 
+@pytest.mark.parametrize("when", ["always, behind a batch that is passed over", "in eval mode"])
+def test_attention_that_is_written_out_stops_the_fit_whenever_it_first_runs(tmp_path, when):
+    class PassesOver(Plain):
+        def training_step(self, batch, batch_idx):
+            return None if "passed over" in when and batch_idx == 0 else super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            if "passed over" not in when or batch_idx > 0:
+                super().validation_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    model = PassesOver()
+
+    class WrittenOut(type(model.model.blocks[2].attn)):
+        def forward(self, x):
+            if self.training and "eval" in when:
+                return super().forward(x)
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            y = (q @ k.mT).masked_fill(later, -torch.inf).softmax(-1) @ v
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    model.model.blocks[2].attn.__class__ = WrittenOut
+    with pytest.raises(RuntimeError, match=r"not seen inside documents: model\.blocks\.2\.attn: no call of scaled_dot"):
+        trained(tmp_path, "documents", model, enabled=False, select="*attn")
+
+
 def test_other_callbacks_find_no_documents_between_batches(tmp_path):
     seen = []
 
