@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,16 @@ from torch import Tensor, nn
 
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError
-from lightning_lighthouse.routing.packing import BOUNDARIES, DOCUMENTS, IDS, MASK, segments, sizes, token_positions
+from lightning_lighthouse.routing.packing import (
+    BOUNDARIES,
+    DOCUMENTS,
+    IDS,
+    MASK,
+    by_name,
+    segments,
+    sizes,
+    token_positions,
+)
 
 
 def read_documents(given: Any) -> Documents | None:
@@ -19,17 +27,19 @@ def read_documents(given: Any) -> Documents | None:
     A batch on the host costs no wait. Of one on a GPU the numbers are copied to the host, once.
 
     Args:
-        given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, of which the first that exists counts:
-            "documents", `Documents`; "document_ids" or "seq_idx", `[batch, tokens]`; "cu_seq_lens_q", the boundaries
-            of documents in the tokens of all rows; "position_ids", `[batch, tokens]`, or `[4, batch, tokens]` with
-            those of the text first; an "attention_mask" that numbers segments. Of positions, tokens that
-            "attention_mask" masks are a document of their own for each run of them, and segments are kept apart.
+        given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, a dataclass or a named tuple, of which
+            the first that exists counts: "documents", `Documents`; "document_ids" or "seq_idx", `[batch, tokens]`;
+            "cu_seq_lens_q", the boundaries of documents in the tokens of all rows; "position_ids", `[batch, tokens]`,
+            or `[4, batch, tokens]` with those of the text first; an "attention_mask" that numbers segments. Of
+            positions, tokens that "attention_mask" masks are a document of their own for each run of them, and segments
+            are kept apart.
     """
     if isinstance(given, Documents):
         return given
     if isinstance(given, Tensor):
         return Documents.from_ids(_rows(given)) if _is_for_tokens(given) else None
-    if not isinstance(given, Mapping):
+    given = by_name(given)
+    if given is None:
         return None
     if isinstance(given.get(DOCUMENTS), Documents):
         return given[DOCUMENTS]

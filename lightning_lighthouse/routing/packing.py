@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -149,12 +150,22 @@ def _integers(value: Any) -> Tensor | None:
     return value
 
 
-def named_parts(batch: Any, depth: int = DEPTH) -> Iterator[Mapping[str, Any]]:
-    """Every mapping in a batch."""
+def by_name(batch: Any) -> Mapping[str, Any] | None:
+    """What a batch holds, by name: a mapping, a dataclass or a named tuple; None where it has no names."""
     if isinstance(batch, Mapping):
-        yield batch
+        return batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name, None) for field in fields(batch)}
+    return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None
+
+
+def named_parts(batch: Any, depth: int = DEPTH) -> Iterator[Mapping[str, Any]]:
+    """Everything in a batch that names what it holds."""
+    named = by_name(batch)
+    if named is not None:
+        yield named
     if depth:
-        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+        values = named.values() if named is not None else batch if isinstance(batch, list | tuple) else ()
         for value in values:
             yield from named_parts(value, depth - 1)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from dataclasses import make_dataclass
+
 import pytest
 import torch
 
@@ -20,6 +23,8 @@ FORMS = {
     "ids": {"tokens": TOKENS, "document_ids": IDS},
     "ids themselves": IDS,
     "ids that come again": {"document_ids": IDS % 2},
+    "ids in a dataclass": make_dataclass("Batch", ["tokens", "document_ids"])(TOKENS, IDS),
+    "ids in named fields": namedtuple("Batch", ["tokens", "document_ids"])(TOKENS, IDS),
     "indices": {"seq_idx": IDS.int()},
     "positions": {"input_ids": TOKENS, "position_ids": POSITIONS},
     "positions from one on": {"position_ids": POSITIONS + 2},

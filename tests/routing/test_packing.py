@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,6 +26,18 @@ SEVERAL = (torch.arange(TOKENS) >= 40).long().expand(2, -1)
 SEGMENTS = 1 + SEVERAL
 RIGHT_PADDED = (torch.arange(TOKENS) < 90).long().expand(2, -1)
 
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor
+    document_ids: torch.Tensor
+
+
+class Fields(NamedTuple):
+    tokens: torch.Tensor
+    document_ids: torch.Tensor
+
+
 PACKED = {
     "documents": ({"documents": Documents([[40, 57], [97]])}, "documents of a sequence are several"),
     "ids": ({"document_ids": SEVERAL}, "document_ids of a sequence differ"),
@@ -43,11 +57,15 @@ PACKED = {
     ),
     "boundaries before padding": ({"cu_seq_lens_q": torch.tensor([0, 40, 90, 90])}, "cu_seq_lens_q name several"),
     "a mask of segments": ({"attention_mask": SEGMENTS}, "attention_mask numbers several segments"),
+    "a dataclass": (Batch(ONE, SEVERAL), "document_ids of a sequence differ"),
+    "named fields, in a list": ([Fields(ONE, SEVERAL)], "document_ids of a sequence differ"),
     "a batch within a batch": ([{"x": {"document_ids": SEVERAL}}], "document_ids of a sequence differ"),
 }
 UNPACKED = {
     "tokens alone": {"tokens": RESTARTING},
     "a tensor": SEVERAL,
+    "a dataclass of one document a row": Batch(SEVERAL, ONE),
+    "named fields of one document a row": Fields(SEVERAL, ONE),
     "one document a row": {"documents": Documents([[97], [97]])},
     "one id": {"document_ids": ONE},
     "other ids in other rows": {"document_ids": torch.stack([ONE[0], ONE[0] + 1])},
