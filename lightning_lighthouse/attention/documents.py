@@ -104,7 +104,9 @@ class Documents:
                 boundary are one document more.
         """
         ends = np.asarray(cu.detach().cpu() if isinstance(cu, Tensor) else cu)
-        if ends.ndim != 1 or ends.size < 2 or ends.dtype.kind not in "iu" or ends[0] != 0 or (np.diff(ends) < 0).any():
+        # compared, for differences of unsigned numbers are never negative
+        falls = ends.ndim == 1 and (ends[1:] < ends[:-1]).any()
+        if ends.ndim != 1 or ends.size < 2 or ends.dtype.kind not in "iu" or ends[0] != 0 or falls:
             raise ValueError(f"cu must be ascending integers [documents + 1] that begin with 0, got {shown(cu)}")
         if type(num_tokens) is not int or num_tokens < 1:
             raise ValueError(f"num_tokens must be an int of at least 1, got {shown(repr(num_tokens))}")

@@ -113,6 +113,7 @@ def test_lightning_carries_documents_along():
         (lambda: Documents.from_ids(torch.zeros(3, 2)), ValueError, ["ids", "integers", "[3, 2]"]),
         (lambda: Documents.from_positions([[0, 1]]), ValueError, ["position_ids", "list"]),
         (lambda: Documents.from_cu_seqlens(torch.tensor([0, 5, 3]), 5), ValueError, ["cu", "ascending"]),
+        (lambda: Documents.from_cu_seqlens(np.uint32([0, 5, 3, 8]), 8), ValueError, ["cu", "ascending"]),
         (lambda: Documents.from_cu_seqlens([1, 5], 5), ValueError, ["begin with 0"]),
         (lambda: Documents.from_cu_seqlens([0, 3, 8], 4), ValueError, ["across token 4"]),
         (lambda: Documents.from_cu_seqlens([0, 3], 0), ValueError, ["num_tokens", "at least 1"]),
