@@ -17,7 +17,7 @@ from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inpu
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain_documents
 from lightning_lighthouse.routing.given_documents import read_documents
-from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, told
+from lightning_lighthouse.routing.packing import MASK, DocumentsSetting, PackingCheck, told
 from lightning_lighthouse.routing.reasons import refuse
 from lightning_lighthouse.routing.scope import Scope, is_without_gradients
 from lightning_lighthouse.routing.targets import find_targets
@@ -78,7 +78,10 @@ class KeptDocuments:
 
     def hear_within(self, inputs: Mapping[str, Any]) -> None:
         """What a wrapper makes of its inputs may be packed where they were not."""
-        if self.are_kept or not self._refuses(inputs):
+        mask = inputs.get(MASK)
+        # one made for each pair of tokens reaches attention, and is heeded there or refused
+        is_made = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        if self.are_kept or is_made or not self._refuses(inputs):
             return
         if torch.compiler.is_compiling():
             require_unpacked(inputs)

@@ -241,6 +241,25 @@ def test_what_a_model_is_called_with_inside_another_one_is_looked_at_where_layer
         patch.restore()
 
 
+def test_a_model_that_is_handed_a_mask_of_pairs_by_another_one_is_let_through(llama):
+    model = wrapped(llama)
+    left = RIGHT_PADDED.flip(1)
+    positions = (left.cumsum(1) - 1).masked_fill(left == 0, 1)
+    pairs = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() & (left[:, None, None] != 0)
+
+    def forward(input_ids, position_ids, attention_mask):
+        # as models of images and text do
+        model.packs(input_ids=input_ids, position_ids=position_ids, attention_mask=pairs)
+
+    model.forward = forward
+    patch = patch_attention(model, CONFIG, select="packs.*self_attn")
+    try:
+        patch.dense()
+        model(input_ids=tokens(), position_ids=positions, attention_mask=left)
+    finally:
+        patch.restore()
+
+
 def test_ignore_attends_across_documents_where_it_is_said(llama):
     x = tokens()
     patch = patch_attention(llama, CONFIG, documents="ignore")
