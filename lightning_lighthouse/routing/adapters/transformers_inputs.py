@@ -108,7 +108,9 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 class _Running:
-    count = 0
+    def __init__(self) -> None:
+        # of the instance from the start: frames are compiled anew where it first gets one
+        self.count = 0
 
 
 def require_unpacked(inputs: Mapping[str, Any]) -> None:
