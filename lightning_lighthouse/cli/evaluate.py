@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ from lightning_lighthouse.evaluation.measures import lengths_up_to
 from lightning_lighthouse.evaluation.measuring import MEASURES
 from lightning_lighthouse.evaluation.plots import plot
 from lightning_lighthouse.evaluation.samples import enough
+from lightning_lighthouse.huggingface.dtypes import dtype_on
 from lightning_lighthouse.huggingface.pretrained import load_pretrained
 from lightning_lighthouse.huggingface.reading import is_model, is_name
 from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer, check_tokenizer
@@ -194,8 +196,9 @@ def _parser() -> Parser:
     add("--layer_types", nargs="+", help="evaluate with other attention than dense, as in phases: window, chunk, ...")
     add("--window", type=int, help="tokens, for window and chunk")
     add("--sink_tokens", type=int, default=0, help="for window")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of a model of transformers (default: float32)")
-    add("--accelerator", default="auto", help="for a model of transformers: cpu, gpu, ... (default: auto)")
+    add("--dtype", choices=list(DTYPES), help="of a model of transformers (default: float32; 16 bits on a GPU)")
+    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    add("--accelerator", choices=known, default="auto", help="for a model of transformers (default: auto)")
     add("--plot", type=Path, metavar="OUT.png", help="draw what was found; needs matplotlib")
     return parser
 
@@ -304,7 +307,10 @@ def _evaluate_pretrained(
                 "--text FILES, or -c RECIPE.yaml"
             )
         raise UsageError("a model of transformers needs text: --text FILES, or -c RECIPE.yaml whose data is read")
-    model, tokenizer = load_pretrained(str(path), DTYPES[arguments.dtype])
+    is_on_cpu = arguments.accelerator == "cpu" or not torch.cuda.is_available()
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else dtype_on("cpu" if is_on_cpu else "cuda", torch.float32)
+    evaluation.notes["dtype"] = str(dtype).removeprefix("torch.")
+    model, tokenizer = load_pretrained(str(path), dtype)
     evaluation.tokenizer = tokenizer
     evaluation.training_length = model.training_length
     if evaluation.lengths is None:

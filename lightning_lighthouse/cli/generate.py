@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give one of --prompt and --prompt_file")
     if asked.max_new_tokens < 1:
         parser.error(f"--max_new_tokens must be at least 1, got {asked.max_new_tokens}")
+    if not 0 <= asked.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2^63 - 1, got {asked.seed}")
     if asked.temperature < 0 or not 0 < asked.top_p <= 1:
         parser.error(f"--temperature must be at least 0 and --top_p in (0, 1], got {asked.temperature}, {asked.top_p}")
     # transformers takes seconds to import

@@ -147,7 +147,7 @@ def test_a_model_of_transformers_is_evaluated_as_it_is(tmp_path, monkeypatch, to
     # the bars of transformers
     capsys.readouterr()
     [found] = read_evaluations(tmp_path)
-    assert (found["step"], found["training_length"]) == (None, 512)
+    assert (found["step"], found["training_length"], found["dtype"]) == (None, 512, "float32")
     assert {row["length"]: row["beyond_training"] for row in found["passkey"]} == {512: False, 1024: True}
     # random weights: nothing is found, and nothing is copied
     assert all(abs(row["score"]) < 0.02 for row in found["copies"])
@@ -167,6 +167,7 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
     assert "--windw is not an option; did you mean --window?" in refusal(capsys, "evaluate", str(run), "--windw", "3")
     line = refusal(capsys, "evaluate", str(run), "--window", "8")
     assert line == "--window and --sink_tokens belong to --layer_types window"
+    assert "'abacus' (choose from" in refusal(capsys, "evaluate", str(run), "--accelerator", "abacus")
     (tmp_path / "lone.pt").write_bytes((run / "final.pt").read_bytes())
     assert "lone.pt names no recipe, and there is no config.yaml" in refusal(capsys, "evaluate", "lone.pt")
     (tmp_path / "empty").mkdir()

@@ -23,8 +23,9 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 
 from lightning_lighthouse.cli import commands as cli
 from lightning_lighthouse.huggingface import HuggingFaceDecoder
+from lightning_lighthouse.huggingface.dtypes import dtype_on
 from lightning_lighthouse.huggingface.export import _growth, export
-from lightning_lighthouse.huggingface.generation import dtype_on, go_on
+from lightning_lighthouse.huggingface.generation import go_on
 from lightning_lighthouse.huggingface.llama import byte_tokenizer
 from lightning_lighthouse.huggingface.trained import load_trained
 
@@ -347,6 +348,8 @@ def test_wrong_arguments_of_generate_are_one_line(runs: dict[str, Path], monkeyp
     assert "give one of --prompt and --prompt_file" in capsys.readouterr().err
     assert cli.main(["generate", str(RUN), "--prompt", "a", "--max_new_tokens", "0"]) == 2
     assert "must be at least 1, got 0" in capsys.readouterr().err
+    assert cli.main(["generate", str(RUN), "--prompt", "a", "--seed", str(2**64)]) == 2
+    assert "--seed must be from 0 to 2^63 - 1" in capsys.readouterr().err
     assert cli.main(["generate", str(RUN), "--prompt", ""]) == 1
     assert "the prompt must hold at least one token, got none" in capsys.readouterr().err
     assert cli.main(["generate", str(RUN), "--prompt", "a" * 60]) == 1
