@@ -139,23 +139,8 @@ def _lighthouse_backward(
     return dq, dk, dv
 
 
-def _empty_gradients(
-    dout: Tensor,
-    qs: Tensor,
-    ks: Tensor,
-    vs: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    slots: Tensor,
-    turns: Tensor | None,
-    sizes: list[int],
-    heads_inner: list[bool],
-    wanted: list[bool],
-    distance: int,
-    mean: bool,
-    scale: float | None,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(dout: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    qs, ks, vs, _, _, _, _, sizes, heads_inner, wanted, *_ = inputs
     dq, dk, dv = (
         empty_tokens(xs, sizes, is_inner) if is_wanted else dout.new_empty(0)
         for xs, is_inner, is_wanted in zip((qs, ks, vs), heads_inner, wanted, strict=True)
