@@ -51,14 +51,15 @@ def blocked_window(
     block = max(window, MIN_BLOCK)
     head_BHND = causal_sdpa(*(x[:, :, :start] for x in (q_BHND, k_BGND, v_BGND)), scale=scale, backend=backend)
 
-    q_blocks = _fold(_cut(q_BHND[:, :, start:], block, block))
+    q_blocks_BHMCD = _cut(q_BHND[:, :, start:], block, block)
+    q_blocks = _fold(q_blocks_BHMCD)
     k_blocks, v_blocks = (
         _fold(_with_sinks(_cut(x[:, :, sink_tokens:], window + block, block), x[:, :, :sink_tokens]))
         for x in (k_BGND, v_BGND)
     )
     mask_CK = _block_mask(block, window, sink_tokens, q_BHND.device)
     o_blocks = masked_sdpa(q_blocks, k_blocks, v_blocks, mask_CK, scale=scale, backend=backend)
-    tail_BHND = o_blocks.unflatten(0, (q_BHND.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    tail_BHND = o_blocks.unflatten(0, (-1, q_blocks_BHMCD.shape[2])).transpose(1, 2).flatten(2, 3)
     return torch.cat((head_BHND, tail_BHND[:, :, : q_BHND.shape[2] - start]), 2)
 
 

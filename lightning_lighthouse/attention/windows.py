@@ -145,7 +145,7 @@ def chunk_attention(
     whole = num_tokens // window * window
     folded = (_fold(x[:, :, :whole], window) for x in (q, k, v))
     o_blocks = causal_sdpa(*folded, scale=scale, backend=sdpa)
-    out_BHND = o_blocks.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    out_BHND = o_blocks.unflatten(0, (-1, whole // window)).transpose(1, 2).flatten(2, 3)
     if whole == num_tokens:
         return out_BHND
     rest = causal_sdpa(*(x[:, :, whole:] for x in (q, k, v)), scale=scale, backend=sdpa)
