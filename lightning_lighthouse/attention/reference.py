@@ -183,7 +183,7 @@ def _order(entries: Tensor, levels: Tensor, shape: PyramidShape) -> Selection:
 
     position = torch.arange(index.shape[-1], device=index.device, dtype=torch.int32).expand_as(index)
     slots = torch.full((*index.shape[:2], shape.num_entries), -1, dtype=torch.int32, device=index.device)
-    return Selection(index.int(), slots.scatter_(-1, index, position))
+    return Selection(index.int(), slots.scatter(-1, index, position))
 
 
 def gather(

@@ -25,7 +25,7 @@ def published(s_q: Tensor, s_k: Tensor, count: int) -> Tensor:
     Ties go to the lower entry, NaN ranks below everything.
     """
     by_q = _descending(s_q)[..., : (count + 1) // 2]
-    won = torch.zeros_like(s_q, dtype=torch.bool).scatter_(-1, by_q, True)
+    won = torch.zeros_like(s_q, dtype=torch.bool).scatter(-1, by_q, True)
     # the rest, best s_k first: a stable sort by "already won" keeps the order of s_k within the rest
     order_k = _descending(s_k)
     order_k = order_k.gather(-1, torch.argsort(won.gather(-1, order_k).int(), dim=-1, stable=True))
@@ -57,7 +57,7 @@ def causal(s_q: Tensor, s_k: Tensor, count: int) -> Tensor:
 
 
 def _first_tile(won: Tensor, positions: Tensor) -> Tensor:
-    first = torch.zeros_like(won[..., :1, :]).scatter_(-1, positions, True)
+    first = torch.zeros_like(won[..., :1, :]).scatter(-1, positions, True)
     return torch.cat((first, won[..., 1:, :]), -2)
 
 

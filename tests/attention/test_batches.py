@@ -1,4 +1,4 @@
-"""Batches of nothing: attention takes them, as the builtin does."""
+"""Batches of nothing, and batches that `torch.func.vmap` makes: attention takes them, as the builtin does."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def test_a_batch_of_nothing_has_an_output_of_nothing(kind):
     assert out.shape == q.shape
     out.sum().backward()
     assert q.grad.shape == q.shape
+
+
+# torch has no rule for the builtin on the CPU, and says so
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_vmap_each_is_what_it_is_alone(kind):
+    q, k = draw(3, 1)
+
+    def loss(q, k):
+        return KINDS[kind](q, k, k).square().sum()
+
+    found = torch.func.vmap(torch.func.grad_and_value(loss))(q, k)
+    alone = zip(*(torch.func.grad_and_value(loss)(*pair) for pair in zip(q, k, strict=True)), strict=True)
+    for actual, expected in zip(found, map(torch.stack, alone), strict=True):
+        torch.testing.assert_close(actual, expected)
