@@ -144,8 +144,10 @@ def resume_switch(
     kept = replace(saved, rewarm_steps=asked.rewarm_steps)
     if saved.by_plateau and not changes:
         return kept, _moved(saved, kept)
+    # a share of 1.0 names no dense step: the end of such a training is not the begin of a dense phase
+    last = step - 1 if isinstance(saved.switch_at, float) and saved.switch_at == 1.0 else step
     # what a rule decided holds from then on, also where its step is still one ahead
-    returned = saved.layers_returned(step, RETURN_GROUPS) or saved.by_plateau
+    returned = saved.layers_returned(last, RETURN_GROUPS) or saved.by_plateau
     if asked.layers_returned(step, RETURN_GROUPS) >= returned:
         followed = kept if saved.switched else asked
         return followed, _moved(saved, followed)

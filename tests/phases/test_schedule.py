@@ -78,6 +78,19 @@ def test_a_longer_training_stays_dense_once_switched():
     assert "stays dense" in line
 
 
+def test_a_training_without_a_dense_step_has_none_either_where_it_gets_longer():
+    switch, line = resume_switch(SwitchState(1.0, 50), SwitchState(1.0, 100), 50, False)
+    assert switch == SwitchState(1.0, 100)
+    assert line == "the switch to dense attention moves from step 50 to step 100"
+    # a step, and a return that has begun, are what they were
+    for saved, asked in (
+        (SwitchState(50, 50), SwitchState(50, 50)),
+        (SwitchState(1.0, 50, return_steps=8), SwitchState(1.0, 100, return_steps=8)),
+        (SwitchState(1.0, 50, switched=True), SwitchState(1.0, 100)),
+    ):
+        assert resume_switch(saved, asked, 50, False)[0].phase(50) == DENSE
+
+
 def test_going_back_needs_to_be_asked_for():
     saved, asked = SwitchState(0.5, 50, True), SwitchState(0.95, 95)
     with pytest.raises(ResumeError, match=r"0\.5 to 0\.95 .* allow_return to true"):
