@@ -205,8 +205,8 @@ def test_compiled_model(name):
     # a call of the logger in transformers breaks the graph
     fullgraph = name != "transformers GPT-2"
     frames = follows_the_phase(model, [model], fullgraph, dense, by_hand)
-    # a hook hears what a patched model of transformers is called with: off is not what it was before
-    assert frames[2] == frames[1] + name.startswith("transformers")
+    # off is what it was before, also where a hook hears what a patched model of transformers is called with
+    assert frames[2] == frames[1]
     if fullgraph:
         assert frames[:2] == [1, 2]
 
