@@ -2,8 +2,8 @@
 
 The dispatcher and its layers of Python take longer on the CPU than the launch of the kernel they lead to. Where nobody
 watches the dispatcher, an operator is therefore called as the function, or the autograd function, that it wraps; and
-operators are defined in a `torch.library.Library`, not by `custom_op`, which looks at all results of each call for
-memory that they share with its arguments.
+operators are defined one by one in a `Library` of torch, not by `custom_op`, which looks at all results of each call
+for memory that they share with its arguments.
 """
 
 from __future__ import annotations

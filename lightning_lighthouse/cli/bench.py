@@ -30,7 +30,7 @@ from lightning_lighthouse.bench.table import bench_layer
 from lightning_lighthouse.bench.timing import Layer
 from lightning_lighthouse.bench.windows import WindowRow, WindowSetting, bench_windows, window_disagreement
 from lightning_lighthouse.checks import quoted
-from lightning_lighthouse.cli.parser import Parser
+from lightning_lighthouse.cli.parser import DTYPES, Parser
 from lightning_lighthouse.routing.targets import choose_routed
 
 
@@ -98,7 +98,6 @@ def _problem(layer: Layer, settings: Sequence[Any], with_documents: bool) -> str
     return None
 
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LENGTHS = {"cuda": [8192, 16384, 32768, 65536, 98304, 131072], "cpu": [512, 1024, 2048, 4096]}
 DOCUMENTS_LENGTH = {"cuda": 98304, "cpu": 2048}
 MODEL_LENGTH = {"cuda": 98304, "cpu": 1024}
@@ -147,7 +146,7 @@ def make_parser() -> Parser:
     add("--kv_heads", type=int, metavar="G", help="its key/value heads (default: as many)")
     add("--head_dim", type=int, metavar="D", help="its head dim (default: 128)")
     add("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
-    add("--dtype", choices=list(DTYPES), help="default: bfloat16, on a CPU float32")
+    add("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     add("--repeats", type=int, metavar="R", help="timed calls of each, at least (default: 20, on a CPU 5)")
     add("--dense_up_to", type=int, metavar="N", help="leave dense attention blank above this length")
     add("--csv", type=Path, metavar="FILE", help="append a row for each line of the table")
@@ -237,7 +236,7 @@ def complete(asked: Namespace) -> tuple[Layer, list[tuple[int, Any]]]:
             raise ValueError(f"--{name} must be at least 1, got {smallest}")
     if asked.heads % asked.kv_heads:
         raise ValueError(f"--heads must be a multiple of --kv_heads, got {asked.heads} and {asked.kv_heads}")
-    layer = Layer(asked.heads, asked.kv_heads, asked.head_dim, DTYPES[asked.dtype], torch.device(asked.device))
+    layer = Layer(asked.heads, asked.kv_heads, asked.head_dim, getattr(torch, asked.dtype), torch.device(asked.device))
     if asked.type != "lighthouse":
         return layer, _local_settings(asked)
     settings = _settings(asked)

@@ -21,7 +21,7 @@ from lightning_lighthouse.attention.layer_types import DENSE, in_words
 from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.checks import warn
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
-from lightning_lighthouse.cli.parser import Parser
+from lightning_lighthouse.cli.parser import DTYPES, Parser
 from lightning_lighthouse.cli.recipe import UsageError, plain, read, split_own
 from lightning_lighthouse.cli.weights import VERSION, look_into
 from lightning_lighthouse.data.module import LighthouseRecipe
@@ -52,7 +52,6 @@ DESCRIPTION = (
 )
 RECIPE = "config.yaml"
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Target(NamedTuple):
@@ -196,7 +195,7 @@ def _parser() -> Parser:
     add("--layer_types", nargs="+", help="evaluate with other attention than dense, as in phases: window, chunk, ...")
     add("--window", type=int, help="tokens, for window and chunk")
     add("--sink_tokens", type=int, default=0, help="for window")
-    add("--dtype", choices=list(DTYPES), help="of a model of transformers (default: float32; 16 bits on a GPU)")
+    add("--dtype", choices=DTYPES, help="of a model of transformers (default: float32; 16 bits on a GPU)")
     known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
     add("--accelerator", choices=known, default="auto", help="for a model of transformers (default: auto)")
     add("--plot", type=Path, metavar="OUT.png", help="draw what was found; needs matplotlib")
@@ -308,7 +307,8 @@ def _evaluate_pretrained(
             )
         raise UsageError("a model of transformers needs text: --text FILES, or -c RECIPE.yaml whose data is read")
     is_on_cpu = arguments.accelerator == "cpu" or not torch.cuda.is_available()
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else dtype_on("cpu" if is_on_cpu else "cuda", torch.float32)
+    usual = dtype_on("cpu" if is_on_cpu else "cuda", torch.float32)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else usual
     evaluation.notes["dtype"] = str(dtype).removeprefix("torch.")
     model, tokenizer = load_pretrained(str(path), dtype)
     evaluation.tokenizer = tokenizer

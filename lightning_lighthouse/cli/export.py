@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lightning_lighthouse.cli.parser import Parser
+from lightning_lighthouse.cli.parser import DTYPES, Parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="the folder to write; must not exist, or be empty")
     parser.add_argument("-c", "--recipe", type=Path, help="the run's recipe (default: config.yaml beside the weights)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as is)")
     asked = parser.parse_args(argv)
     # transformers takes seconds to import
     import torch

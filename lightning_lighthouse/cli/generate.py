@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lightning_lighthouse.cli.parser import Parser
+from lightning_lighthouse.cli.parser import DTYPES, Parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,11 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample among this share of the mass (default: 1)")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="that the model runs in (default: that of the weights; 16 bits on a GPU)",
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="to run in (default: that of the weights; 16 bits on a GPU)")
     parser.add_argument("-c", "--recipe", type=Path, help="the run's recipe (default: config.yaml beside the weights)")
     asked = parser.parse_args(argv)
     if (asked.prompt is None) == (asked.prompt_file is None):

@@ -1,4 +1,4 @@
-"""Arguments of the commands that have a parser of their own: prepare, verify, bench, compare."""
+"""Arguments of the commands that have a parser of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
+
+# names that torch has, of what --dtype takes
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):

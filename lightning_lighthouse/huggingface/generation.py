@@ -46,9 +46,11 @@ def go_on(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = trained.model
-    for parameter in model.parameters():
-        # weights alone: in 16 bits the frequencies of rotary positions would be others
-        parameter.data = parameter.to(dtype or dtype_on(device, parameter.dtype))
+    dtype = dtype or dtype_on(device, model.dtype)
+    if dtype != model.dtype:
+        for parameter in model.parameters():
+            # weights alone: in 16 bits the frequencies of rotary positions would be others
+            parameter.data = parameter.to(dtype)
     model.to(device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     # a model that was taught to chat may end a text by several tokens

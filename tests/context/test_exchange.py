@@ -71,4 +71,4 @@ def test_the_kernels_share_entries_and_windows(tmp_path):
         assert set(found) == {"causal", "mean, four levels", "window", "sinks"}
         for name, case in found.items():
             assert case["same"] or name in LOCAL, name
-            assert max(case["errors"]) < 4e-6, (name, case)
+            assert max(case["errors"]) < (4e-6 if name in LOCAL else 1e-6), (name, case)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.attention.kernels.ops import Operator, empty_heads_inner, pack, unpack
 from lightning_lighthouse.attention.kernels.rows import collect, num_coarsest, spread
 from lightning_lighthouse.attention.kernels.tiles import Selection
+from lightning_lighthouse.attention.operators import remembered
 from lightning_lighthouse.attention.pyramid import PyramidShape
 
 
@@ -62,10 +62,10 @@ def _windows_behind(sizes: list[int], front: int, device: torch.device) -> Tenso
     """`[2, N / window]` int32: where the coarsest windows lie, and how many rows they have; those in front none."""
     # what is made while a CUDA graph is captured belongs to the graph
     is_lasting = device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-    return (_kept_windows if is_lasting else _make_windows)(*sizes, front=front, device=device)
+    return (_kept_windows if is_lasting else _make_windows)(front, device, *sizes)
 
 
-def _make_windows(*sizes: int, front: int, device: torch.device) -> Tensor:
+def _make_windows(front: int, device: torch.device, *sizes: int) -> Tensor:
     shape = unpack([*sizes])
     window = shape.window(shape.num_levels - 1)
     starts = torch.arange(-front, num_coarsest(shape) - front, device=device) * window
@@ -74,7 +74,7 @@ def _make_windows(*sizes: int, front: int, device: torch.device) -> Tensor:
 
 
 # of a few launches each time, where the kernels of a rank's share are short
-_kept_windows = lru_cache(maxsize=64)(_make_windows)
+_kept_windows = remembered(_make_windows)
 
 
 def _empty_behind(o: Tensor, slots: Tensor, sizes: list[int], mean: bool, front: int) -> Tensor:
