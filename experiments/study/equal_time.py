@@ -5,11 +5,11 @@
     python experiments/study/equal_time.py from_nothing --source ... --validation_source ...
 
 Each GPU trains one at a time, through `lighthouse fit`; with `--beside 2` the next one starts and compiles meanwhile,
-and waits for its turn (`turns.py`). The steps of each phase are timed once for each length
-and kind of GPU by a short training of their own, kept in `equal_time_steps.csv`; how many of them fill a phase's share
-of the time follows. Each training that ends appends its row to `PART.csv`, and what was measured at its switches and
-its end to `PART_measures.csv`; one that died leaves nothing there and is done again. `equal_time_table.py` makes tables
-and plots of both.
+and waits for its turn (`turns.py`). The steps of each phase are timed once for each length and kind of GPU by a short
+training of their own, kept in `equal_time_steps.csv`; how many of them fill a phase's share of the time follows.
+`--probe` times those of all that is asked for in one training, and ends. Each training that ends appends its row to
+`PART.csv`, and what was measured at its switches and its end to `PART_measures.csv`; one that died leaves nothing there
+and is done again. `equal_time_table.py` makes tables and plots of both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from equal_time_results import measures, summary, timed_steps
-from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, read_part
+from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, probes, read_part
 from run import append, forget
 
 from lightning_lighthouse.cli.fit import drop_notices
@@ -258,6 +258,7 @@ def main() -> int:
     add("--flags", default="", help="what lighthouse fit is given beside, in one word; no row is named by it")
     add("--gpus", nargs="*", default=[None], help="GPUs to train on (default: all to one training)")
     add("--beside", type=int, default=1, help="trainings on a GPU that take turns (default: %(default)s)")
+    add("--probe", action="store_true", help="time the steps that are not known, and train nothing")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
     add("--num_workers", type=int, default=4, help="processes that prepare data (default: %(default)s)")
     add("--runs", type=Path, default=Path("runs/equal-time"), help="data and log folders (default: %(default)s)")
@@ -268,6 +269,9 @@ def main() -> int:
         parser.error("--model belongs to extension, which needs it")
 
     runner = Runner(arguments)
+    if arguments.probe:
+        found = [runner.step_seconds(row, arguments.gpus[0]) for row in probes(rows_asked(arguments))]
+        return 1 if None in found else 0
     done = {line["row"] for line in read(runner.table)}
     waiting: queue.Queue[Row] = queue.Queue()
     for row in rows_asked(arguments):

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,23 @@ def probe_flags(row: Row, unknown: Sequence[str]) -> list[str]:
     probed = Arm(arm.name, phases, arm.attention, arm.flags)
     flags = [*shlex.split(row.part.flags), *common_flags(row), *arm_flags(probed, ends)]
     return [*flags, "--trainer.max_steps", str(total), "--trainer.limit_val_batches", "0"]
+
+
+def probes(rows: Sequence[Row]) -> list[Row]:
+    """Rows with all phases of those that share a length and how they attend, to time their steps in one training.
+
+    Args:
+        rows: What is to be trained.
+    """
+    shared: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.arm.steps is None:
+            shared.setdefault(json.dumps([row.seq_len, row.arm.attention, row.arm.flags]), []).append(row)
+    found = []
+    for first, *others in shared.values():
+        phases = {json.dumps(phase): phase for row in (first, *others) for phase in row.arm.phases}
+        found.append(replace(first, arm=replace(first.arm, name="probe", phases=list(phases.values()))))
+    return found
 
 
 def common_flags(row: Row) -> list[str]:

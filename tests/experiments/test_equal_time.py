@@ -79,6 +79,20 @@ def test_only_what_is_not_known_is_probed(rows):
     assert rows.known_steps(lines, "extension", 65536, "card") == {first: 0.25}
 
 
+def test_steps_of_all_that_is_asked_for_are_timed_in_few_trainings(rows):
+    part = rows.read_part(STUDY / "equal_time.yaml", "extension")
+    asked = [rows.Row(part, arm, 65536, 120.0, rate, 42) for arm in part.arms for rate in (1e-4, 3e-4)]
+    found = rows.probes(asked)
+    timed = {mode for row in found for mode in row.arm.modes()}
+    assert timed == {mode for row in asked if row.arm.steps is None for mode in row.arm.modes()}
+    plain, *others = found
+    windows = [phase["window"] for phase in plain.arm.phases if phase["layer_types"] == ["chunk"]]
+    assert windows == [8192, 16384, 32768]
+    # a theta and attention of its own are timed apart
+    assert len(others) == len({(str(row.arm.attention), row.arm.flags) for row in asked if row.arm.steps is None}) - 1
+    assert all(row.arm.attention or row.arm.flags for row in others)
+
+
 class Watch(L.Callback):
     """Three steps of a phase and two of another; notes who holds which lock, frees its own after the first began."""
 
@@ -152,11 +166,15 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     command += ["--beside", "2"]
     command += ["--runs", tmp_path / "runs", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for is_first in (True, False):
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    for flags in (["--probe"], [], []):
+        asked = list(map(str, [*command, *flags]))
+        done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert ("probe-256-mixed-lighthouse-1s-0.002-seed42: status 0" in done.stdout) is is_first
-        (row,) = read(tmp_path / "from_nothing.csv")
+        # once, and nothing else at first
+        assert ("probe-256-" in done.stdout) is bool(flags)
+        assert len(read(tmp_path / "equal_time_steps.csv")) == 2
+        assert (tmp_path / "from_nothing.csv").exists() is not bool(flags)
+    (row,) = read(tmp_path / "from_nothing.csv")
     assert (row["row"], row["layer_types"]) == (
         "256-mixed-lighthouse-1s-0.002-seed42",
         "window+window+window+lighthouse",
