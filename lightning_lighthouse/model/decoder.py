@@ -19,6 +19,7 @@ from lightning_lighthouse.model.network import (
     Block,
     Head,
     Shape,
+    chunk_for,
     chunked_loss,
     recompute,
     rotary_tables,
@@ -52,7 +53,7 @@ class Decoder(LanguageModel):
         schedule: What follows the warm-up. "constant": the peak to the end. "wsd": the peak, then a linear decay
             towards 0.
         decay_fraction: Fraction of all steps that "wsd" decays over.
-        loss_chunk: Tokens whose logits are in memory at a time.
+        loss_chunk: Tokens whose logits are in memory at a time; None: as many as have 64 Mi logits, 8,192 or more.
         compile: Compile each block, and the head, with torch.compile; worth it on a GPU.
         checkpoint: What is computed again in the backward pass to save memory: "none", or every "block".
         restart_positions: Rotate by the position within the document, not within the sequence.
@@ -78,7 +79,7 @@ class Decoder(LanguageModel):
         warmup_steps: int = 100,
         schedule: Literal["constant", "wsd"] = "constant",
         decay_fraction: float = 0.2,
-        loss_chunk: int = 8192,
+        loss_chunk: int | None = None,
         compile: bool = False,
         checkpoint: Literal["none", "block"] = "none",
         restart_positions: bool = False,
@@ -111,6 +112,10 @@ class Decoder(LanguageModel):
     def num_vocabulary(self) -> int:
         """Tokens that the model knows."""
         return int(self.hparams["vocab_size"])
+
+    @property
+    def _chunk(self) -> int:
+        return int(self.hparams["loss_chunk"] or chunk_for(self.num_vocabulary))
 
     def _initialize(self) -> None:
         # every block adds twice to the stream, whose variance is then independent of the depth
@@ -153,13 +158,12 @@ class Decoder(LanguageModel):
         tokens = tokens_of(batch)
         self.look_for_documents(batch)
         x_BNW = self.hidden(tokens[:, :-1], self.positions(batch, tokens[:, :-1]))
-        return chunked_loss(self.head, x_BNW, tokens[:, 1:], self.hparams["loss_chunk"])
+        return chunked_loss(self.head, x_BNW, tokens[:, 1:], self._chunk)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` and others ask for."""
-        chunk = self.hparams["loss_chunk"]
         x_BNW = self.hidden(inputs, self.positions_set(inputs))
-        chunks = zip(x_BNW.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        chunks = zip(x_BNW.flatten(0, 1).split(self._chunk), targets.flatten().split(self._chunk), strict=True)
         return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
 
     def next_token_logits(self, inputs: Tensor) -> Tensor:

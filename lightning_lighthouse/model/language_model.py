@@ -57,7 +57,7 @@ class LanguageModel(pl.LightningModule):
             ("weight_decay", values["weight_decay"] >= 0, "at least 0"),
             ("warmup_steps", values["warmup_steps"] >= 0, "at least 0"),
             ("decay_fraction", 0 < values["decay_fraction"] <= 1, "in (0, 1]"),
-            ("loss_chunk", values["loss_chunk"] >= 1, "at least 1"),
+            ("loss_chunk", values["loss_chunk"] is None or values["loss_chunk"] >= 1, "at least 1"),
         ):
             check(name, values[name], ok, allowed)
 

@@ -20,6 +20,11 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from lightning_lighthouse.context.group import local_positions
 
+# In memory at a time, 256 MiB of float32. A chunk costs the CPU some two milliseconds, there, recomputed and back: with
+# few logits in it the GPU waits
+NUM_LOGITS = 2**26
+SMALLEST_CHUNK = 8192
+
 # nothing here draws random numbers
 recompute = partial(activation_checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -164,6 +169,11 @@ class Head(nn.Module):
         logits = self.logits(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction=reduction)
+
+
+def chunk_for(vocab_size: int) -> int:
+    """Tokens of a chunk of logits: a power of two, so that few sequences end in a chunk of another size."""
+    return max(SMALLEST_CHUNK, 1 << (NUM_LOGITS // vocab_size).bit_length() >> 1)
 
 
 def chunked_loss(head: Head, x_BNW: Tensor, targets_BN: Tensor, chunk: int) -> Tensor:

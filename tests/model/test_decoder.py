@@ -80,6 +80,20 @@ def test_a_wrong_batch_is_named(batch: Any, message: str) -> None:
         make_decoder().loss(batch)
 
 
+def test_losses_are_the_same_in_any_chunks() -> None:
+    whole, parts = make_decoder().double(), make_decoder(loss_chunk=7).double()
+    parts.load_state_dict(whole.state_dict())
+    tokens = make_tokens(2, 31)
+    losses = [model.loss(tokens) for model in (whole, parts)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    torch.testing.assert_close(whole.token_losses(inputs, targets), parts.token_losses(inputs, targets))
+
+
 def test_validation_weighs_by_tokens_and_counts_bytes() -> None:
     model = make_decoder()
     batches = [{"tokens": make_tokens(1, 200)}, {"tokens": make_tokens(3, 12)}]

@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lighthouse import LighthouseConfig, patch_attention
 from lightning_lighthouse.model import Decoder
-from lightning_lighthouse.model.network import Head, chunked_loss, rotary_tables, rotate
+from lightning_lighthouse.model.network import (
+    NUM_LOGITS,
+    SMALLEST_CHUNK,
+    Head,
+    chunk_for,
+    chunked_loss,
+    rotary_tables,
+    rotate,
+)
 
 VOCAB = 61
 SIZES = {"num_layers": 2, "dim": 24, "num_heads": 6, "num_kv_heads": 2, "ffn_dim": 29, "vocab_size": VOCAB}
@@ -145,6 +153,17 @@ def test_initialization_follows_the_seed_and_the_depth() -> None:
 
 def naive_loss(head: Head, x: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(head.norm(x), head.projection.weight).flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 257, 512, 513, 32000, 50257, 2**26, 2**28])
+def test_a_chunk_is_as_long_as_its_logits_allow(vocab_size: int) -> None:
+    chunk = chunk_for(vocab_size)
+    assert chunk & (chunk - 1) == 0
+    if chunk == SMALLEST_CHUNK:
+        assert 2 * chunk * vocab_size > NUM_LOGITS
+    else:
+        assert chunk > SMALLEST_CHUNK
+        assert chunk * vocab_size <= NUM_LOGITS < 2 * chunk * vocab_size
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 46, 1000])
