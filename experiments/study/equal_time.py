@@ -227,12 +227,14 @@ def rows_asked(arguments: argparse.Namespace) -> list[Row]:
     for name in ("num_samples", "start_seconds", "sample_seconds"):
         if (value := getattr(arguments, name)) is not None:
             part = replace(part, **{name: value})
-    arms = [arm for arm in part.arms if any(fnmatch.fnmatch(arm.name, pattern) for pattern in arguments.only)]
+    by_name = {arm.name: arm for arm in part.arms}
+    # each once, those of the first pattern first
+    names = dict.fromkeys(name for pattern in arguments.only for name in fnmatch.filter(by_name, pattern))
     return [
         Row(part, arm, seq_len, arguments.seconds or part.seconds, rate, seed, arguments.needles is not None)
         for seq_len in arguments.seq_len or [part.seq_len]
         for seed in arguments.seeds
-        for arm in arms
+        for arm in map(by_name.__getitem__, names)
         for rate in arguments.learning_rate or [arm.learning_rate or part.learning_rate]
     ]
 
@@ -247,7 +249,7 @@ def main() -> int:
     add("--model", help="folder of the pretrained model, with its tokenizer")
     add("--needles", help="texts that make up 1%% of the training data: needles.py writes them")
     add("--rows", type=Path, default=HERE / "equal_time.yaml", help="what to run (default: %(default)s)")
-    add("--only", nargs="*", default=["*"], help="patterns of the arms to run")
+    add("--only", nargs="*", default=["*"], help="patterns of the arms to run, in this order")
     add("--seconds", type=float, help="of training, instead of the part's")
     add("--seq_len", type=int, nargs="*", help="tokens of a sequence, instead of the part's")
     add("--learning_rate", type=float, nargs="*", help="instead of the arm's")
