@@ -21,7 +21,7 @@ from lightning_lighthouse.huggingface.reading import empty_model, read_config, r
 from lightning_lighthouse.huggingface.rope import check_shared, extend_positions
 from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
-from lightning_lighthouse.model.network import recompute
+from lightning_lighthouse.model.network import total_of_chunks
 
 
 class HuggingFaceDecoder(LanguageModel):
@@ -163,8 +163,7 @@ class HuggingFaceDecoder(LanguageModel):
         # without gradients there is nothing to gain by making them
         if torch.is_grad_enabled() and is_fused(self.hparams["loss_backend"], x_BNW.device):
             return fused_loss(self.model, x_BNW.flatten(0, 1), targets.flatten()) / targets.numel()
-        sums = [recompute(self._chunk_loss, x, y, "sum") for x, y in self._chunks(x_BNW, targets)]
-        return torch.stack(sums).sum() / targets.numel()
+        return total_of_chunks(self._chunk_loss, self._chunks(x_BNW, targets)) / targets.numel()
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
@@ -176,11 +175,11 @@ class HuggingFaceDecoder(LanguageModel):
         """Scores of the token after the last: `[B, N] -> [B, V]`; what `LongContextEvaluation` asks for."""
         return logits_of(self.model, self.hidden(inputs)[:, -1])
 
-    def _chunks(self, x_BNW: Tensor, targets_BN: Tensor) -> Any:
+    def _chunks(self, x_BNW: Tensor, targets_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = self.hparams["loss_chunk"]
-        return zip(x_BNW.flatten(0, 1).split(size), targets_BN.flatten().split(size), strict=True)
+        return list(zip(x_BNW.flatten(0, 1).split(size), targets_BN.flatten().split(size), strict=True))
 
-    def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         logits = logits_of(self.model, x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction=reduction)

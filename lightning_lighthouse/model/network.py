@@ -9,6 +9,7 @@ block is compiled as one graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -176,11 +177,16 @@ def chunk_for(vocab_size: int) -> int:
     return max(SMALLEST_CHUNK, 1 << (NUM_LOGITS // vocab_size).bit_length() >> 1)
 
 
-def chunked_loss(head: Head, x_BNW: Tensor, targets_BN: Tensor, chunk: int) -> Tensor:
-    """The mean cross-entropy in nats per token, with the logits of `chunk` tokens in memory at a time.
+def total_of_chunks(loss: Callable[[Tensor, Tensor], Tensor], chunks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of a loss over chunks of tokens, whose logits are computed again in the backward pass.
 
-    Each chunk's logits are computed again in the backward pass instead of being kept.
+    Those of the last chunk are kept: the backward pass begins with them.
     """
-    chunks = zip(x_BNW.flatten(0, 1).split(chunk), targets_BN.flatten().split(chunk), strict=True)
-    sums = [recompute(head, x, targets) for x, targets in chunks]
-    return torch.stack(sums).sum() / targets_BN.numel()
+    *earlier, last = chunks
+    return torch.stack([*(recompute(loss, x, targets) for x, targets in earlier), loss(*last)]).sum()
+
+
+def chunked_loss(head: Head, x_BNW: Tensor, targets_BN: Tensor, chunk: int) -> Tensor:
+    """The mean cross-entropy in nats per token, with the logits of `chunk` tokens in memory at a time."""
+    chunks = list(zip(x_BNW.flatten(0, 1).split(chunk), targets_BN.flatten().split(chunk), strict=True))
+    return total_of_chunks(head, chunks) / targets_BN.numel()

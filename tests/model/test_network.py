@@ -231,6 +231,16 @@ def test_logits_are_not_kept_for_the_backward_pass() -> None:
     assert sum(saved) > 701 * 640
 
 
+def test_logits_are_computed_again_but_for_the_last_chunk() -> None:
+    head, calls = Head(8, 64), []
+    head.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    x = torch.randn(1, 23, 8, requires_grad=True)
+    loss = chunked_loss(head, x, torch.randint(0, 64, (1, 23)), 10)
+    assert calls == [10, 10, 3]
+    loss.backward()
+    assert sorted(calls[3:]) == [10, 10]
+
+
 def test_loss_is_float32_under_autocast_and_the_stream_is_not() -> None:
     model = make_decoder()
     tokens = make_tokens(2, 30)
