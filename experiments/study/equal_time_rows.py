@@ -81,7 +81,7 @@ class Row:
         seq_len: Tokens of a sequence.
         seconds: Of training.
         learning_rate: The peak.
-        seed: Of weights and batches.
+        seed: Of weights, and of the order of the training sequences.
         needles: Whether its data have samples with needles.
     """
 
@@ -245,7 +245,8 @@ def probes(rows: Sequence[Row]) -> list[Row]:
 
 def common_flags(row: Row) -> list[str]:
     """Flags of a probe and of a training alike."""
-    flags = ["--data.seq_len", str(row.seq_len), "--seed_everything", str(row.seed)]
+    # the data have a seed of their own, and pretrained weights none: without it another seed is the same training again
+    flags = ["--data.seq_len", str(row.seq_len), "--seed_everything", str(row.seed), "--data.seed", str(row.seed)]
     for name in ("enable_checkpointing", "enable_progress_bar"):
         flags += [f"--trainer.{name}", "false"]
     return [*flags, "--trainer.num_sanity_val_steps", "0"]

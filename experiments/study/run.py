@@ -40,7 +40,7 @@ class Training:
 
     Args:
         name: Of its row.
-        seed: Of its weights and batches.
+        seed: Of its weights; batches come in one order.
         flags: What `lighthouse fit` is given.
         minutes: It should not take longer, start and validation included.
     """

@@ -14,9 +14,12 @@ import time
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from places import ROOT
 
+from lightning_lighthouse.cli.plan import Planned
+from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.events import BatchStart, phase_events
 
 STUDY = ROOT / "experiments" / "study"
@@ -63,6 +66,19 @@ def test_the_steps_of_each_arm_fill_its_seconds(rows, name, paces):
         else:
             assert last * dense + (decay - last) * cheap == pytest.approx(arm.decay_share * 120, abs=dense + cheap)
         assert steps.warmup < steps.total
+
+
+def test_another_seed_is_one_of_weights_and_of_the_order_of_the_text(rows, monkeypatch):
+    # the recipes of an arm are named from there
+    monkeypatch.chdir(ROOT)
+    part = rows.read_part(STUDY / "equal_time.yaml", "from_nothing")
+    for arm in part.arms[:2]:
+        row = rows.Row(part, arm, part.seq_len, 120.0, part.learning_rate, 43)
+        flags = rows.fit_flags(row, rows.fill(row, dict.fromkeys(arm.modes(), 0.5)), 2)
+        with quiet_lightning(), torch.device("meta"):
+            built = Planned([*flags, "--data.source", "books"]).built
+        # those of a pretrained model follow from the second alone
+        assert (built.seed_everything, built.data.seed) == (43, 43)
 
 
 def test_only_what_is_not_known_is_probed(rows):
