@@ -121,7 +121,7 @@ class Steps:
         total: Of all phases.
         warmup: Of them at the start.
         decay_fraction: Of them at the end, as a share.
-        validate_every: Steps from one validation to the next; divides the first of `ends`.
+        validate_every: Steps from one validation to the next; divides the last of `ends`, and is at most the first.
     """
 
     ends: list[int]
@@ -160,10 +160,12 @@ def fill(row: Row, step_seconds: Mapping[str, float]) -> Steps:
     counts = [max(1, round(share * row.seconds / pace)) for pace in cheap]
     last = max(1, round((1.0 - share * len(cheap)) * row.seconds / dense))
     if counts:
-        # a validation at the switch is of the weights that switch
-        parts = max(1, round(part.validations * counts[0] / (sum(counts) + last)))
-        validate_every = max(1, round(counts[0] / parts))
-        counts[0] = validate_every * max(1, round(counts[0] / validate_every))
+        # a validation at the last switch is of the weights that switch, and one comes before the first: its text is
+        # what all evaluations are made of
+        before = sum(counts)
+        parts = max(1, round(part.validations * before / (before + last)), math.ceil(before / counts[0]))
+        validate_every = max(1, round(before / parts))
+        counts[0] += validate_every * max(1, round(before / validate_every)) - before
     else:
         validate_every = max(1, last // part.validations)
     ends = [sum(counts[: number + 1]) for number in range(len(counts))]
