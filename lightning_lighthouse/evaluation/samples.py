@@ -34,26 +34,40 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Haystack:
-    """Validation text in one piece.
+    """Validation text, sequence behind sequence.
+
+    Workers that read in turn, or a loader that shuffles, hand out sequences that do not continue one another: a sample
+    across two of them would have text before it that says nothing of what comes.
 
     Args:
         tokens: `[N]` token ids, on the CPU.
         seed: Other samples for another one.
+        sequence: Tokens of each sequence; None: all of it is one.
     """
 
     tokens: Tensor
     seed: int = 0
+    sequence: int | None = None
 
     def draw(self, num_tokens: int, index: int) -> Tensor:
         """The `index`-th sample of so many tokens, always the same; samples overlap only where the text is short.
 
+        One of each sequence, then others of them, as long as a sequence has room for one more; what is longer than a
+        sequence, or the sample behind those, lies anywhere.
+
         Raises:
             ValueError: The text is shorter.
         """
-        room = len(self.tokens) - num_tokens
-        if room < 0:
+        if num_tokens > len(self.tokens):
             raise ValueError(f"{num_tokens:,} tokens of text are needed, there are {len(self.tokens):,}")
-        start = round((index * GOLDEN + self.seed * SILVER) % 1.0 * room)
+        sequence = self.sequence or len(self.tokens)
+        count = len(self.tokens) // sequence
+        if index < count * (sequence // num_tokens):
+            first, room = (index + self.seed) % count * sequence, sequence - num_tokens
+            index //= count
+        else:
+            first, room = 0, len(self.tokens) - num_tokens
+        start = first + round((index * GOLDEN + self.seed * SILVER) % 1.0 * room)
         return self.tokens[start : start + num_tokens]
 
 
@@ -81,6 +95,8 @@ class Collector:
         # of a sequence, as the model is trained on it
         self.seq_len = 0
         self._parts: list[Tensor] = []
+        # tokens of the sequences that are kept, one behind the last included
+        self._widths: set[int] = set()
 
     @property
     def _limit(self) -> int:
@@ -101,11 +117,16 @@ class Collector:
         is_whole = text.num_targets == text.inputs.shape[1]
         rows = torch.cat([text.inputs, text.targets[:, -1:]], dim=1) if is_whole else text.inputs
         self._parts.append(rows.flatten().cpu())
+        self._widths.add(rows.shape[1])
         self.num_tokens += rows.numel()
 
     def haystack(self, seed: int = 0) -> Haystack | None:
         """All of it in one piece; None where there is none."""
-        return Haystack(torch.cat(self._parts)[: self._limit], seed) if self._parts else None
+        if not self._parts:
+            return None
+        # where lengths differ no place is known to be the begin of a sequence
+        sequence = min(self._widths) if len(self._widths) == 1 else None
+        return Haystack(torch.cat(self._parts)[: self._limit], seed, sequence)
 
 
 def seeded(seed: int, *place: object) -> torch.Generator:

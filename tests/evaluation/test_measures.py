@@ -217,6 +217,20 @@ def test_samples_are_the_same_each_time_and_lie_apart():
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("num_tokens", [65, 64, 32, 10])
+def test_no_sample_lies_across_two_sequences_while_one_has_room(num_tokens, seed):
+    text = Haystack(torch.arange(6 * 65 + 7), seed, sequence=65)
+    drawn = [text.draw(num_tokens, index) for index in range(6 * (65 // num_tokens))]
+    assert all(len(tokens) == num_tokens and len(set((tokens // 65).tolist())) == 1 for tokens in drawn)
+    # of each sequence one, then others; none twice
+    assert {int(tokens[0]) // 65 for tokens in drawn[:6]} == set(range(6))
+    assert len({int(tokens[0]) for tokens in drawn}) == len(drawn)
+    # behind them, and where they are longer, they lie anywhere
+    assert len(text.draw(num_tokens, 1000)) == num_tokens
+    assert len(text.draw(66, 0)) == 66
+
+
 def test_a_question_is_cut_as_the_tokenizer_cuts_it(tokenizer_file):
     for tokenizer in (ByteTokenizer(), load_tokenizer(tokenizer_file)):
         phrases = Phrases(tokenizer)
@@ -295,6 +309,14 @@ def test_the_text_is_the_same_for_fewer_samples_and_however_much_is_shown():
         assert collector.num_tokens < 20 * 65 + 7 * 65
     assert len(kept[0]) == enough(64, 10) == 20 * 65
     assert all(torch.equal(tokens, kept[0]) for tokens in kept)
+    assert collector.haystack().sequence == 65
+    collector.add({"tokens": batches[0][:, :64]})
+    assert collector.haystack().sequence == 65, "there was enough before"
+    # of two lengths
+    mixed = Collector(10, 64)
+    for batch in (batches[0], batches[1][:, :64]):
+        mixed.add({"tokens": batch})
+    assert mixed.haystack().sequence is None
     # transformers' batches hold no token behind the last
     collector = Collector(10, 64)
     collector.add({"input_ids": batches[0]})
