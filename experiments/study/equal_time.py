@@ -91,8 +91,9 @@ class Runner:
         folder = asked.runs / f"data-{'tokens' if asked.model else 'bytes'}-{row.seq_len}"
         texts: dict[str, object] = {"source": asked.source}
         if row.needles:
-            folder = folder.with_name(f"{folder.name}-needles")
-            texts = {"sources": [{"path": asked.source, "weight": 0.99}, {"path": asked.needles, "weight": 0.01}]}
+            folder = folder.with_name(f"{folder.name}-needles{row.needles:g}")
+            weights = {asked.source: 1.0 - row.needles, asked.needles: row.needles}
+            texts = {"sources": [{"path": path, "weight": weight} for path, weight in weights.items()]}
         with _planning:
             prepare(
                 str(folder),
@@ -228,10 +229,11 @@ def rows_asked(arguments: argparse.Namespace) -> list[Row]:
         if (value := getattr(arguments, name)) is not None:
             part = replace(part, **{name: value})
     by_name = {arm.name: arm for arm in part.arms}
+    needles = 0.0 if arguments.needles is None else arguments.needles_share
     # each once, those of the first pattern first
     names = dict.fromkeys(name for pattern in arguments.only for name in fnmatch.filter(by_name, pattern))
     return [
-        Row(part, arm, seq_len, arguments.seconds or part.seconds, rate, seed, arguments.needles is not None)
+        Row(part, arm, seq_len, arguments.seconds or part.seconds, rate, seed, needles)
         for seq_len in arguments.seq_len or [part.seq_len]
         for seed in arguments.seeds
         for arm in map(by_name.__getitem__, names)
@@ -247,7 +249,8 @@ def main() -> int:
     add("--source", required=True, help="texts to train on")
     add("--validation_source", required=True, help="texts to validate on")
     add("--model", help="folder of the pretrained model, with its tokenizer")
-    add("--needles", help="texts that make up 1%% of the training data: needles.py writes them")
+    add("--needles", help="texts that make up a share of the training data: needles.py writes them")
+    add("--needles_share", type=float, default=0.1, help="of the training sequences (default: %(default)s)")
     add("--rows", type=Path, default=HERE / "equal_time.yaml", help="what to run (default: %(default)s)")
     add("--only", nargs="*", default=["*"], help="patterns of the arms to run, in this order")
     add("--seconds", type=float, help="of training, instead of the part's")

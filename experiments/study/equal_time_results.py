@@ -72,7 +72,7 @@ def summary(row: Row, folder: Path) -> dict[str, Any]:
         "seq_len": row.seq_len,
         "budget": row.seconds,
         "learning_rate": row.learning_rate,
-        "needles": row.needles,
+        "needles": row.needles > 0,
         "seconds": sum(seconds.values()),
         "cheap_seconds": sum(seconds[name] for name in cheap),
         "steps": report["steps"],

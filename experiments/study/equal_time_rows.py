@@ -82,7 +82,7 @@ class Row:
         seconds: Of training.
         learning_rate: The peak.
         seed: Of weights, and of the order of the training sequences.
-        needles: Whether its data have samples with needles.
+        needles: Share of its training sequences that hold needles.
     """
 
     part: Part
@@ -91,13 +91,13 @@ class Row:
     seconds: float
     learning_rate: float
     seed: int
-    needles: bool = False
+    needles: float = 0.0
 
     @property
     def name(self) -> str:
         """No other training has it."""
         thousands = f"{self.seq_len // 1024}k" if self.seq_len % 1024 == 0 else str(self.seq_len)
-        words = [thousands, self.arm.name, *(["needles"] if self.needles else [])]
+        words = [thousands, self.arm.name, *([f"needles{self.needles:g}"] if self.needles else [])]
         if self.arm.steps is None:
             words += [f"{self.seconds:g}s", f"{self.learning_rate:g}"]
         return "-".join([*words, f"seed{self.seed}"])

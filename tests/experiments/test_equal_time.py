@@ -19,6 +19,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from places import ROOT
 
 from lightning_lighthouse.cli.plan import Planned
+from lightning_lighthouse.data.tokenizers import ByteTokenizer
+from lightning_lighthouse.evaluation.passkey import NEEDLE, QUESTION
+from lightning_lighthouse.evaluation.samples import Phrases
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.events import BatchStart, phase_events
 
@@ -80,6 +83,21 @@ def test_another_seed_is_one_of_weights_and_of_the_order_of_the_text(rows, monke
             built = Planned([*flags, "--data.source", "books"]).built
         # those of a pretrained model follow from the second alone
         assert (built.seed_everything, built.data.seed) == (43, 43)
+
+
+def test_needles_are_asked_for_as_the_evaluation_asks_and_named_by_their_share(rows):
+    from needles import needle
+
+    text = needle("a book of words" * 9, 0.5, 7)
+    phrases = Phrases(ByteTokenizer())
+    question, candidates = phrases.question(QUESTION)
+    asked = torch.cat([question, candidates[7:8]])
+    assert bytes(asked.tolist()).decode() + "\n" == text[-len(asked) - 1 :]
+    assert text[67 : 67 + len(NEEDLE) + 1].count("7") == NEEDLE.count("{digit}")
+    part = rows.read_part(STUDY / "equal_time.yaml", "extension")
+    names = {rows.Row(part, part.arms[0], 65536, 80.0, 3e-4, 42, share).name for share in (0.0, 0.01, 0.1)}
+    start = "64k-dense"
+    assert names == {f"{start}{word}-80s-0.0003-seed42" for word in ("", "-needles0.01", "-needles0.1")}
 
 
 def test_only_what_is_not_known_is_probed(rows):
