@@ -280,7 +280,10 @@ def main() -> int:
     done = {line["row"] for line in read(runner.table)}
     waiting: queue.Queue[Row] = queue.Queue()
     for row in rows_asked(arguments):
-        if row.name not in done:
+        if row.name in done:
+            # also where --flags or the part's settings, which name no row, are others than they were
+            print(f"{row.name}: in {runner.table.name} already", flush=True)
+        else:
             waiting.put(row)
     gpus = [gpu for gpu in arguments.gpus for _ in range(arguments.beside)]
     workers = [threading.Thread(target=runner.work, args=(waiting, gpu)) for gpu in gpus]

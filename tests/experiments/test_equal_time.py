@@ -201,12 +201,13 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     command += ["--beside", "2"]
     command += ["--runs", tmp_path / "runs", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for flags in (["--probe"], [], []):
+    for runs, flags in enumerate((["--probe"], [], []), start=1):
         asked = list(map(str, [*command, *flags]))
         done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         # once, and nothing else at first
         assert ("probe-256-" in done.stdout) is bool(flags)
+        assert ("from_nothing.csv already" in done.stdout) is (runs == 3)
         assert len(read(tmp_path / "equal_time_steps.csv")) == 2
         assert (tmp_path / "from_nothing.csv").exists() is not bool(flags)
     (row,) = read(tmp_path / "from_nothing.csv")
