@@ -1,8 +1,8 @@
 """Extend a pretrained model with transformers' own Trainer: windows and Lighthouse first, dense attention at the end.
 
     pip install 'lightning_lighthouse[hf]' accelerate
-    python examples/trainer.py MODEL books.jsonl --length 65536 --rope_theta 1000000 --output extended
-    python examples/trainer.py MODEL books.jsonl --length 65536 --rope_theta 1000000 --output extended --resume
+    python examples/trainer.py MODEL books.jsonl --length 65536 --rope_theta 3000000 --output extended
+    python examples/trainer.py MODEL books.jsonl --length 65536 --rope_theta 3000000 --output extended --resume
 
 MODEL is a folder of transformers, or a name that it can load; books.jsonl has a text in the field "text" of each line.
 The last line goes on from the last checkpoint in extended/. What remains, extended/final, is an ordinary model.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.notices import notice_once
 
 # The layers of a model with two kinds of positions that see the whole sequence; the others have windows of their own
 GLOBAL = "full_attention"
@@ -38,6 +40,7 @@ def extend_positions(
     if rope_theta is not None and rope_parameters is not None:
         raise SettingError("rope_theta and rope_parameters say the same: give one of them, and theta inside the latter")
     reach = getattr(config, "max_position_embeddings", None)
+    before = _global(config).get("rope_theta") if getattr(config, "rope_parameters", None) else None
     given = {"rope_theta": rope_theta} if rope_theta is not None else dict(rope_parameters or {})
     if given:
         _lay_over(config, given)
@@ -62,7 +65,46 @@ def extend_positions(
             # transformers takes what the model was made for from there
             return
         parameters.setdefault("original_max_position_embeddings", base)
+    else:
+        _look_at_theta(config, float(before or parameters["rope_theta"]), reach, sequence_length)
     config.max_position_embeddings = sequence_length
+
+
+def least_theta(theta: float, reach: int, sequence_length: int, channels: int) -> float:
+    """The base from which on no pair of channels turns further over a longer sequence than the model has seen.
+
+    Pairs that had come full circle have seen all angles, and are left out.
+
+    Args:
+        theta: The base that the model was trained with.
+        reach: Tokens that it was trained with.
+        sequence_length: Tokens of the longer sequence.
+        channels: Of a head, that are rotated: pair i turns by `theta ** (-2 i / channels)` a token.
+    """
+    seen = reach / math.tau
+    if seen <= 1 or theta <= 1:
+        # the fastest pair, which no base slows down, was one of them
+        return theta
+    # the fastest pair that had not come full circle is to slow down by most
+    pair = max(1, math.ceil(channels / 2 * math.log(seen) / math.log(theta)))
+    if 2 * pair >= channels:
+        return theta
+    return theta * math.exp(channels / (2 * pair) * math.log(sequence_length / reach))
+
+
+def _look_at_theta(config: Any, before: float, reach: int, sequence_length: int) -> None:
+    """Warn of a base with which positions far back are angles that the model has never seen."""
+    parameters = _global(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    channels = int(getattr(config, "qk_rope_head_dim", head_dim) * parameters.get("partial_rotary_factor", 1.0))
+    least = least_theta(before, reach, sequence_length, channels)
+    if parameters["rope_theta"] < least:
+        notice_once(
+            "low theta",
+            f"rope_theta {parameters['rope_theta']:,.0f} is low for {sequence_length:,} tokens of a model that was "
+            f"made for {reach:,} with {before:,.0f}: its last tokens come out worse for what is far back; from "
+            f"{least:,.0f} on no channel turns further than it has seen",
+        )
 
 
 def reach_of(config: Any) -> int | None:

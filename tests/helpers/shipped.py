@@ -22,5 +22,7 @@ def save_base(path: Path) -> None:
     """Save the pretrained model that a recipe names, where it names one, in the current folder."""
     if is_pretrained(path):
         pytest.importorskip("transformers", reason="needs the extra hf")
-        save_model(Path(models(path)["init_args"]["model"]))
+        # which reaches as far as those that the recipes are written for
+        reach = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
+        save_model(Path(models(path)["init_args"]["model"]), **reach)
         save_tokenizer(Path(models(path)["init_args"]["model"]))
