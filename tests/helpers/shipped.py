@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,11 +19,13 @@ def is_pretrained(path: Path) -> bool:
     return models(path).get("class_path", "").endswith("HuggingFaceDecoder")
 
 
-def save_base(path: Path) -> None:
-    """Save the pretrained model that a recipe names, where it names one, in the current folder."""
+# Those of the models that the recipes are written for
+REACH = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
+
+
+def save_base(path: Path, **settings: Any) -> None:
+    """Save the pretrained model that a recipe names, where it names one, in the current folder: a tiny one."""
     if is_pretrained(path):
         pytest.importorskip("transformers", reason="needs the extra hf")
-        # which reaches as far as those that the recipes are written for
-        reach = {"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
-        save_model(Path(models(path)["init_args"]["model"]), **reach)
+        save_model(Path(models(path)["init_args"]["model"]), **settings)
         save_tokenizer(Path(models(path)["init_args"]["model"]))
