@@ -21,7 +21,7 @@ from lightning_lighthouse.huggingface.reading import empty_model, read_config, r
 from lightning_lighthouse.huggingface.rope import check_shared, extend_positions
 from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
-from lightning_lighthouse.model.network import total_of_chunks
+from lightning_lighthouse.model.network import chunks_of, total_of_chunks
 
 
 class HuggingFaceDecoder(LanguageModel):
@@ -163,21 +163,19 @@ class HuggingFaceDecoder(LanguageModel):
         # without gradients there is nothing to gain by making them
         if torch.is_grad_enabled() and is_fused(self.hparams["loss_backend"], x_BNW.device):
             return fused_loss(self.model, x_BNW.flatten(0, 1), targets.flatten()) / targets.numel()
-        return total_of_chunks(self._chunk_loss, self._chunks(x_BNW, targets)) / targets.numel()
+        chunks = chunks_of(x_BNW, targets, self.hparams["loss_chunk"])
+        return total_of_chunks(self._chunk_loss, chunks) / targets.numel()
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
         x_BNW = self.hidden(inputs, self.positions_set(inputs))
-        parts = [self._chunk_loss(x, y, "none") for x, y in self._chunks(x_BNW, targets)]
+        chunks = chunks_of(x_BNW, targets, self.hparams["loss_chunk"])
+        parts = [self._chunk_loss(x, y, "none") for x, y in chunks]
         return torch.cat(parts).view_as(targets)
 
     def next_token_logits(self, inputs: Tensor) -> Tensor:
         """Scores of the token after the last: `[B, N] -> [B, V]`; what `LongContextEvaluation` asks for."""
         return logits_of(self.model, self.hidden(inputs)[:, -1])
-
-    def _chunks(self, x_BNW: Tensor, targets_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
-        size = self.hparams["loss_chunk"]
-        return list(zip(x_BNW.flatten(0, 1).split(size), targets_BN.flatten().split(size), strict=True))
 
     def _chunk_loss(self, x: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         logits = logits_of(self.model, x)

@@ -21,6 +21,7 @@ from lightning_lighthouse.model.network import (
     Shape,
     chunk_for,
     chunked_loss,
+    chunks_of,
     recompute,
     rotary_tables,
     rotary_tables_at,
@@ -163,8 +164,8 @@ class Decoder(LanguageModel):
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` and others ask for."""
         x_BNW = self.hidden(inputs, self.positions_set(inputs))
-        chunks = zip(x_BNW.flatten(0, 1).split(self._chunk), targets.flatten().split(self._chunk), strict=True)
-        return torch.cat([self.head(x, y, reduction="none") for x, y in chunks]).view_as(targets)
+        parts = [self.head(x, y, reduction="none") for x, y in chunks_of(x_BNW, targets, self._chunk)]
+        return torch.cat(parts).view_as(targets)
 
     def next_token_logits(self, inputs: Tensor) -> Tensor:
         """Scores of the token after the last: `[B, N] -> [B, V]`; what `LongContextEvaluation` asks for."""

@@ -177,6 +177,11 @@ def chunk_for(vocab_size: int) -> int:
     return max(SMALLEST_CHUNK, 1 << (NUM_LOGITS // vocab_size).bit_length() >> 1)
 
 
+def chunks_of(x_BNW: Tensor, targets_BN: Tensor, chunk: int) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of a batch and their targets, `chunk` at a time: `[chunk, W]` and `[chunk]`, the last ones fewer."""
+    return list(zip(x_BNW.flatten(0, 1).split(chunk), targets_BN.flatten().split(chunk), strict=True))
+
+
 def total_of_chunks(loss: Callable[[Tensor, Tensor], Tensor], chunks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum of a loss over chunks of tokens, whose logits are computed again in the backward pass.
 
@@ -188,5 +193,4 @@ def total_of_chunks(loss: Callable[[Tensor, Tensor], Tensor], chunks: Sequence[t
 
 def chunked_loss(head: Head, x_BNW: Tensor, targets_BN: Tensor, chunk: int) -> Tensor:
     """The mean cross-entropy in nats per token, with the logits of `chunk` tokens in memory at a time."""
-    chunks = list(zip(x_BNW.flatten(0, 1).split(chunk), targets_BN.flatten().split(chunk), strict=True))
-    return total_of_chunks(head, chunks) / targets_BN.numel()
+    return total_of_chunks(head, chunks_of(x_BNW, targets_BN, chunk)) / targets_BN.numel()
