@@ -4,7 +4,7 @@
 
 Each finished training appends its row to `rows.csv` and its validations to `validations.csv`; a run that died leaves
 nothing there and is done again. `python experiments/study/table.py` makes the tables and plots of
-`docs/numbers/study.md` from both.
+`docs/numbers/settings.md` from both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Print the tables of `docs/numbers/study.md` from its two CSV files, and draw its plots; needs matplotlib.
+"""Print the tables of `docs/numbers/settings.md` from its two CSV files, and draw its plots; needs matplotlib.
 
 python experiments/study/table.py
 """
@@ -78,7 +78,7 @@ def main() -> None:
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         axes.grid(alpha=0.3)
         figure.tight_layout()
-        figure.savefig(DOCS / f"study-{context}.png", dpi=120)
+        figure.savefig(DOCS / f"settings-{context}.png", dpi=120)
 
 
 if __name__ == "__main__":

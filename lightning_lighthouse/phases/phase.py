@@ -51,7 +51,7 @@ class Phase:
         return in_words(self.layer_types, self.window, self.sink_tokens)
 
 
-# Where nothing else is said: the best rows of the study at both lengths (docs/numbers/study.md)
+# Where nothing else is said: the best rows of the study at both lengths (docs/numbers/settings.md)
 SWITCH_AT = 0.9
 
 
