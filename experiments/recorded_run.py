@@ -107,7 +107,7 @@ def train(folder: Path, record: Record, *, seed: int, checkpoint: Path | None = 
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        callbacks=[LighthouseCallback(SWITCH_AT, ATTENTION, dense_layers=[0]), record],
+        callbacks=[LighthouseCallback(SWITCH_AT, ATTENTION, dense_layers=[0], layer_types=["lighthouse"]), record],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,

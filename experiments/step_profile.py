@@ -40,7 +40,7 @@ PARTS = (
 )
 LAYERS: dict[str, dict[str, Any]] = {
     "dense": {"enabled": False},
-    "all routed": {"dense_layers": None},
+    "all routed": {"layer_types": ["lighthouse"]},
     "three windows": {"layer_types": ["window", "window", "window", "lighthouse"], "window": 512},
 }
 

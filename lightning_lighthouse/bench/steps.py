@@ -79,7 +79,9 @@ def bench_steps(
     dense_ms = None
     for attention, config in [("dense", first), *(("Lighthouse", config) for _, config in settings)]:
         # on from the first step to the last
-        callback = LighthouseCallback(1.0, config, dense_layers, enabled=attention == "Lighthouse")
+        callback = LighthouseCallback(
+            1.0, config, dense_layers, enabled=attention == "Lighthouse", layer_types=["lighthouse"]
+        )
         step_ms = peak_gib = None
         if attention == "Lighthouse" and not config.pyramid(num_tokens).compresses:
             print(f"{attention}: {num_tokens:,} tokens are too short to gain and get dense attention, left blank")

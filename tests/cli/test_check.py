@@ -104,7 +104,10 @@ def test_phases_stand_in_a_recipe(tmp_path, monkeypatch, capsys):
         ("phases=[{until: 0.5, layer_types: [window]}]", "lighthouse.phases[0].window must be given with layer_types"),
         ("phases=[{until: 0.5},{until: 0.3}]", "lighthouse.phases must end in rising order, got until 0.5, 0.3"),
         ("layer_types=[window]", "lighthouse.window must be given with layer_types 'window'"),
-        ("sink_tokens=2", "lighthouse.sink_tokens is for layer_types 'window', got 2 with ['lighthouse']"),
+        (
+            "phases=[{until: 0.5, sink_tokens: 2}]",
+            "lighthouse.phases[0].sink_tokens is for layer_types 'window', got 2 with ['lighthouse']",
+        ),
     ],
 )
 def test_a_wrong_phase_is_one_line(tmp_path, monkeypatch, capsys, flag, line):

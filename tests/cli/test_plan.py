@@ -13,6 +13,7 @@ from places import RECIPES
 from lightning_lighthouse.cli import commands as cli
 
 PAPER = str(RECIPES / "paper-98k-1gpu.yaml")
+ALL_LIGHTHOUSE = ("--lighthouse.layer_types", "[lighthouse]")
 TINY = """\
 trainer: {accelerator: cpu, max_steps: 20}
 lighthouse:
@@ -43,7 +44,7 @@ def planned(capsys, *arguments: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def test_the_papers_recipe_takes_what_was_measured(capsys):
-    out, rows = planned(capsys, PAPER, "--card", "NVIDIA H200", "--data.source", "text")
+    out, rows = planned(capsys, PAPER, "--card", "NVIDIA H200", "--data.source", "text", *ALL_LIGHTHOUSE)
     assert (
         "Decoder: 268.0M parameters, 30 attention layers; 1 x 98,304 tokens a batch, 1 GPU; 8,000 steps, 786.4M" in out
     )
@@ -95,7 +96,7 @@ def test_without_a_gpu_and_a_card_there_are_no_times(capsys, monkeypatch):
 
 def test_gpus_that_share_a_sequence_have_their_part_of_it_each(capsys):
     recipe = str(RECIPES / "books-262k-2gpu.yaml")
-    given = (recipe, "--card", "NVIDIA H200", "--data.source", "text")
+    given = (recipe, "--card", "NVIDIA H200", "--data.source", "text", *ALL_LIGHTHOUSE)
     out, shared = planned(capsys, *given)
     assert "1 x 262,144 tokens a batch, 2 GPUs, 2 share each sequence; 1,000 steps, 262.1M tokens" in out
     assert "what GPUs say to each other is not counted" in out

@@ -18,7 +18,8 @@ from lightning_lighthouse.runs.comparison import read_report
 SCRIPT = RECIPES / "scaling.sh"
 SMALL = (
     "--trainer.accelerator cpu --trainer.precision 32-true --trainer.enable_progress_bar false --model.preset toy "
-    "--model.compile false --data.seq_len 256 --lighthouse.attention.top_k 8 --lighthouse.dense_layers [0,-1]"
+    "--model.compile false --data.seq_len 256 --lighthouse.attention.top_k 8 --lighthouse.dense_layers [0,-1] "
+    "--lighthouse.layer_types [lighthouse]"
 )
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule, SelfAttention, Sequences
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -17,7 +18,7 @@ from resumable import ResumableBatches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, patch_attention
+from lightning_lighthouse import FutureLeakProbe, patch_attention
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.phases.plateau import PlateauRule
 
@@ -122,14 +123,14 @@ def test_when(tmp_path, settings, run, expected):
 @pytest.mark.parametrize("first", [True, False], ids=["probe first", "probe last"])
 def test_a_switch_that_a_rule_decides_is_probed_too(tmp_path, first):
     # no validation can gain a million nats a second
-    callback = LighthouseCallback(1.0, CONFIG, plateau=PlateauRule(patience=1, min_gain_per_second=1e6, earliest=3))
+    callback = all_lighthouse(1.0, CONFIG, plateau=PlateauRule(patience=1, min_gain_per_second=1e6, earliest=3))
     probe = FutureLeakProbe(every_n_steps=0)
     fit(tmp_path, [probe, callback] if first else [callback, probe])
     assert steps(probe) == [4]
 
 
 def test_nothing_is_measured_in_a_dense_baseline_or_after_the_switch(tmp_path):
-    for callback in (lighthouse(enabled=False), LighthouseCallback(0, CONFIG)):
+    for callback in (lighthouse(enabled=False), all_lighthouse(0, CONFIG)):
         probe = FutureLeakProbe(every_n_steps=1)
         fit(tmp_path, [callback, probe])
         assert not probe.results

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from all_lighthouse import all_lighthouse
 from places import HELPERS
 from probing import Module, fit, lighthouse
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import FutureLeakProbe, LighthouseConfig
 from lightning_lighthouse.cli import commands as cli
 from lightning_lighthouse.model import Decoder
 
@@ -69,7 +70,11 @@ def test_a_compiled_model_compiles_one_frame_more(tmp_path):
 
 
 RECIPE = {
-    "lighthouse": {"switch_at": 4, "attention": {"num_levels": 2, "pooling_factor": 2, "top_k": 8}},
+    "lighthouse": {
+        "switch_at": 4,
+        "layer_types": ["lighthouse"],
+        "attention": {"num_levels": 2, "pooling_factor": 2, "top_k": 8},
+    },
     "model": {"init_args": {"num_layers": 3, "dim": 16, "num_heads": 2, "ffn_dim": 24, "vocab_size": 31}},
     "data": {"class_path": "probing.Tokens"},
     "trainer": {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 2, "enable_progress_bar": False},
@@ -115,7 +120,7 @@ def train_a_cheat(folder: Path, selection: str, num_steps: int = 60) -> dict[boo
 
     limits = {"every_n_steps": 0, "max_stderr": 0.05, "max_seconds": 20.0, "max_total_seconds": 40}
     probes = {True: FutureLeakProbe(**limits), False: AnotherProbe(**limits, many_positions=False)}
-    callbacks = [LighthouseCallback(num_steps, config, dense_layers=[]), *probes.values()]
+    callbacks = [all_lighthouse(num_steps, config, dense_layers=[]), *probes.values()]
     train, validation = CheatData(8 * num_steps, seed=0), CheatData(32, seed=1)
     fit(folder, callbacks, module, num_steps + 1, train, validation, val_check_interval=num_steps // 2)
     return probes

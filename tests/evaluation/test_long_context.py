@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -73,7 +74,7 @@ def fit(folder, callbacks, module=None, data=None, ckpt_path=None, **settings):
 
 
 def lighthouse(**settings) -> LighthouseCallback:
-    return LighthouseCallback(SWITCH, CONFIG, **settings)
+    return all_lighthouse(SWITCH, CONFIG, **settings)
 
 
 def steps(evaluation: LongContextEvaluation) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from foreign import GPT, TOKENS, VOCABULARY, ForeignModule, Sequences
 from forked import run_ranks
 from lightning.pytorch import Callback, Trainer
@@ -25,7 +26,6 @@ from torch.utils.data import DataLoader
 from lightning_lighthouse import (
     ContextParallelDDPStrategy,
     FutureLeakProbe,
-    LighthouseCallback,
     LighthouseConfig,
     LongContextEvaluation,
     local_positions,
@@ -238,7 +238,7 @@ def placed(**options: Any) -> ForeignModule:
 
 def cases(folder: Path) -> dict[str, Callable[[], Any]]:
     rank = int(os.environ["RANK"])
-    lighthouse = lambda **options: LighthouseCallback(1, CONFIG, **options)  # noqa: E731
+    lighthouse = lambda **options: all_lighthouse(1, CONFIG, **options)  # noqa: E731
     run = partial(fit, folder)
     beside = placed()
     beside.model.blocks[2].attn = nn.Sequential(WrittenOut())
@@ -265,9 +265,9 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "encoder validated": lambda: run(ForeignModule(model=Encoder()), how="validate"),
         "manual": lambda: run(Manual(PlacedGPT()), callbacks=(lighthouse(),)),
         "spoilt": lambda: run(
-            Spoiling(model=PlacedGPT()), callbacks=(LighthouseCallback(2, CONFIG),), accumulate_grad_batches=4
+            Spoiling(model=PlacedGPT()), callbacks=(all_lighthouse(2, CONFIG),), accumulate_grad_batches=4
         ),
-        "poisoned": lambda: run(poisoned(), callbacks=(LighthouseCallback(2, CONFIG),)),
+        "poisoned": lambda: run(poisoned(), callbacks=(all_lighthouse(2, CONFIG),)),
         "alone": lambda: run(placed(), size=1),
         "transformers": lambda: pretrained(folder),
         "decoder of transformers": lambda: continued(folder),

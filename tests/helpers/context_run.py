@@ -32,7 +32,7 @@ from lightning_lighthouse.model import Decoder
 
 SEQ_LEN, STEPS = 1012, 4
 STRATEGIES = {"ddp": ContextParallelDDPStrategy, "fsdp": ContextParallelStrategy}
-LIGHTHOUSE = {"attention": LighthouseConfig(top_k=64), "switch_at": 3}
+LIGHTHOUSE = {"attention": LighthouseConfig(top_k=64), "switch_at": 3, "layer_types": ["lighthouse"]}
 LOCAL = {
     "phases": [Phase(1, ["chunk", "window"], window=100, sink_tokens=3), Phase(3, ["lighthouse", "window"], window=30)],
     "attention": LighthouseConfig(top_k=64, selection="random"),
@@ -169,7 +169,7 @@ def train(folder: Path, name: str, ranks: int, size: int, kind: str, case: dict[
     seq_len = case.get("seq_len", SEQ_LEN)
     notes, options = Notes(), LIGHTHOUSE | case.get("callback", {})
     if "phases" in options:
-        del options["switch_at"]
+        del options["switch_at"], options["layer_types"]
     callback = LighthouseCallback(**options)
     module = Watched(case.get("backend"), **case.get("module", {}))
     callbacks = [callback, notes]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from all_lighthouse import all_lighthouse
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lighthouse import Documents, LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.model import Decoder
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
@@ -69,7 +70,7 @@ def main(output: Path) -> None:
     rank = int(os.environ.get("RANK", -1))
     settings = {} if rank < 0 else {"devices": 2, "strategy": "ddp"}
     data = DataLoader(Batches([0, 1] if rank < 0 else [rank]), batch_size=None)
-    callback = LighthouseCallback(SWITCH, CONFIG, documents=True)
+    callback = all_lighthouse(SWITCH, CONFIG, documents=True)
     settings |= {"val_check_interval": None, "use_distributed_sampler": False}
     model = train(decoder(restart_positions=True), data, [callback], output, **settings)
     output.mkdir(exist_ok=True)

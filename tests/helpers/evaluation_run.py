@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
+from all_lighthouse import all_lighthouse
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from long_contexts import text_of
 from probe_run import CONFIG, Recorded
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import LighthouseCallback, LongContextEvaluation
+from lightning_lighthouse import LongContextEvaluation
 from lightning_lighthouse.data.tokenizers import ByteTokenizer
 
 STEPS, SWITCH, TOKENS = 4, 2, 256
@@ -39,7 +40,7 @@ def train(name: str, evaluation: LongContextEvaluation | None, output: Path) -> 
         max_steps=STEPS,
         max_epochs=-1,
         val_check_interval=1,
-        callbacks=[LighthouseCallback(SWITCH, CONFIG), *([evaluation] if evaluation else [])],
+        callbacks=[all_lighthouse(SWITCH, CONFIG), *([evaluation] if evaluation else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+from all_lighthouse import all_lighthouse
 from faulty import FaultyLinear, Spoil
 from foreign import ForeignModule, Sequences
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import LighthouseConfig
 from lightning_lighthouse.training.nonfinite import NonFiniteError
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
@@ -62,7 +63,7 @@ def main(name: str, output: Path) -> None:
             strategy=strategy,
             use_distributed_sampler=False,
             max_steps=8,
-            callbacks=[LighthouseCallback(4, CONFIG), Spoil(batch, where, rank=1), weights],
+            callbacks=[all_lighthouse(4, CONFIG), Spoil(batch, where, rank=1), weights],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule, ResumableLoader, loader
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig, PlateauRule
+from lightning_lighthouse import LighthouseConfig, PlateauRule
 from lightning_lighthouse.phases.schedule import LIGHTHOUSE
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8)
@@ -41,7 +42,7 @@ class Phases(Callback):
 def main(output: Path, checkpoint: str | None) -> None:
     torch.manual_seed(0)
     module, phases = Told(), Phases()
-    callback = LighthouseCallback(0.9, CONFIG, plateau=PlateauRule(patience=2), return_steps=2, rewarm_steps=2)
+    callback = all_lighthouse(0.9, CONFIG, plateau=PlateauRule(patience=2), return_steps=2, rewarm_steps=2)
     callbacks = [callback, phases]
     if checkpoint is None:
         callbacks.append(ModelCheckpoint(output, save_top_k=-1, save_on_train_epoch_end=False))

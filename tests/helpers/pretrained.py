@@ -26,7 +26,7 @@ TRAINER = "trainer: {accelerator: cpu, max_steps: 3, enable_progress_bar: false,
 DATA = """\
 data:
   init_args: {seq_len: 64, source: text.txt, validation_source: text.txt, num_workers: 0TOKENIZER}
-lighthouse: {switch_at: 0.5, attention: {num_levels: 2, pooling_factor: 2, top_k: 8}}
+lighthouse: {switch_at: 0.5, layer_types: [lighthouse], attention: {num_levels: 2, pooling_factor: 2, top_k: 8}}
 """
 DECODER = """\
 model: {init_args: {num_layers: 2, dim: 48, num_heads: 4, num_kv_heads: 2, ffn_dim: 40, learning_rate: 0.1}}

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 
 import torch
+from all_lighthouse import all_lighthouse
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from pretrained import draw_tokens
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import LighthouseConfig
 from lightning_lighthouse.huggingface import HuggingFaceDecoder
 from lightning_lighthouse.runs.final_weights import _gather_weights
 
@@ -46,7 +47,7 @@ if __name__ == "__main__":
         strategy=strategy,
         use_distributed_sampler=False,
         max_steps=6,
-        callbacks=[LighthouseCallback(switch_at=0.5, attention=config)],
+        callbacks=[all_lighthouse(switch_at=0.5, attention=config)],
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,

@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule, Sequences
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import FutureLeakProbe, LighthouseConfig
 from lightning_lighthouse.model import Decoder
 from lightning_lighthouse.runs.final_weights import is_sharded
 
@@ -68,7 +69,7 @@ def train(name: str, probe: FutureLeakProbe | None, output: Path) -> Module | Re
         max_steps=STEPS,
         max_epochs=-1,
         val_check_interval=2,
-        callbacks=[LighthouseCallback(SWITCH, CONFIG), *([probe] if probe else [])],
+        callbacks=[all_lighthouse(SWITCH, CONFIG), *([probe] if probe else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule, Sequences
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import nn
@@ -64,7 +65,7 @@ def steps(probe: FutureLeakProbe) -> list[int]:
 
 
 def lighthouse(config: LighthouseConfig = CONFIG, **settings) -> LighthouseCallback:
-    return LighthouseCallback(SWITCH, config, **settings)
+    return all_lighthouse(SWITCH, config, **settings)
 
 
 class Tokens(LightningDataModule):

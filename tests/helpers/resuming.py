@@ -46,6 +46,7 @@ trainer:
   - class_path: resume_callbacks.Fault
 lighthouse:
   switch_at: {SWITCH}
+  layer_types: [lighthouse]
   dense_layers: []
   attention: {{num_levels: 2, pooling_factor: 2, top_k: 8}}
 checkpoint:

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit
 from lightning.pytorch import Callback
 
-from lightning_lighthouse import LighthouseCallback
 from lightning_lighthouse.runs.checkpoint import Checkpoint
 
 
@@ -19,5 +19,5 @@ class Stop(Callback):
             os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 
 
-callbacks = [LighthouseCallback(6, CONFIG), Stop(), Checkpoint("saved", save_last=True)]
+callbacks = [all_lighthouse(6, CONFIG), Stop(), Checkpoint("saved", save_last=True)]
 fit(".", callbacks, enable_checkpointing=True)

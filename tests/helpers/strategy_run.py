@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import Block, ForeignModule, Sequences
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -120,7 +121,7 @@ def main(name: str, output: Path, mode: str) -> None:
     module = kind(mode)
     accumulate = 2 if mode == "accumulate" else 1
     several = mode == "phases"
-    callback = LighthouseCallback(attention=CONFIG, phases=PHASES) if several else LighthouseCallback(SWITCH, CONFIG)
+    callback = LighthouseCallback(attention=CONFIG, phases=PHASES) if several else all_lighthouse(SWITCH, CONFIG)
     phases = Phases(callback)
     trainer = Trainer(
         accelerator="cpu",

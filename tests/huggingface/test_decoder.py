@@ -14,12 +14,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from places import HELPERS, ROOT
 from pretrained import FAMILIES, draw_tokens, load_model, save_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig, notices
+from lightning_lighthouse import LighthouseConfig, notices
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.context.group import Context, entered
 
@@ -119,7 +120,7 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
 def test_a_training_crosses_the_switch_and_recovers_what_it_learnt(tmp_path: Path) -> None:
     module = HuggingFaceDecoder(save_model(tmp_path / "model"), learning_rate=1e-2, warmup_steps=1)
     before = made(module.hparams["model"]).loss(draw_tokens()).item()
-    callback = LighthouseCallback(switch_at=0.5, attention=CONFIG)
+    callback = all_lighthouse(switch_at=0.5, attention=CONFIG)
     trainer = fit(module, 12, callbacks=[callback])
     phases = callback.state_dict()["ledger"]["phases"]
     assert (phases["lighthouse"]["steps"], phases["dense"]["steps"]) == (6, 6)
@@ -131,7 +132,7 @@ def test_a_training_crosses_the_switch_and_recovers_what_it_learnt(tmp_path: Pat
 def test_layers_with_windows_of_their_own_keep_them_beside_others(tmp_path: Path, caplog: Any) -> None:
     notices._given.clear()
     module = HuggingFaceDecoder(save_model(tmp_path / "model", "Gemma 3"))
-    callback = LighthouseCallback(switch_at=0.5, attention=CONFIG)
+    callback = all_lighthouse(switch_at=0.5, attention=CONFIG)
     with caplog.at_level("INFO"):
         fit(module, callbacks=[callback])
     # one of six sees all of a sequence
@@ -142,10 +143,10 @@ def test_layers_with_windows_of_their_own_keep_them_beside_others(tmp_path: Path
 
 def test_a_model_of_windows_alone_is_routed_within_them_and_refused_beyond(tmp_path: Path) -> None:
     short = HuggingFaceDecoder(save_model(tmp_path / "short", "Mistral", sliding_window=128))
-    fit(short, 2, callbacks=[LighthouseCallback(switch_at=1.0, attention=CONFIG)])
+    fit(short, 2, callbacks=[all_lighthouse(switch_at=1.0, attention=CONFIG)])
     long = HuggingFaceDecoder(save_model(tmp_path / "long", "Mistral", sliding_window=16))
     with pytest.raises(RuntimeError, match="sequences longer than sliding_window=16 cannot be routed"):
-        fit(long, callbacks=[LighthouseCallback(switch_at=0.5, attention=CONFIG)])
+        fit(long, callbacks=[all_lighthouse(switch_at=0.5, attention=CONFIG)])
 
 
 def assert_changes_no_loss(folder: str, **settings: Any) -> None:

@@ -9,10 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from pretrained import VOCABULARY, load_model, save_model
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import Documents, LighthouseCallback, LighthouseConfig, patch_attention
+from lightning_lighthouse import Documents, LighthouseConfig, patch_attention
 from lightning_lighthouse.routing.packing import PackedBatchError
 from lightning_lighthouse.routing.reasons import CrossingError
 
@@ -108,7 +109,7 @@ def test_a_training_stays_inside_documents_in_both_phases(
     # what a training leaves goes there
     monkeypatch.chdir(tmp_path)
     module = made(tmp_path, restart_positions=restart, activation_checkpointing=True, warmup_steps=0)
-    callback = LighthouseCallback(switch_at=0.5, attention=CONFIG, documents=True)
+    callback = all_lighthouse(switch_at=0.5, attention=CONFIG, documents=True)
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = pl.Trainer(
         max_steps=4, max_epochs=-1, enable_model_summary=False, callbacks=[callback], val_check_interval=1, **settings

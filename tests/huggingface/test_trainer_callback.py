@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse_trainer
 from families import CONFIG, GROUPED, LAYERS, build_transformers, transformers_by_hand
 from foreign import VOCABULARY
 
@@ -140,7 +141,7 @@ class Watch(transformers.TrainerCallback):
 
 def test_the_trainer_over_the_switch_equals_two_phases_by_hand(tmp_path):
     watch = Watch()
-    model, losses, _ = trained(tmp_path, LighthouseTrainerCallback(0.55, CONFIG), callbacks=[watch])
+    model, losses, _ = trained(tmp_path, all_lighthouse_trainer(0.55, CONFIG), callbacks=[watch])
     assert watch.steps[:5] == [0, 1, 2, 3, 4]
     expected, expected_losses = by_hand(switch=5)
     # the Trainer logs rounded losses
@@ -157,7 +158,7 @@ def test_backend_phase_and_switch_are_told_where_nobody_listens(tmp_path, monkey
     monkeypatch.setattr(notices.logger, "propagate", False)
     # its records reach the root, where pytest listens
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
-    trained(tmp_path, LighthouseTrainerCallback(4, CONFIG))
+    trained(tmp_path, all_lighthouse_trainer(4, CONFIG))
     lines = [line for line in caplog.messages if line.startswith("Lighthouse: ")]
     assert lines[0] == "Lighthouse: backend='auto' runs 'reference' on cpu"
     assert lines[1].startswith("Lighthouse: lighthouse phase from step 0; switch to dense at step 4 of 8")
@@ -169,7 +170,7 @@ def test_backend_phase_and_switch_are_told_where_nobody_listens(tmp_path, monkey
 def test_an_accumulated_step_is_never_split(tmp_path):
     data = rows(32)
     model, losses, _ = trained(
-        tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=4, gradient_accumulation_steps=3, data=data
+        tmp_path, all_lighthouse_trainer(2, CONFIG), steps=4, gradient_accumulation_steps=3, data=data
     )
     expected, expected_losses = by_hand(switch=2, steps=4, accumulate=3, data=data)
     assert losses.train == pytest.approx(expected_losses, abs=1e-3)
@@ -180,7 +181,7 @@ def test_evaluation_is_dense(tmp_path):
     held_out = rows(4, seed=1)
     # a rate of 0: the model stays as it is
     settings = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "steps": 2}
-    watch, callback = Watch(), LighthouseTrainerCallback(1, CONFIG)
+    watch, callback = Watch(), all_lighthouse_trainer(1, CONFIG)
     _, losses, _ = trained(tmp_path, callback, evaluated=held_out, callbacks=[watch], **settings)
     assert watch.evaluated_on
     assert not any(watch.evaluated_on)
@@ -193,7 +194,7 @@ def test_evaluation_is_dense(tmp_path):
 @pytest.mark.parametrize("stop", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path, stop):
     def callback():
-        return LighthouseTrainerCallback(3, CONFIG)
+        return all_lighthouse_trainer(3, CONFIG)
 
     whole, losses, _ = trained(tmp_path / "whole", callback(), steps=6)
     trained(tmp_path / "cut", callback(), steps=6, save_strategy="steps", save_steps=stop)
@@ -207,23 +208,23 @@ def test_a_resumed_training_ends_as_one_that_was_not_interrupted(tmp_path, stop)
 
 
 def test_a_resumed_training_that_has_switched_stays_dense(tmp_path, caplog):
-    trained(tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=4, save_strategy="steps", save_steps=4)
+    trained(tmp_path, all_lighthouse_trainer(2, CONFIG), steps=4, save_strategy="steps", save_steps=4)
     checkpoint = str(tmp_path / "checkpoint-4")
     with pytest.raises(ResumeError, match="allow_return"):
-        trained(tmp_path, LighthouseTrainerCallback(6, CONFIG), steps=8, resume=checkpoint)
+        trained(tmp_path, all_lighthouse_trainer(6, CONFIG), steps=8, resume=checkpoint)
     caplog.clear()
-    trained(tmp_path, LighthouseTrainerCallback(2, CONFIG), steps=5, resume=checkpoint)
+    trained(tmp_path, all_lighthouse_trainer(2, CONFIG), steps=5, resume=checkpoint)
     assert "dense phase from step 4" in caplog.text
     assert "switched from" not in caplog.text
 
 
 @pytest.mark.slow
 def test_the_trainer_can_restore_the_callback_with_its_settings(tmp_path):
-    callback = LighthouseTrainerCallback(2, CONFIG, dense_layers=[0, -1], select="*.self_attn")
+    callback = all_lighthouse_trainer(2, CONFIG, dense_layers=[0, -1], select="*.self_attn")
     trained(tmp_path, callback, steps=3, save_strategy="steps", save_steps=3)
     _, _, trainer = trained(
         tmp_path,
-        LighthouseTrainerCallback(0.5),
+        all_lighthouse_trainer(0.5),
         steps=4,
         resume=str(tmp_path / "checkpoint-3"),
         restore_callback_states_from_checkpoint=True,
@@ -240,7 +241,7 @@ def test_a_saved_model_has_no_trace(tmp_path, stated):
         model.set_attn_implementation(register_lighthouse_sdpa())
     keys = list(model.state_dict())
     # the checkpoint is written in the Lighthouse phase, the model after the training
-    callback = LighthouseTrainerCallback(3, CONFIG, hf_assume_causal=not stated)
+    callback = all_lighthouse_trainer(3, CONFIG, hf_assume_causal=not stated)
     _, _, trainer = trained(tmp_path, callback, model, steps=4, save_strategy="steps", save_steps=2)
     trainer.save_model(str(tmp_path / "final"))
     for folder in (tmp_path / "checkpoint-2", tmp_path / "final"):
@@ -260,7 +261,7 @@ def test_an_exception_inside_a_training_leaves_nothing_when_used_as_a_context(tm
             raise KeyboardInterrupt
 
     model = llama()
-    with pytest.raises(KeyboardInterrupt), LighthouseTrainerCallback(3, CONFIG) as callback:
+    with pytest.raises(KeyboardInterrupt), all_lighthouse_trainer(3, CONFIG) as callback:
         trained(tmp_path, callback, model, callbacks=[Failing()], gradient_accumulation_steps=2)
     assert "forward" not in vars(model.model.layers[1].self_attn)
 
@@ -278,7 +279,7 @@ def test_padding_is_named_and_nothing_is_left(tmp_path):
     padded = [row | {"attention_mask": (torch.arange(TOKENS) < 90).long()} for row in rows(4)]
     model = llama()
     with pytest.raises(RuntimeError, match=r"model\.layers\.3\.self_attn: attn_mask was given \(call the"):
-        trained(tmp_path, LighthouseTrainerCallback(3, CONFIG), model, padded)
+        trained(tmp_path, all_lighthouse_trainer(3, CONFIG), model, padded)
     assert "forward" not in vars(model.model.layers[1].self_attn)
 
 
@@ -344,11 +345,11 @@ def test_a_packed_batch_is_refused_unless_it_is_to_be_ignored(tmp_path, part):
     given = {"data": packed()} if part == "train" else {"evaluated": packed()}
     given.setdefault("evaluated", rows(2, seed=1))
     with (
-        LighthouseTrainerCallback(1, CONFIG) as callback,
+        all_lighthouse_trainer(1, CONFIG) as callback,
         pytest.raises(ValueError, match=r"position_ids restart.*documents=True"),
     ):
         trained(tmp_path, callback, **given, **settings)
-    trained(tmp_path, LighthouseTrainerCallback(1, CONFIG, documents="ignore"), **given, **settings)
+    trained(tmp_path, all_lighthouse_trainer(1, CONFIG, documents="ignore"), **given, **settings)
 
 
 def documents_of_rows(count=16):
@@ -367,7 +368,7 @@ def test_flattened_batches_train_inside_documents(tmp_path, switch):
     config = CONFIG if switch > 1 else LighthouseConfig(num_levels=2, pooling_factor=2, top_k=64)
     settings = {"steps": 4, "evaluated": data[:4], "eval_strategy": "steps", "eval_steps": 2}
     model, losses, _ = trained(
-        tmp_path, LighthouseTrainerCallback(switch, config, documents=True), data=data, collator=collator, **settings
+        tmp_path, all_lighthouse_trainer(switch, config, documents=True), data=data, collator=collator, **settings
     )
     by_hand = llama()
     optimizer = torch.optim.AdamW(by_hand.parameters(), lr=RATE, weight_decay=0.0)

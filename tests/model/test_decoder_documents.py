@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from documents_run import CONFIG, LENGTHS, Batches, decoder, rows, train
 from places import HELPERS
 
@@ -101,7 +102,7 @@ def recipe(prepared, **options):
 
 
 def lighthouse(**options):
-    return LighthouseCallback(4, CONFIG, **{"documents": True, **options})
+    return all_lighthouse(4, CONFIG, **{"documents": True, **options})
 
 
 def test_a_run_with_the_recipe_resumes_in_the_middle_as_if_unbroken(prepared, tmp_path):
@@ -141,7 +142,7 @@ def test_a_probe_replaces_text_and_leaves_the_documents(prepared, tmp_path, sele
     model = decoder(Watched, restart_positions=True, vocab_size=257)
     config = CONFIG if selection == "causal" else type(CONFIG)(2, 2, 8, selection="published")
     probe = FutureLeakProbe(num_batches=2, many_positions=False)
-    callback = LighthouseCallback(4, config, documents=True)
+    callback = all_lighthouse(4, config, documents=True)
     train(model, recipe(prepared, document_ids=True), [callback, probe], tmp_path, max_steps=4)
     assert [result.step for result in probe.results] == [2, 4]
     # dense and routed, in the documents of both batches
@@ -154,7 +155,7 @@ def test_a_probe_replaces_text_and_leaves_the_documents(prepared, tmp_path, sele
     train(
         plain,
         recipe(prepared, document_ids=True),
-        [LighthouseCallback(4, config, documents=True)],
+        [all_lighthouse(4, config, documents=True)],
         tmp_path,
         max_steps=4,
     )

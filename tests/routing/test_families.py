@@ -13,13 +13,14 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from families import CONFIG, FAMILIES, LAYERS, Logits, checkpoint_blocks
 from foreign import VOCABULARY, ForeignModule, ResumableLoader, loader
 from lightning.pytorch import Trainer
 from places import DOCS
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_lighthouse import LighthouseCallback, patch_attention
+from lightning_lighthouse import patch_attention
 
 DOCUMENT = DOCS / "use" / "models.md"
 ROUTED_LAYERS = list(range(1, LAYERS - 1))
@@ -130,7 +131,7 @@ def test_training_over_the_switch_equals_two_phases_by_hand(name, tmp_path):
     family = FAMILIES[name]
     module = ForeignModule(model=family.build())
     by_hand = ForeignModule(model=copy.deepcopy(module.model))
-    trainer = quiet_trainer(tmp_path, LighthouseCallback(0.5, CONFIG, dense_layers="published"))
+    trainer = quiet_trainer(tmp_path, all_lighthouse(0.5, CONFIG, dense_layers="published"))
     trainer.fit(module, ResumableLoader(count=8))
 
     optimizer = by_hand.configure_optimizers()
@@ -228,7 +229,7 @@ def test_recompiles_of_a_fit_are_those_of_the_document(row, validation, frames, 
     for part in module.model.blocks if "block" in row else [module.model]:
         part.compile(backend=counter, fullgraph=True)
     for _ in range(2):
-        callback = LighthouseCallback(2, CONFIG, dense_layers="published" if "dense" in row else None)
+        callback = all_lighthouse(2, CONFIG, dense_layers="published" if "dense" in row else None)
         trainer = quiet_trainer(tmp_path, callback, val_check_interval=1)
         trainer.fit(module, ResumableLoader(count=8), loader(4) if validation else None)
         assert counter.frame_count == frames

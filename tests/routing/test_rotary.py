@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from families import GROUPED, TRANSFORMERS, build_transformers
 from fitting import fit
 from foreign import GPT
@@ -204,7 +205,7 @@ def test_a_wrong_argument_says_what_is_allowed(rotary, error, message):
     with pytest.raises(error, match=message):
         patch_attention(GPT(), AFTER, rotary=rotary)
     with pytest.raises(error, match=message):
-        LighthouseCallback(rotary=rotary)
+        all_lighthouse(rotary=rotary)
 
 
 def test_yaml_can_hold_it():
@@ -218,8 +219,8 @@ def test_yaml_can_hold_it():
 
 def test_a_training_takes_what_is_given(tmp_path):
     with pytest.raises(SettingError, match="found no rotary frequencies"):
-        fit(tmp_path, [LighthouseCallback(0.5, AFTER)], max_steps=2)
-    callback = LighthouseCallback(0.5, AFTER, rotary={"rope_theta": 100.0})
+        fit(tmp_path, [all_lighthouse(0.5, AFTER)], max_steps=2)
+    callback = all_lighthouse(0.5, AFTER, rotary={"rope_theta": 100.0})
     given, _ = fit(tmp_path, [callback], max_steps=2)
-    plain, _ = fit(tmp_path, [LighthouseCallback(0.5, BEFORE)], max_steps=2)
+    plain, _ = fit(tmp_path, [all_lighthouse(0.5, BEFORE)], max_steps=2)
     assert not torch.equal(given.model.head.weight, plain.model.head.weight)

@@ -8,11 +8,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from warned import own_warnings
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig, patch_attention
+from lightning_lighthouse import LighthouseConfig, patch_attention
 from lightning_lighthouse.routing.score_spread import normalises
 
 transformers = pytest.importorskip("transformers")
@@ -76,7 +77,7 @@ def test_a_training_is_warned_once(tmp_path):
     trainer = pl.Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,
-        callbacks=LighthouseCallback(switch_at=2, attention=CONFIG, dense_layers=[]),
+        callbacks=all_lighthouse(switch_at=2, attention=CONFIG, dense_layers=[]),
     )  # fmt: skip
     with own_warnings() as lines:
         trainer.fit(Module(), torch.utils.data.DataLoader(tokens))

@@ -8,6 +8,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, module
 from foreign import ForeignModule, loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -38,7 +39,7 @@ class LogsTheSame(ForeignModule):
 
 def train(folder, loggers, model=None, **settings):
     settings = {"validation": loader(4, seed=1), "val_check_interval": 3, "log_every_n_steps": 1} | settings
-    return fit(folder, [LighthouseCallback(SWITCH, CONFIG)], model or module(), logger=loggers, **settings)
+    return fit(folder, [all_lighthouse(SWITCH, CONFIG)], model or module(), logger=loggers, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule, ResumableLoader, loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -64,7 +65,7 @@ def fit(folder, callbacks, ckpt_path=None, **settings):
 
 
 def test_a_run_is_a_row_with_its_validation_loss(tmp_path):
-    model = fit(tmp_path, [LighthouseCallback(0.6, CONFIG)])
+    model = fit(tmp_path, [all_lighthouse(0.6, CONFIG)])
     table = rows(tmp_path)
     assert list(table) == ["one/dense"]
     settings, metrics = table["one/dense"]
@@ -87,16 +88,16 @@ def test_the_baseline_is_a_row_too(tmp_path):
 @pytest.mark.filterwarnings("ignore:Lighthouse. the switch to dense")
 def test_a_changed_switch_is_a_new_row(tmp_path):
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=False)
-    fit(tmp_path, [LighthouseCallback(0.6, CONFIG), saving])
+    fit(tmp_path, [all_lighthouse(0.6, CONFIG), saving])
     path = next(tmp_path.glob("*step=4.ckpt"))
     # as it was: one row
     saving = ModelCheckpoint(tmp_path / "again", save_top_k=-1, save_on_train_epoch_end=False)
-    fit(tmp_path, [LighthouseCallback(0.6, CONFIG), saving], ckpt_path=path)
+    fit(tmp_path, [all_lighthouse(0.6, CONFIG), saving], ckpt_path=path)
     assert list(rows(tmp_path)) == ["one/dense"]
     # changed: a second row, which stays the one of later resumes
     changed = ModelCheckpoint(tmp_path / "changed", save_top_k=-1, save_on_train_epoch_end=False)
-    fit(tmp_path, [LighthouseCallback(8, CONFIG), changed], ckpt_path=path)
-    fit(tmp_path, [LighthouseCallback(8, CONFIG)], ckpt_path=next((tmp_path / "changed").glob("*step=6.ckpt")))
+    fit(tmp_path, [all_lighthouse(8, CONFIG), changed], ckpt_path=path)
+    fit(tmp_path, [all_lighthouse(8, CONFIG)], ckpt_path=next((tmp_path / "changed").glob("*step=6.ckpt")))
     table = rows(tmp_path)
     assert sorted(table) == ["one/dense", "one/dense/from_step_4"]
     old, new = (table[name] for name in sorted(table))

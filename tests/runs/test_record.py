@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import yaml
+from all_lighthouse import all_lighthouse
 from foreign import ForeignModule, ResumableLoader, loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -56,7 +57,7 @@ def read(folder):
 
 
 def test_the_report_of_a_run(tmp_path):
-    model, _ = fit(tmp_path, [LighthouseCallback(0.6, CONFIG)], logger=TensorBoardLogger(tmp_path))
+    model, _ = fit(tmp_path, [all_lighthouse(0.6, CONFIG)], logger=TensorBoardLogger(tmp_path))
     assert not list(tmp_path.rglob("*.partial"))
     report = json.loads(next(tmp_path.rglob("lighthouse.json")).read_text())
     assert next(tmp_path.rglob("lighthouse.json")).parent == next(tmp_path.rglob("final.pt")).parent
@@ -110,8 +111,8 @@ def test_a_resumed_run_reports_the_whole_run(tmp_path, stop):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # after validation: a run resumed from right before one goes on without it
     saving = ModelCheckpoint(parts, save_top_k=-1, save_on_train_epoch_end=False)
-    fit(whole, [LighthouseCallback(0.6, CONFIG), saving])
-    fit(parts, [LighthouseCallback(0.6, CONFIG)], ckpt_path=next(parts.glob(f"*step={stop}.ckpt")))
+    fit(whole, [all_lighthouse(0.6, CONFIG), saving])
+    fit(parts, [all_lighthouse(0.6, CONFIG)], ckpt_path=next(parts.glob(f"*step={stop}.ckpt")))
     reports = [read(whole), read(parts)]
     for report in reports:
         for phase in report["phases"].values():
@@ -128,7 +129,7 @@ def test_a_dense_run_from_a_lighthouse_checkpoint_has_no_switch(tmp_path):
     rule = PlateauRule(patience=1)
     fit(
         tmp_path,
-        [LighthouseCallback(6, CONFIG), ModelCheckpoint(tmp_path, save_on_train_epoch_end=False)],
+        [all_lighthouse(6, CONFIG), ModelCheckpoint(tmp_path, save_on_train_epoch_end=False)],
         max_steps=4,
     )
     arguments = {"enabled": False, "plateau": rule, "return_steps": 2, "rewarm_steps": 2}
@@ -153,7 +154,7 @@ def keys(value, prefix=""):
 
 
 def test_the_page_lists_every_key(tmp_path):
-    fit(tmp_path, [LighthouseCallback(0.6, CONFIG)])
+    fit(tmp_path, [all_lighthouse(0.6, CONFIG)])
     page = (DOCS / "use" / "switch.md").read_text()
     table = page.partition("## lighthouse.json")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
@@ -174,7 +175,7 @@ def test_the_page_shows_the_settings_that_there_are():
 
 def test_the_jump_at_the_switch_is_told_once(tmp_path, caplog):
     with caplog.at_level("INFO"):
-        fit(tmp_path, [LighthouseCallback(0.6, CONFIG), FutureLeakProbe(num_batches=1, max_seconds=0.5)])
+        fit(tmp_path, [all_lighthouse(0.6, CONFIG), FutureLeakProbe(num_batches=1, max_seconds=0.5)])
     report = read(tmp_path)
     probe = report["probes"][-1]
     assert probe["step"] == 6
@@ -194,7 +195,7 @@ def test_an_unknown_length_and_a_loss_that_is_not_finite_are_null():
 
 
 def test_a_fast_dev_run_reports_nothing(tmp_path):
-    fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], fast_dev_run=True, max_steps=-1)
+    fit(tmp_path, [all_lighthouse(0.9, CONFIG)], fast_dev_run=True, max_steps=-1)
     assert not list(tmp_path.rglob("*.json"))
 
 

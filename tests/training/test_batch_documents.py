@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, trainer
 from foreign import TOKENS, VOCABULARY, ForeignModule
 from lightning.pytorch import Callback
@@ -57,14 +58,14 @@ def module():
 def test_a_packed_training_batch_stops_the_fit_before_it_trains(tmp_path, enabled):
     model = module()
     before = [p.clone() for p in model.parameters()]
-    callback = LighthouseCallback(0.5, CONFIG, enabled=enabled)
+    callback = all_lighthouse(0.5, CONFIG, enabled=enabled)
     with pytest.raises(PackedBatchError, match="document_ids of a sequence differ"):
         fit(tmp_path, [callback], model, data=loader(0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_later_packed_batch_stops_it_too_in_the_dense_phase_as_well(tmp_path):
-    run = trainer(tmp_path, [LighthouseCallback(2, CONFIG)])
+    run = trainer(tmp_path, [all_lighthouse(2, CONFIG)])
     with pytest.raises(PackedBatchError):
         run.fit(module(), loader(2 * 7))
     assert run.global_step == 7
@@ -72,7 +73,7 @@ def test_a_later_packed_batch_stops_it_too_in_the_dense_phase_as_well(tmp_path):
 
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_a_packed_validation_batch_stops_the_fit(tmp_path, sanity):
-    run = trainer(tmp_path, [LighthouseCallback(0.5, CONFIG)], val_check_interval=3, num_sanity_val_steps=sanity)
+    run = trainer(tmp_path, [all_lighthouse(0.5, CONFIG)], val_check_interval=3, num_sanity_val_steps=sanity)
     with pytest.raises(PackedBatchError):
         run.fit(module(), loader(), loader(0))
     assert run.global_step == (0 if sanity else 3)
@@ -84,14 +85,14 @@ def test_a_batch_that_is_packed_on_the_way_is_seen(tmp_path):
             batch["position_ids"] = torch.arange(TOKENS) % 50
 
     with pytest.raises(PackedBatchError, match="position_ids restart"):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], Packs(), data=loader())
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG)], Packs(), data=loader())
 
     class PacksInTransfer(Named):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return {**batch, "document_ids": batch["document_ids"] + (torch.arange(TOKENS + 1) > 9)}
 
     with pytest.raises(PackedBatchError, match="document_ids of a sequence differ"):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], PacksInTransfer(), data=loader())
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG)], PacksInTransfer(), data=loader())
 
 
 def test_what_comes_to_a_batch_on_the_way_is_looked_at_with_what_was_there(tmp_path):
@@ -103,17 +104,17 @@ def test_what_comes_to_a_batch_on_the_way_is_looked_at_with_what_was_there(tmp_p
             batch["position_ids"] = positions
 
     data = [{**row, "attention_mask": (~padding[0]).long()} for row in rows()]
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], Pads(), data=DataLoader(data, batch_size=2))
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG)], Pads(), data=DataLoader(data, batch_size=2))
 
 
 def test_ignore_trains_as_if_nothing_were_packed(tmp_path):
-    packed, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG, documents="ignore")], module(), data=loader(0))
-    plain, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], module(), data=loader())
+    packed, _ = fit(tmp_path, [all_lighthouse(0.5, CONFIG, documents="ignore")], module(), data=loader(0))
+    plain, _ = fit(tmp_path, [all_lighthouse(0.5, CONFIG)], module(), data=loader())
     assert all(torch.equal(a, b) for a, b in zip(packed.parameters(), plain.parameters(), strict=True))
 
 
 def test_the_strategy_is_left_as_it_was(tmp_path):
-    run = trainer(tmp_path, [LighthouseCallback(0.5, CONFIG)], max_steps=2)
+    run = trainer(tmp_path, [all_lighthouse(0.5, CONFIG)], max_steps=2)
     before = dict(vars(run.strategy))
     run.fit(module(), loader())
     assert {"batch_to_device", "training_step"} & set(vars(run.strategy)) == set(before) & {"batch_to_device"}
@@ -130,7 +131,7 @@ def test_the_decoder_refuses_what_nobody_was_told_of(tmp_path):
     with pytest.raises(PackedBatchError):
         trainer(tmp_path, []).fit(decoder(), loader(0))
     assert decoder().loss({**batch, "document_ids": torch.zeros_like(batch["tokens"])}).isfinite()
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG, documents="ignore")], decoder(), data=loader(0), max_steps=2)
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG, documents="ignore")], decoder(), data=loader(0), max_steps=2)
     ignoring = LighthouseCallback(0.5, CONFIG, documents="ignore", enabled=False)
     fit(tmp_path, [ignoring], decoder(), data=loader(0), max_steps=2)
 
@@ -182,7 +183,7 @@ def given(form, count=12):
 
 
 def trained(tmp_path, form, model=None, steps=6, **settings):
-    callback = LighthouseCallback(3, CONFIG, documents=True, **settings)
+    callback = all_lighthouse(3, CONFIG, documents=True, **settings)
     model = model or module_with_documents()
     validation = given(form, 2)
     return fit(
@@ -224,7 +225,7 @@ def test_a_dense_training_equals_the_documents_one_by_one(tmp_path, enabled):
     """Sanity check, training over the switch, and validation."""
     # nothing to compress: such a layer is dense inside documents
     whole = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=64)
-    callback = LighthouseCallback(1, whole, documents=True, enabled=enabled, dense_layers=[0])
+    callback = all_lighthouse(1, whole, documents=True, enabled=enabled, dense_layers=[0])
     run = trainer(tmp_path, [callback], max_steps=4, num_sanity_val_steps=1, val_check_interval=2)
     model = module_with_documents()
     run.fit(model, given("documents"), given("documents", 2))
@@ -250,13 +251,13 @@ def test_documents_hold_outside_of_a_fit_too(tmp_path, how):
 
     torch.manual_seed(0)
     model = Tests()
-    run = trainer(tmp_path, [LighthouseCallback(1, CONFIG, documents=True)])
+    run = trainer(tmp_path, [all_lighthouse(1, CONFIG, documents=True)])
     (metrics,) = getattr(run, how)(model, given("documents", 2), verbose=False)
     with torch.no_grad():
         expected = torch.stack([one_by_one(model, batch["tokens"]) for batch in batches("documents", 2)]).mean()
     assert metrics["val/loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert scopes == []
-    refusing = trainer(tmp_path, [LighthouseCallback(1, CONFIG)])
+    refusing = trainer(tmp_path, [all_lighthouse(1, CONFIG)])
     with pytest.raises(PackedBatchError):
         getattr(refusing, how)(model, given("document_ids", 2), verbose=False)
 
@@ -265,7 +266,7 @@ def test_a_batch_without_documents_is_an_error(tmp_path):
     with pytest.raises(SettingError, match=r"the batch holds none: add .* documents\(batch\) to Named$") as caught:
         fit(
             tmp_path,
-            [LighthouseCallback(1, CONFIG, documents=True)],
+            [all_lighthouse(1, CONFIG, documents=True)],
             module(),
             data=DataLoader([{"tokens": torch.zeros(TOKENS + 1).long()}]),
         )
@@ -275,7 +276,7 @@ def test_a_batch_without_documents_is_an_error(tmp_path):
 
 def test_documents_of_all_targets_are_told_how_to_be_cut(tmp_path):
     with pytest.raises(ValueError, match=r"documents cover 2 x 129 tokens, .* sees 2 x 128; .* document_ids\[:, :-1\]"):
-        fit(tmp_path, [LighthouseCallback(1, CONFIG, documents=True)], module(), data=loader(0))
+        fit(tmp_path, [all_lighthouse(1, CONFIG, documents=True)], module(), data=loader(0))
 
 
 @pytest.mark.parametrize("on_unroutable", ["raise", "warn"])
@@ -335,7 +336,7 @@ def test_other_callbacks_find_no_documents_between_batches(tmp_path):
                 seen.append(pl_module.model(batch["tokens"][:, :20]).shape)
             pl_module.train()
 
-    callback = LighthouseCallback(3, CONFIG, documents=True)
+    callback = all_lighthouse(3, CONFIG, documents=True)
     fit(tmp_path, [callback, Samples()], module_with_documents(), data=given("documents"), max_steps=4)
     assert len(seen) == 4
 
@@ -361,5 +362,5 @@ def test_a_search_for_the_rate_stays_inside_documents(tmp_path):
     finder = LearningRateFinder(num_training_steps=3, update_attr=False)
     torch.manual_seed(0)
     model = Finds()
-    fit(tmp_path, [finder, LighthouseCallback(2, CONFIG, documents=True)], model, data=given("documents"), max_steps=3)
+    fit(tmp_path, [finder, all_lighthouse(2, CONFIG, documents=True)], model, data=given("documents"), max_steps=3)
     assert learned == [Documents([LENGTHS, LENGTHS])] * 6

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from documents_run import decoder
 from fitting import trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lighthouse import Documents, LighthouseCallback, LighthouseConfig
+from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.routing.packing import PackedBatchError, PackingCheck
 
 pytestmark = [
@@ -49,7 +50,7 @@ def test_no_forward_or_backward_waits_for_documents(tmp_path, form, compile):
             torch.cuda.set_sync_debug_mode("default")
 
     model = decoder(Watched, compile=compile).float()
-    callback = LighthouseCallback(8, CONFIG, documents=True)
+    callback = all_lighthouse(8, CONFIG, documents=True)
     run = trainer(tmp_path, [callback], accelerator="gpu", devices=1, max_steps=8, precision="bf16-mixed")
     try:
         run.fit(model, DataLoader(Batches(form), batch_size=None, pin_memory=True))

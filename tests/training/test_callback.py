@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, module
 from foreign import GPT, ForeignModule, SelfAttention, Sequences, loader
 from lightning.pytorch import Trainer
@@ -58,9 +59,7 @@ def _nothing_left_behind():
 
 def test_lighthouse_until_the_switch_then_dense(tmp_path):
     watch = Watch()
-    model, _ = fit(
-        tmp_path, [LighthouseCallback(0.6, CONFIG), watch], validation=loader(4, seed=1), val_check_interval=2
-    )
+    model, _ = fit(tmp_path, [all_lighthouse(0.6, CONFIG), watch], validation=loader(4, seed=1), val_check_interval=2)
     assert watch.phases == [True] * 6 + [False] * 4
     assert watch.validation
     assert not any(watch.validation)
@@ -77,7 +76,7 @@ def test_the_dense_phase_is_plain_training(tmp_path):
             if trainer.global_step == 5:
                 states.append(copy.deepcopy((pl_module.state_dict(), trainer.optimizers[0].state_dict())))
 
-    fit(tmp_path, [LighthouseCallback(5, CONFIG), Snapshot()], model)
+    fit(tmp_path, [all_lighthouse(5, CONFIG), Snapshot()], model)
     by_hand = module()
     by_hand.load_state_dict(states[0][0])
     optimizer = by_hand.configure_optimizers()
@@ -98,7 +97,7 @@ def test_state_dict_keys_never_change(tmp_path):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             keys.append(list(pl_module.state_dict()))
 
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG), Keys()], model)
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG), Keys()], model)
     keys.append(list(model.state_dict()))
     assert all(these == keys[0] for these in keys)
 
@@ -113,22 +112,22 @@ def test_disabled_is_the_dense_baseline(tmp_path):
 
 def test_the_switch_never_splits_an_accumulation(tmp_path):
     watch = Watch()
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], max_steps=-1, max_epochs=1, accumulate_grad_batches=2)
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG), watch], max_steps=-1, max_epochs=1, accumulate_grad_batches=2)
     # 10 batches are 5 steps; half of them, rounded up, is 3
     assert watch.phases == [True] * 6 + [False] * 4
 
 
 @pytest.mark.parametrize("stop", [3, 6, 8], ids=["before the switch", "at the switch", "after the switch"])
 def test_resume_is_exact(tmp_path, stop):
-    whole, _ = fit(tmp_path, [LighthouseCallback(0.6, CONFIG)])
+    whole, _ = fit(tmp_path, [all_lighthouse(0.6, CONFIG)])
 
     def halves():
-        return [LighthouseCallback(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1)]
+        return [all_lighthouse(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=stop, save_top_k=-1)]
 
     first, _ = fit(tmp_path, halves(), enable_checkpointing=True)
     path = next(tmp_path.glob(f"*step={stop}.ckpt"))
     watch = Watch()
-    second, _ = fit(tmp_path, [LighthouseCallback(0.6, CONFIG), watch], ckpt_path=path)
+    second, _ = fit(tmp_path, [all_lighthouse(0.6, CONFIG), watch], ckpt_path=path)
     assert first.losses == whole.losses
     assert second.losses == whole.losses[stop:]
     assert watch.training == [(step, step < 6) for step in range(stop, 10)]
@@ -136,7 +135,7 @@ def test_resume_is_exact(tmp_path, stop):
 
 def checkpointed(tmp_path, switch_at, stop=6, max_steps=10, **arguments):
     callbacks = [
-        LighthouseCallback(switch_at, CONFIG, **arguments),
+        all_lighthouse(switch_at, CONFIG, **arguments),
         ModelCheckpoint(tmp_path, every_n_train_steps=stop),
     ]
     fit(tmp_path, callbacks, enable_checkpointing=True, max_steps=max_steps)
@@ -147,17 +146,17 @@ def test_a_longer_run_stays_dense_after_its_switch(tmp_path):
     path = checkpointed(tmp_path, 0.5)
     watch = Watch()
     with pytest.warns(UserWarning, match="the training got longer.*stays dense"):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], ckpt_path=path, max_steps=20)
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG), watch], ckpt_path=path, max_steps=20)
     assert not any(watch.phases)
 
 
 def test_a_later_switch_after_the_switch_is_refused_unless_asked_for(tmp_path):
     path = checkpointed(tmp_path, 0.5)
     with pytest.raises(ResumeError, match="set allow_return to true"):
-        fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], ckpt_path=path)
+        fit(tmp_path, [all_lighthouse(0.9, CONFIG)], ckpt_path=path)
     watch = Watch()
     with pytest.warns(UserWarning, match="returning to Lighthouse"):
-        fit(tmp_path, [LighthouseCallback(0.9, CONFIG, allow_return=True), watch], ckpt_path=path)
+        fit(tmp_path, [all_lighthouse(0.9, CONFIG, allow_return=True), watch], ckpt_path=path)
     assert watch.phases == [True] * 3 + [False]
 
 
@@ -165,7 +164,7 @@ def test_a_switch_still_ahead_moves_with_a_warning(tmp_path):
     path = checkpointed(tmp_path, 0.9)
     watch = Watch()
     with pytest.warns(UserWarning, match="from step 9 to step 8"):
-        fit(tmp_path, [LighthouseCallback(8, CONFIG), watch], ckpt_path=path)
+        fit(tmp_path, [all_lighthouse(8, CONFIG), watch], ckpt_path=path)
     assert watch.phases == [True, True, False, False]
 
 
@@ -176,13 +175,13 @@ def test_a_checkpoint_without_our_state_follows_its_step(tmp_path):
     torch.save(content, path)
     watch = Watch()
     with pytest.warns(UserWarning, match="without Lighthouse state"):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], ckpt_path=path)
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG), watch], ckpt_path=path)
     assert not any(watch.phases)
 
 
 def test_a_second_fit_of_the_same_trainer_stays_dense(tmp_path):
     watch = Watch()
-    callback = LighthouseCallback(5, CONFIG)
+    callback = all_lighthouse(5, CONFIG)
     model, run = fit(tmp_path, [callback, watch])
     run.fit_loop.epoch_loop.max_steps = 15
     run.fit(model, loader())
@@ -208,7 +207,7 @@ def test_the_model_is_restored_after_an_exception(tmp_path, error):
                 raise error
 
     with pytest.raises((error, SystemExit)):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG), Fail()], model)
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG), Fail()], model)
     assert F.scaled_dot_product_attention is stock_sdpa
     dense.load_state_dict(model.state_dict())
     batch = next(iter(loader()))
@@ -225,9 +224,9 @@ def test_an_unroutable_layer_is_named(tmp_path):
     model = module()
     model.model.blocks[2].attn.__class__ = WithMask
     with pytest.raises(RuntimeError, match=r"1 of 4 .* model\.blocks\.2\.attn: attn_mask was given"):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], model)
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG)], model)
     with pytest.warns(UserWarning, match="attn_mask was given"):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG, on_unroutable="warn")], model)
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG, on_unroutable="warn")], model)
 
 
 def test_a_batch_that_training_step_passes_over_is_not_judged(tmp_path):
@@ -236,7 +235,7 @@ def test_a_batch_that_training_step_passes_over_is_not_judged(tmp_path):
             return None if batch_idx == 0 else super().training_step(batch, batch_idx)
 
     model = PassesOver()
-    fit(tmp_path, [LighthouseCallback(3, CONFIG)], model)
+    fit(tmp_path, [all_lighthouse(3, CONFIG)], model)
     assert len(model.losses) > 3
 
 
@@ -254,14 +253,14 @@ class Gaps:
 
 
 def test_a_batch_that_is_none_counts_for_nothing(tmp_path):
-    callback = LighthouseCallback(2, CONFIG, dense_layers=[])
+    callback = all_lighthouse(2, CONFIG, dense_layers=[])
     fit(tmp_path, [callback], ForeignModule(), data=Gaps(list(loader(8))), max_epochs=1, max_steps=4)
     phases = callback.state_dict()["ledger"]["phases"]
     assert {name: phases[name]["steps"] for name in ("lighthouse", "dense")} == {"lighthouse": 2, "dense": 2}
 
 
 def test_what_a_checkpoint_said_is_in_one_that_is_written_before_training_begins():
-    ran, resumed = (LighthouseCallback(2, CONFIG) for _ in range(2))
+    ran, resumed = (all_lighthouse(2, CONFIG) for _ in range(2))
     ran._run.ledger.add_validation(3, "dense", 1.5)
     resumed.load_state_dict(ran.state_dict())
     assert resumed.state_dict() == ran.state_dict()
@@ -282,37 +281,37 @@ class Endless(IterableDataset):
 )
 def test_a_fraction_of_an_unknown_length_is_refused(tmp_path, callbacks, settings, words):
     with pytest.raises(SettingError, match=words):
-        fit(tmp_path, [LighthouseCallback(0.9, CONFIG), *callbacks], **settings)
+        fit(tmp_path, [all_lighthouse(0.9, CONFIG), *callbacks], **settings)
 
 
 def test_a_step_needs_no_length(tmp_path):
     watch = Watch()
-    fit(tmp_path, [LighthouseCallback(4, CONFIG), watch], max_steps=-1, max_epochs=1, data=DataLoader(Endless(), 2))
+    fit(tmp_path, [all_lighthouse(4, CONFIG), watch], max_steps=-1, max_epochs=1, data=DataLoader(Endless(), 2))
     assert watch.phases == [True] * 4 + [False] * 6
 
 
 def test_a_run_that_ends_before_its_switch_says_so(tmp_path):
     with pytest.warns(UserWarning, match="before the switch to dense attention at step 50"):
-        fit(tmp_path, [LighthouseCallback(50, CONFIG)])
+        fit(tmp_path, [all_lighthouse(50, CONFIG)])
 
 
 def test_a_compiled_model_switches(tmp_path):
-    eager, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)])
+    eager, _ = fit(tmp_path, [all_lighthouse(0.5, CONFIG)])
     model = module()
     for block in model.model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     watch = Watch()
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG), watch], model)
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG), watch], model)
     torch.testing.assert_close(model.losses, eager.losses, rtol=1e-4, atol=0)
 
 
 def test_low_precision_trains(tmp_path):
-    model, _ = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], precision="bf16-mixed")
+    model, _ = fit(tmp_path, [all_lighthouse(0.5, CONFIG)], precision="bf16-mixed")
     assert model.losses[-1] < model.losses[0]
 
 
 def test_the_final_weights_load_into_a_plain_model(tmp_path):
-    model, run = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], logger=TensorBoardLogger(tmp_path))
+    model, run = fit(tmp_path, [all_lighthouse(0.5, CONFIG)], logger=TensorBoardLogger(tmp_path))
     weights = torch.load(f"{run.log_dir}/final.pt", weights_only=True)
     plain = ForeignModule()
     plain.load_state_dict(weights, strict=True)
@@ -331,7 +330,7 @@ class AddOne(Callback):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_the_final_weights_are_those_the_fit_ends_with(tmp_path, first):
-    callbacks = [LighthouseCallback(0.5, CONFIG), AddOne()]
+    callbacks = [all_lighthouse(0.5, CONFIG), AddOne()]
     model, _ = fit(tmp_path, callbacks if first else callbacks[::-1])
     weights = torch.load(tmp_path / "final.pt", weights_only=True)
     assert torch.equal(weights["model.head.bias"], model.model.head.bias)
@@ -342,7 +341,7 @@ def test_a_fit_that_has_nothing_left_to_do_writes_into_its_folder_alone(tmp_path
     (tmp_path / "final.pt").unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], ckpt_path=path)
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG)], ckpt_path=path)
     assert list(tmp_path.rglob("final.pt")) == [tmp_path / "final.pt"]
 
 
@@ -356,14 +355,14 @@ class ExtraState(ForeignModule):
 
 def test_an_extra_state_is_written_as_it_is(tmp_path):
     torch.manual_seed(0)
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], ExtraState())
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG)], ExtraState())
     plain = ExtraState()
     plain.load_state_dict(torch.load(tmp_path / "final.pt", weights_only=True), strict=True)
     assert plain.seen == 3
 
 
 def test_a_validation_with_a_checkpoint_leaves_the_run_alone(tmp_path):
-    callback, watch = LighthouseCallback(5, CONFIG), Watch()
+    callback, watch = all_lighthouse(5, CONFIG), Watch()
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     model, run = fit(tmp_path, [callback, watch, saving], enable_checkpointing=True, validation=loader(4, seed=1))
     before = callback.state_dict()
@@ -379,7 +378,7 @@ def test_another_fit_of_the_same_callback_does_not_leak(tmp_path):
     content = torch.load(path, weights_only=True)
     del content["callbacks"]["LighthouseCallback"]
     torch.save(content, path)
-    callback, watch = LighthouseCallback(2, CONFIG), Watch()
+    callback, watch = all_lighthouse(2, CONFIG), Watch()
     fit(tmp_path, [callback])
     callback.switch_at = 8
     with pytest.warns(UserWarning, match="without Lighthouse state"):
@@ -388,13 +387,13 @@ def test_another_fit_of_the_same_callback_does_not_leak(tmp_path):
 
 
 def test_no_logging_at_all_is_possible(tmp_path):
-    _, run = fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], logger=TensorBoardLogger(tmp_path), log_every_n_steps=0)
+    _, run = fit(tmp_path, [all_lighthouse(0.5, CONFIG)], logger=TensorBoardLogger(tmp_path), log_every_n_steps=0)
     # only the points that frame the switch
     assert list(scalars(f"{run.log_dir}/lighthouse")) == [4, 5]
 
 
 def test_a_metric_of_another_name_is_asked_for_once(tmp_path):
-    callback = LighthouseCallback(0.5, CONFIG, validation_metric="val_loss")
+    callback = all_lighthouse(0.5, CONFIG, validation_metric="val_loss")
     with pytest.warns(UserWarning, match=r"validation_metric='val_loss' was not logged.*logged: val/loss"):
         fit(tmp_path, [callback], validation=loader(4, seed=1), val_check_interval=5)
 
@@ -405,14 +404,14 @@ def test_the_time_of_checkpoints_and_validations_is_not_training_time(tmp_path):
             super()._save_checkpoint(trainer, filepath)
             time.sleep(0.3)
 
-    callback = LighthouseCallback(0.5, CONFIG)
+    callback = all_lighthouse(0.5, CONFIG)
     fit(tmp_path, [callback, Slow(tmp_path, every_n_train_steps=1)], enable_checkpointing=True)
     assert callback._run.ledger.seconds < 10 * 0.3
 
 
 def test_fast_dev_run_writes_nothing_and_says_that_it_never_switches(tmp_path):
     with pytest.warns(UserWarning, match="1 steps end before the switch at step 1"):
-        fit(tmp_path, [LighthouseCallback(0.9, CONFIG)], fast_dev_run=True, max_steps=-1)
+        fit(tmp_path, [all_lighthouse(0.9, CONFIG)], fast_dev_run=True, max_steps=-1)
     assert not list(tmp_path.rglob("*"))
 
 
@@ -428,7 +427,7 @@ def scalars(folder, tag="train/loss"):
 
 
 def test_each_phase_has_its_run_and_the_curves_meet(tmp_path):
-    callbacks = [LighthouseCallback(0.6, CONFIG)]
+    callbacks = [all_lighthouse(0.6, CONFIG)]
     model, run = fit(
         tmp_path,
         callbacks,
@@ -457,7 +456,7 @@ def test_each_phase_has_its_run_and_the_curves_meet(tmp_path):
 def test_an_accumulated_loss_is_the_mean_of_its_batches(tmp_path):
     model, run = fit(
         tmp_path,
-        [LighthouseCallback(2, CONFIG)],
+        [all_lighthouse(2, CONFIG)],
         logger=TensorBoardLogger(tmp_path),
         log_every_n_steps=1,
         accumulate_grad_batches=2,
@@ -471,13 +470,13 @@ def test_an_accumulated_loss_is_the_mean_of_its_batches(tmp_path):
 def test_a_resumed_run_continues_its_curves(tmp_path):
     logger = {"logger": TensorBoardLogger(tmp_path, version="one"), "log_every_n_steps": 1}
     logger |= {"validation": loader(4, seed=1), "val_check_interval": 2}
-    callbacks = [LighthouseCallback(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)]
+    callbacks = [all_lighthouse(0.6, CONFIG), ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)]
     _, run = fit(tmp_path, callbacks, enable_checkpointing=True, **logger)
     before = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
     logger["logger"] = TensorBoardLogger(tmp_path, version="one")
     # files are read in the order of their names: of the second, and within it of a counter without leading zeros
     time.sleep(1.1)
-    fit(tmp_path, [LighthouseCallback(0.6, CONFIG)], ckpt_path=next(tmp_path.glob("*step=4.ckpt")), **logger)
+    fit(tmp_path, [all_lighthouse(0.6, CONFIG)], ckpt_path=next(tmp_path.glob("*step=4.ckpt")), **logger)
     after = scalars(f"{run.log_dir}/lighthouse") | scalars(f"{run.log_dir}/dense")
     assert after == before
     assert sorted(after) == list(range(10))
@@ -487,7 +486,7 @@ def test_a_resumed_run_continues_its_curves(tmp_path):
 
 def test_other_loggers_get_the_phase_as_a_scalar(tmp_path):
     logger = CSVLogger(tmp_path)
-    fit(tmp_path, [LighthouseCallback(0.6, CONFIG)], logger=logger, log_every_n_steps=1)
+    fit(tmp_path, [all_lighthouse(0.6, CONFIG)], logger=logger, log_every_n_steps=1)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row.get("phase")]
     assert [float(row["phase"]) for row in rows][:6] == [1.0] * 6
@@ -495,7 +494,7 @@ def test_other_loggers_get_the_phase_as_a_scalar(tmp_path):
 
 
 def test_the_summary_frames_the_switch(tmp_path, caplog):
-    callback = LighthouseCallback(0.6, CONFIG)
+    callback = all_lighthouse(0.6, CONFIG)
     with caplog.at_level("INFO"):
         fit(
             tmp_path,
@@ -529,7 +528,7 @@ def test_wrong_arguments_are_quoted():
 
 def test_a_model_with_no_gain_at_its_length_trains_dense(tmp_path):
     watch = Watch()
-    fit(tmp_path, [LighthouseCallback(0.5, LighthouseConfig()), watch], model=ForeignModule(model=GPT()))
+    fit(tmp_path, [all_lighthouse(0.5, LighthouseConfig()), watch], model=ForeignModule(model=GPT()))
     assert not any(watch.phases)
 
 
@@ -548,7 +547,7 @@ def test_everything_is_restored_though_a_writer_fails(tmp_path, monkeypatch):
     trainer = Trainer(
         accelerator="cpu", max_steps=2, logger=TensorBoardLogger(tmp_path), enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[LighthouseCallback(1, LighthouseConfig(top_k=8, sdpa="math")), BreaksTheWriters()],
+        callbacks=[all_lighthouse(1, LighthouseConfig(top_k=8, sdpa="math")), BreaksTheWriters()],
     )  # fmt: skip
     with pytest.raises(OSError, match="No space left"):
         trainer.fit(model, loader())
@@ -561,7 +560,7 @@ def test_everything_is_restored_though_a_writer_fails(tmp_path, monkeypatch):
 def test_the_backend_is_told_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(notices, "_given", set())
     for _ in range(2):
-        fit(tmp_path, [LighthouseCallback(2, CONFIG)], max_steps=4)
+        fit(tmp_path, [all_lighthouse(2, CONFIG)], max_steps=4)
     assert caplog.text.count("backend='auto' runs 'reference' on cpu") == 1
     assert notices.logger.level == logging.NOTSET
 
@@ -577,7 +576,7 @@ def test_what_is_told_is_told_by_lightning_where_nobody_listens(tmp_path, monkey
     lightning = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(lightning, "handlers", [])
     monkeypatch.setattr(lightning, "propagate", True)
-    fit(tmp_path, [LighthouseCallback(2, CONFIG), Teller()], max_steps=4)
+    fit(tmp_path, [all_lighthouse(2, CONFIG), Teller()], max_steps=4)
     assert caplog.text.count("; backend='auto' runs 'reference' on cpu") == 1
     assert caplog.text.count("Lighthouse: a line of ours") == 1
     assert not notices.logger.handlers

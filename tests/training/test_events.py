@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, module
 from foreign import SelfAttention, loader
 from lightning.pytorch.callbacks import Callback
 from places import DOCS
 
-from lightning_lighthouse import LighthouseCallback
 from lightning_lighthouse.phases import DENSE, LIGHTHOUSE, BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
 
 KINDS = (FitStart, Switch, BatchStart, BatchEnd, FitEnd)
@@ -37,7 +37,7 @@ def _is_patched(model) -> bool:
 @pytest.mark.parametrize("listens_first", [True, False])
 def test_a_listener_hears_the_whole_fit(tmp_path, listens_first):
     listener = Listener()
-    callbacks = [listener, LighthouseCallback(0.6, CONFIG)]
+    callbacks = [listener, all_lighthouse(0.6, CONFIG)]
     fit(tmp_path, callbacks if listens_first else callbacks[::-1], max_steps=5)
     phases = [LIGHTHOUSE] * 3 + [DENSE] * 2
     expected = [FitStart(0, LIGHTHOUSE)]
@@ -50,17 +50,17 @@ def test_a_listener_hears_the_whole_fit(tmp_path, listens_first):
 
 
 def test_a_resumed_run_tells_its_switch_where_an_unbroken_one_does(tmp_path):
-    _, first = fit(tmp_path, [LighthouseCallback(3, CONFIG)], max_steps=3)
+    _, first = fit(tmp_path, [all_lighthouse(3, CONFIG)], max_steps=3)
     first.save_checkpoint(tmp_path / "at-the-switch.ckpt")
     listener = Listener()
-    fit(tmp_path, [LighthouseCallback(3, CONFIG), listener], ckpt_path=tmp_path / "at-the-switch.ckpt", max_steps=5)
+    fit(tmp_path, [all_lighthouse(3, CONFIG), listener], ckpt_path=tmp_path / "at-the-switch.ckpt", max_steps=5)
     assert listener.events[:3] == [FitStart(3, DENSE), Switch(3, DENSE, LIGHTHOUSE), BatchStart(3, DENSE)]
     assert sum(isinstance(event, Switch) for event in listener.events) == 1
 
 
 def test_accumulated_batches_switch_between_steps_and_validation_tells_nothing(tmp_path):
     listener = Listener()
-    callbacks = [listener, LighthouseCallback(2, CONFIG)]
+    callbacks = [listener, all_lighthouse(2, CONFIG)]
     fit(tmp_path, callbacks, max_steps=3, accumulate_grad_batches=2, validation=loader(2, seed=1), val_check_interval=2)
     assert [event.step for event in listener.events if isinstance(event, BatchStart)] == [0, 0, 1, 1, 2, 2]
     assert [event.step for event in listener.events if isinstance(event, Switch)] == [2]
@@ -76,7 +76,7 @@ def test_what_a_listener_raises_ends_the_fit_and_the_model_is_restored(tmp_path)
 
     model = module()
     with pytest.raises(RuntimeError, match="no switch at 3"):
-        fit(tmp_path, [Refuses(), LighthouseCallback(3, CONFIG)], model, max_steps=5)
+        fit(tmp_path, [Refuses(), all_lighthouse(3, CONFIG)], model, max_steps=5)
     assert not _is_patched(model)
 
 
@@ -86,5 +86,5 @@ def test_the_page_tells_every_event_and_its_example_runs(tmp_path, capsys):
     lines = page.split("changed, and the order of the callbacks does not matter.")[1].split("Every event")[0]
     names: dict = {}
     exec("\n".join(line.removeprefix("    ") for line in lines.splitlines()), names)
-    fit(tmp_path, [names["SayWhenDense"](), LighthouseCallback(2, CONFIG)], max_steps=3)
+    fit(tmp_path, [names["SayWhenDense"](), all_lighthouse(2, CONFIG)], max_steps=3)
     assert "step 2: lighthouse -> dense" in capsys.readouterr().out

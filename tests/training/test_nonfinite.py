@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from faulty import Spoil
 from foreign import ForeignModule, SelfAttention, loader
 from lightning.pytorch import Callback, Trainer
@@ -43,7 +44,7 @@ def fit(tmp_path, *callbacks, module=None, guarded=True, **settings):
     settings = {"logger": False, "enable_checkpointing": False, "max_steps": 8} | settings
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[LighthouseCallback(SWITCH, CONFIG, stop_on_nonfinite=guarded), *callbacks],
+        callbacks=[all_lighthouse(SWITCH, CONFIG, stop_on_nonfinite=guarded), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
@@ -310,7 +311,7 @@ def test_a_jump_of_the_loss_when_layers_return_is_no_spike(tmp_path):
             accelerator="cpu", max_steps=12, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=tmp_path,
             callbacks=[
-                LighthouseCallback(10, CONFIG, [0, -1], return_steps=4 if detects else 0), SpikeDetection(rtol=2.0),
+                all_lighthouse(10, CONFIG, [0, -1], return_steps=4 if detects else 0), SpikeDetection(rtol=2.0),
             ],
         )  # fmt: skip
         if detects:
@@ -329,7 +330,7 @@ def test_a_return_within_an_accumulated_step_restarts_spike_detection_once(tmp_p
     trainer = Trainer(
         accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, accumulate_grad_batches=2,
-        callbacks=[LighthouseCallback(4, CONFIG, [0, -1], return_steps=2)],
+        callbacks=[all_lighthouse(4, CONFIG, [0, -1], return_steps=2)],
     )  # fmt: skip
     trainer.fit(ForeignModule(), loader(40))
     # one of the two layers before the switch, and the switch

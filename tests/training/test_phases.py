@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, module
 from foreign import ForeignModule, SelfAttention, loader
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -233,7 +234,7 @@ class Masks(ForeignModule):
 def test_calls_that_become_dense_later_are_told_once_and_counted(tmp_path, caplog):
     line = "attention calls stay dense in step 2, the first to do so: attn_mask"
     with pytest.warns(UserWarning, match=line) as told, caplog.at_level(logging.INFO):
-        fit(tmp_path, [LighthouseCallback(0.5, CONFIG)], Masks())
+        fit(tmp_path, [all_lighthouse(0.5, CONFIG)], Masks())
     assert len([warning for warning in told if "stay dense" in str(warning.message)]) == 1
     phase = report(tmp_path)["phases"]["lighthouse"]
     assert (phase["routed_calls"], phase["dense_calls"]) == (8, 12)

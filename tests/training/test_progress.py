@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit
 from foreign import loader
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -66,7 +67,7 @@ def test_lines_stand_in_where_no_terminal_shows_the_bar(tmp_path, monkeypatch, c
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     monkeypatch.setattr(progress, "is_terminal", lambda stream: is_terminal)
     with caplog.at_level("INFO"):
-        _, run = fit(tmp_path, [LighthouseCallback(4, CONFIG)], enable_progress_bar=True, log_every_n_steps=1)
+        _, run = fit(tmp_path, [all_lighthouse(4, CONFIG)], enable_progress_bar=True, log_every_n_steps=1)
     lines = [line for line in caplog.messages if line.startswith("Lighthouse: step ")]
     assert len(lines) == (0 if is_terminal else 10)
     if not is_terminal:
@@ -81,7 +82,7 @@ def test_lines_stand_in_where_no_terminal_shows_the_bar(tmp_path, monkeypatch, c
 def test_no_bar_wanted_is_no_line_either(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     with caplog.at_level("INFO"):
-        fit(tmp_path, [LighthouseCallback(4, CONFIG)])
+        fit(tmp_path, [all_lighthouse(4, CONFIG)])
     assert not [line for line in caplog.messages if line.startswith("Lighthouse: step ")]
 
 
@@ -89,7 +90,7 @@ def test_a_run_ends_with_six_lines_at_most(tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     board = TensorBoardLogger("runs", name="", version="one")
     with caplog.at_level("INFO"):
-        fit("runs", [LighthouseCallback(4, CONFIG)], logger=board, validation=loader(4, seed=1), val_check_interval=4)
+        fit("runs", [all_lighthouse(4, CONFIG)], logger=board, validation=loader(4, seed=1), val_check_interval=4)
     said = [line for record in caplog.messages for line in record.splitlines()]
     stopped = next(index for index, line in enumerate(said) if "stopped: `max_steps" in line)
     last = [line.removeprefix("Lighthouse: ") for line in said[stopped + 1 :]]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from fitting import fit
 from foreign import GPT
 from lightning.pytorch.callbacks import Callback
 from patching import CheckpointedBlocks, run, same, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_lighthouse import LighthouseCallback, LighthouseConfig, lighthouse_attention, patch_attention
+from lightning_lighthouse import LighthouseConfig, lighthouse_attention, patch_attention
 from lightning_lighthouse.routing.scope import scopes
 
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, top_k=8, selection="random")
@@ -98,13 +99,13 @@ class Steps(Callback):
 def test_the_callback_tells_the_optimizer_step_also_after_a_resume(tmp_path):
     steps = Steps()
     # two batches a step
-    _, trainer = fit(tmp_path, [LighthouseCallback(9, CONFIG), steps], max_steps=3, accumulate_grad_batches=2)
+    _, trainer = fit(tmp_path, [all_lighthouse(9, CONFIG), steps], max_steps=3, accumulate_grad_batches=2)
     assert steps.seen == [0, 0, 1, 1, 2, 2]
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     resumed = Steps()
     fit(
         tmp_path,
-        [LighthouseCallback(9, CONFIG), resumed],
+        [all_lighthouse(9, CONFIG), resumed],
         max_steps=5,
         accumulate_grad_batches=2,
         ckpt_path=tmp_path / "last.ckpt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, trainer
 from foreign import ForeignModule, SelfAttention, loader
 from lightning.pytorch.callbacks import LearningRateFinder
@@ -40,12 +41,12 @@ def run(tmp_path, ours, is_first):
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["ours first", "theirs first"])
 def test_the_trials_are_routed_and_the_training_is_that_of_no_finder(tmp_path, is_first):
-    model = run(tmp_path, LighthouseCallback(3, CONFIG), is_first)
+    model = run(tmp_path, all_lighthouse(3, CONFIG), is_first)
     assert model.routed[:-6] == [True] * (len(model.routed) - 6)
     assert len(model.routed) > 6
     assert model.routed[-6:] == [True] * 3 + [False] * 3
     torch.manual_seed(0)
-    plain, _ = fit(tmp_path / "plain", [LighthouseCallback(3, CONFIG)], Searched(), data=loader(), max_steps=6)
+    plain, _ = fit(tmp_path / "plain", [all_lighthouse(3, CONFIG)], Searched(), data=loader(), max_steps=6)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 

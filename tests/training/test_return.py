@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from foreign import GPT, ForeignModule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback
 from switch_run import CONFIG, Module, Watch, fit, routed_layers, same_weights, saving, stalls
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lighthouse import LighthouseCallback, PlateauRule
+from lightning_lighthouse import PlateauRule
 from lightning_lighthouse.checks import ResumeError, SettingError
 from lightning_lighthouse.phases.schedule import RETURN_GROUPS, SwitchState, resume_switch
 from lightning_lighthouse.routing.patch import patch_attention
@@ -44,7 +45,7 @@ def test_layers_are_handed_back_in_equal_groups(switch_step, share, num_layers):
 def test_the_last_layers_return_first(tmp_path, caplog):
     watch = Watch()
     with caplog.at_level("INFO"):
-        fit(tmp_path, [LighthouseCallback(8, CONFIG, "published", return_steps=6), watch], batches=10)
+        fit(tmp_path, [all_lighthouse(8, CONFIG, "published", return_steps=6), watch], batches=10)
     steps = [[1, 2, 3, 4]] * 2 + [[1, 2, 3]] * 2 + [[1, 2]] * 2 + [[1]] * 2 + [[]] * 2
     assert watch.training == list(enumerate(steps))
     assert not any(watch.validation)
@@ -54,7 +55,7 @@ def test_the_last_layers_return_first(tmp_path, caplog):
 @pytest.mark.parametrize("stop", [pytest.param(n, marks=() if n == 4 else pytest.mark.slow) for n in (2, 4, 6, 8)])
 def test_resume_on_the_way_back_is_exact(tmp_path, stop):
     def callback():
-        return LighthouseCallback(8, CONFIG, "published", return_steps=6)
+        return all_lighthouse(8, CONFIG, "published", return_steps=6)
 
     whole = fit(tmp_path, [callback(), saving(tmp_path)], batches=10)
     watch = Watch()
@@ -66,7 +67,7 @@ def test_resume_on_the_way_back_is_exact(tmp_path, stop):
 
 def test_the_rule_begins_the_return(tmp_path):
     watch = Watch()
-    callback = LighthouseCallback(14, CONFIG, "published", plateau=PlateauRule(patience=2), return_steps=3)
+    callback = all_lighthouse(14, CONFIG, "published", plateau=PlateauRule(patience=2), return_steps=3)
     fit(tmp_path, [callback, watch], Module(told=stalls(2)))
     counts = [len(routed) for _, routed in watch.training]
     assert counts == [4] * 6 + [3, 2, 1] + [0] * 7
@@ -86,9 +87,9 @@ def test_a_return_on_the_way_stays_unless_asked():
 
 def test_a_return_must_fit_before_the_switch(tmp_path):
     with pytest.raises(SettingError, match="return_steps=9 must end at the switch, which is at step 8"):
-        fit(tmp_path, [LighthouseCallback(8, CONFIG, "published", return_steps=9)])
-    fit(tmp_path, [LighthouseCallback(8, CONFIG, "published", return_steps=8)], batches=8)
-    fit(tmp_path, [LighthouseCallback(0.5, CONFIG, "published", return_steps=9)], fast_dev_run=True, max_steps=-1)
+        fit(tmp_path, [all_lighthouse(8, CONFIG, "published", return_steps=9)])
+    fit(tmp_path, [all_lighthouse(8, CONFIG, "published", return_steps=8)], batches=8)
+    fit(tmp_path, [all_lighthouse(0.5, CONFIG, "published", return_steps=9)], fast_dev_run=True, max_steps=-1)
 
 
 @pytest.fixture
@@ -117,12 +118,12 @@ def compiled(whole):
 @pytest.mark.parametrize("whole", [True, False], ids=["whole model", "each block"])
 def test_compiled_models_follow_the_return(tmp_path, whole):
     arguments = {"batches": 10, "num_sanity_val_steps": 1}
-    eager = fit(tmp_path, [LighthouseCallback(8, CONFIG, "published", return_steps=6)], **arguments)
+    eager = fit(tmp_path, [all_lighthouse(8, CONFIG, "published", return_steps=6)], **arguments)
     plain, at_once = compiled(whole)
-    fit(tmp_path, [LighthouseCallback(8, CONFIG, "published")], plain, **arguments)
+    fit(tmp_path, [all_lighthouse(8, CONFIG, "published")], plain, **arguments)
     torch._dynamo.reset()
     model, graphs = compiled(whole)
-    fit(tmp_path, [LighthouseCallback(8, CONFIG, "published", return_steps=6)], model, **arguments)
+    fit(tmp_path, [all_lighthouse(8, CONFIG, "published", return_steps=6)], model, **arguments)
     torch.testing.assert_close(model.losses, eager.losses, rtol=1e-4, atol=0)
     # a frame of the whole model once for each group but the last, a block's frame once for all of them
     assert len(graphs) - len(at_once) == (3 if whole else 1)
@@ -136,7 +137,7 @@ def test_a_return_has_room_to_recompile(tmp_path):
             limits.append(torch._dynamo.config.recompile_limit)
 
     for return_steps in (0, 2):
-        fit(tmp_path, [LighthouseCallback(2, CONFIG, "published", return_steps=return_steps), Limit()], batches=3)
+        fit(tmp_path, [all_lighthouse(2, CONFIG, "published", return_steps=return_steps), Limit()], batches=3)
         limits.append(torch._dynamo.config.recompile_limit)
     assert limits == [limits[0], limits[0], limits[0], limits[0] + RETURN_GROUPS, limits[0]]
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from all_lighthouse import all_lighthouse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from switch_run import CONFIG, Module, Rates, Watch, fit, same_weights, saving
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_lighthouse import LighthouseCallback
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.phases.schedule import DENSE, SwitchState, resume_switch
 from lightning_lighthouse.training.rewarm import Rewarm
@@ -39,8 +39,8 @@ def test_only_the_update_sees_the_scaled_rate(tmp_path):
             saved.append([group["lr"] for group in state["param_groups"]])
 
     saved = []
-    plain = fit(tmp_path, [LighthouseCallback(8, CONFIG)], batches=14)
-    model = fit(tmp_path, [LighthouseCallback(8, CONFIG, rewarm_steps=4), Saved()], batches=14)
+    plain = fit(tmp_path, [all_lighthouse(8, CONFIG)], batches=14)
+    model = fit(tmp_path, [all_lighthouse(8, CONFIG, rewarm_steps=4), Saved()], batches=14)
     factors = [1.0] * 8 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 2
     scheduled = [[0.1 * 0.9**step, 0.05 * 0.9**step] for step in range(15)]
     for step, factor in enumerate(factors):
@@ -58,7 +58,7 @@ def test_only_the_update_sees_the_scaled_rate(tmp_path):
 @pytest.mark.parametrize("stop", [pytest.param(n, marks=() if n == 10 else pytest.mark.slow) for n in (6, 8, 10, 12)])
 def test_resume_within_the_rewarm_is_exact(tmp_path, stop):
     def callback():
-        return LighthouseCallback(8, CONFIG, rewarm_steps=3)
+        return all_lighthouse(8, CONFIG, rewarm_steps=3)
 
     whole = fit(tmp_path, [callback(), saving(tmp_path)])
     part = fit(tmp_path, [callback()], ckpt_path=next(tmp_path.glob(f"*step={stop}.ckpt")))
@@ -69,7 +69,7 @@ def test_resume_within_the_rewarm_is_exact(tmp_path, stop):
 
 def test_an_accumulated_step_has_one_factor(tmp_path):
     arguments = {"accumulate_grad_batches": 2, "max_steps": 8}
-    model = fit(tmp_path, [LighthouseCallback(4, CONFIG, rewarm_steps=1)], **arguments)
+    model = fit(tmp_path, [all_lighthouse(4, CONFIG, rewarm_steps=1)], **arguments)
     factors = [used[0] / (0.1 * 0.9**step) for step, used in enumerate(model.optimizer.used)]
     assert factors == pytest.approx([1.0] * 4 + [0.5] + [1.0] * 3)
 
@@ -100,7 +100,7 @@ class Manual(Module):
 
 
 def test_manual_optimization_that_sets_its_own_rate(tmp_path):
-    model = fit(tmp_path, [LighthouseCallback(4, CONFIG, rewarm_steps=3)], Manual(), batches=10)
+    model = fit(tmp_path, [all_lighthouse(4, CONFIG, rewarm_steps=3)], Manual(), batches=10)
     optimizer = model.trainer.optimizers[0]
     assert [rates[0] for rates in optimizer.used] == pytest.approx([0.1] * 4 + [0.025, 0.05, 0.075] + [0.1] * 3)
     assert optimizer.param_groups[0]["lr"] == 0.1
@@ -109,7 +109,7 @@ def test_manual_optimization_that_sets_its_own_rate(tmp_path):
 def test_several_optimizers_are_told_how_steps_are_counted(tmp_path):
     watch = Watch()
     with pytest.warns(UserWarning, match="steps of all 2 optimizers.*switch_at=9 comes after 5 batches"):
-        model = fit(tmp_path, [LighthouseCallback(9, CONFIG, rewarm_steps=3), watch], Manual(2))
+        model = fit(tmp_path, [all_lighthouse(9, CONFIG, rewarm_steps=3), watch], Manual(2))
     assert watch.phases == "L" * 5 + "d" * 3
     # both optimizers of a batch have one factor
     first, second = (optimizer.used for optimizer in model.trainer.optimizers)
@@ -178,7 +178,7 @@ def test_an_exception_in_the_update_leaves_the_rate(tmp_path):
 
     model = Failing()
     with pytest.raises(RuntimeError, match="in the update"):
-        fit(tmp_path, [LighthouseCallback(8, CONFIG, rewarm_steps=4)], model)
+        fit(tmp_path, [all_lighthouse(8, CONFIG, rewarm_steps=4)], model)
     assert model.optimizer.used[-1] == pytest.approx(0.04)
     assert model.optimizer.param_groups[0]["lr"] == 0.1
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from all_lighthouse import all_lighthouse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS
@@ -65,7 +66,7 @@ def test_more_patience_and_a_lower_rate_wait_longer(losses, patience, rate, seco
 def test_the_rule_switches_at_the_next_step(tmp_path, caplog):
     watch = Watch()
     with caplog.at_level("INFO"):
-        callback = LighthouseCallback(0.9, CONFIG, plateau=PlateauRule(patience=2))
+        callback = all_lighthouse(0.9, CONFIG, plateau=PlateauRule(patience=2))
         fit(tmp_path, [callback, watch], Module(told=stalls(4)))
     # the validations after 6 and 8 steps do not gain
     assert watch.phases == "L" * 8 + "d" * 8
@@ -87,14 +88,14 @@ def test_the_rule_switches_at_the_next_step(tmp_path, caplog):
 )
 def test_switch_at_is_the_latest_and_earliest_the_first(tmp_path, rule, told, phases):
     watch = Watch()
-    fit(tmp_path, [LighthouseCallback(12, CONFIG, plateau=rule), watch], Module(told=told))
+    fit(tmp_path, [all_lighthouse(12, CONFIG, plateau=rule), watch], Module(told=told))
     assert watch.phases == phases
 
 
 @pytest.mark.slow
 def test_the_rule_never_splits_an_accumulation(tmp_path):
     watch = Watch()
-    callback = LighthouseCallback(5, CONFIG, plateau=PlateauRule(patience=1))
+    callback = all_lighthouse(5, CONFIG, plateau=PlateauRule(patience=1))
     # the validation after 3 of 4 batches falls into the second step
     arguments = {"accumulate_grad_batches": 2, "val_check_interval": 3, "max_steps": 8}
     fit(tmp_path, [callback, watch], Module(told=lambda step: 1.0), **arguments)
@@ -102,11 +103,11 @@ def test_the_rule_never_splits_an_accumulation(tmp_path):
     assert watch.phases == "L" * 6 + "d" * 10
     watch = Watch()
     arguments["val_check_interval"] = 5
-    callback = LighthouseCallback(7, CONFIG, plateau=PlateauRule(patience=1))
+    callback = all_lighthouse(7, CONFIG, plateau=PlateauRule(patience=1))
     fit(tmp_path, [callback, watch], Module(told=lambda step: 1.0 if step < 7 else math.nan), **arguments)
     assert watch.phases == "L" * 10 + "d" * 6
     watch = Watch()
-    callback = LighthouseCallback(7, CONFIG, plateau=PlateauRule(patience=1))
+    callback = all_lighthouse(7, CONFIG, plateau=PlateauRule(patience=1))
     fit(tmp_path, [callback, watch], Module(told=lambda step: math.nan), **arguments)
     # after 5 batches, in the middle of the third step
     assert watch.phases == "L" * 6 + "d" * 10
@@ -119,7 +120,7 @@ def test_the_rule_never_splits_an_accumulation(tmp_path):
 )
 def test_a_resumed_run_keeps_what_the_rule_decided(tmp_path, stop):
     def callback():
-        return LighthouseCallback(0.9, CONFIG, plateau=PlateauRule(patience=2))
+        return all_lighthouse(0.9, CONFIG, plateau=PlateauRule(patience=2))
 
     told = stalls(4)
     whole = fit(tmp_path, [callback(), saving(tmp_path)], Module(told=told))
@@ -134,15 +135,15 @@ def test_a_resumed_run_keeps_what_the_rule_decided(tmp_path, stop):
 def test_a_rule_needs_a_validation_and_a_known_length(tmp_path):
     rule = PlateauRule()
     with pytest.raises(SettingError, match="needs a validation"):
-        fit(tmp_path, [LighthouseCallback(0.9, CONFIG, plateau=rule)], validation=False)
-    callback = LighthouseCallback(9, CONFIG, plateau=PlateauRule(earliest=0.5))
+        fit(tmp_path, [all_lighthouse(0.9, CONFIG, plateau=rule)], validation=False)
+    callback = all_lighthouse(9, CONFIG, plateau=PlateauRule(earliest=0.5))
     with pytest.raises(SettingError, match=r"plateau\.earliest=0\.5 is a fraction.*give plateau\.earliest as a step"):
         fit(tmp_path, [callback], max_steps=-1, max_time={"seconds": 5})
 
 
 def test_a_rule_without_its_metric_waits_for_switch_at(tmp_path):
     watch = Watch()
-    callback = LighthouseCallback(0.5, CONFIG, plateau=PlateauRule(patience=1), validation_metric="loss")
+    callback = all_lighthouse(0.5, CONFIG, plateau=PlateauRule(patience=1), validation_metric="loss")
     with pytest.warns(UserWarning, match="validation_metric='loss' was not logged"):
         fit(tmp_path, [callback, watch], Module(told=stalls(2)))
     assert watch.phases == "L" * 8 + "d" * 8
@@ -172,7 +173,7 @@ def test_going_back_from_a_plateau_needs_to_be_asked_for():
 
 def test_all_of_them_leave_plain_training(tmp_path):
     rule = PlateauRule(patience=2)
-    callback = LighthouseCallback(0.9, CONFIG, [0, -1], plateau=rule, return_steps=2, rewarm_steps=2)
+    callback = all_lighthouse(0.9, CONFIG, [0, -1], plateau=rule, return_steps=2, rewarm_steps=2)
     watch = Watch()
     model = fit(tmp_path, [callback, watch], Module(told=stalls(4)))
     assert [len(routed) for _, routed in watch.training] == [4] * 8 + [3, 2] + [0] * 6

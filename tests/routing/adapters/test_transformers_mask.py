@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from all_lighthouse import all_lighthouse
 from families import CONFIG, GROUPED, Logits, build_transformers, transformers_by_hand
 from foreign import VOCABULARY, ForeignModule, ResumableLoader
 from lightning.pytorch import Trainer as LightningTrainer
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_lighthouse import LighthouseCallback, patch_attention, register_lighthouse_sdpa
+from lightning_lighthouse import patch_attention, register_lighthouse_sdpa
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.checks import SettingError
 
@@ -195,7 +196,7 @@ def test_the_callback_of_lightning_makes_the_statement_too(tmp_path):
     module = ForeignModule(model=Logits(llama()))
     module.model.model.config.use_cache = False
     module.model.compile(backend="aot_eager")
-    callback = LighthouseCallback(2, CONFIG, hf_assume_causal=True)
+    callback = all_lighthouse(2, CONFIG, hf_assume_causal=True)
     trainer = LightningTrainer(
         max_steps=4,
         accelerator="cpu",
