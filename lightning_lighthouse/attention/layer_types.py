@@ -16,6 +16,9 @@ WINDOW = "window"
 CHUNK = "chunk"
 DENSE = "dense"
 LAYER_TYPES = (LIGHTHOUSE, WINDOW, CHUNK, DENSE)
+# Where a user asks for none: it learnt more in as many steps than Lighthouse in all layers (docs/numbers/benchmarks.md)
+MIXTURE = (WINDOW, WINDOW, WINDOW, LIGHTHOUSE)
+MIXTURE_WINDOW = 512
 
 
 def check_layer_types(layer_types: Sequence[str], window: int | None, sink_tokens: int) -> tuple[str, ...]:
@@ -61,6 +64,11 @@ def spread_over(layer_types: Sequence[str], num_layers: int) -> tuple[str, ...]:
     if len(layer_types) > num_layers:
         raise ValueError(f"layer_types names {len(layer_types)} layers, the model has {num_layers} attention layers")
     return tuple(layer_types[layer % len(layer_types)] for layer in range(num_layers))
+
+
+def counted_back(pattern: Sequence[str], num_layers: int) -> tuple[str, ...]:
+    """One type for each layer: the pattern repeated so that it ends with the last one."""
+    return tuple(pattern[(layer - num_layers) % len(pattern)] for layer in range(num_layers))
 
 
 def in_words(layer_types: Sequence[str], window: int | None, sink_tokens: int = 0) -> str:

@@ -79,7 +79,7 @@ class RecipeCheck(LighthouseCLI):
         # without epochs or steps Lightning's count is infinite
         is_endless = trainer.max_epochs == -1 or trainer.max_time is not None
         if trainer.max_steps > 0 or is_endless:
-            planned = resolve_phases(callback.all_phases, trainer.max_steps if trainer.max_steps > 0 else math.inf)
+            planned = resolve_phases(callback.phases_for(), trainer.max_steps if trainer.max_steps > 0 else math.inf)
             begins = planned[-2].end if len(planned) > 1 else 0
             check_return(callback.return_steps, planned[-1].end, begins)
 

@@ -185,7 +185,7 @@ def _parser() -> Parser:
 
 
 def _parts(callback: LighthouseCallback, layers: dict[str, Any], max_steps: int) -> list[Part]:
-    phases = list(callback.all_phases) if callback.enabled else []
+    phases = list(callback.phases_for(layers)) if callback.enabled else []
     routed = choose_routed(layers, callback.dense_layers) if phases else {}
     parts, begun = [], 0
     for phase, planned in zip(phases, resolve_phases(phases, max_steps), strict=True):

@@ -15,9 +15,17 @@ from lightning_lighthouse.attention.sdpa import sdpa_priority
 from lightning_lighthouse.checks import SettingError, check_type, warn
 from lightning_lighthouse.notices import shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, PhaseEvents, Switch, phase_events
-from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
-from lightning_lighthouse.phases.plan import PhasePlan, PlannedPhase, describe_switch, resolve_phases, resume_phases
-from lightning_lighthouse.phases.schedule import DENSE, SwitchState, resume_switch
+from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, is_default, phases_asked
+from lightning_lighthouse.phases.plan import (
+    PhasePlan,
+    PlannedPhase,
+    describe_switch,
+    phases_begun,
+    resolve_phases,
+    resume_phases,
+)
+from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, SwitchState, resume_switch
+from lightning_lighthouse.routing.default_types import default_layer_types
 from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 from lightning_lighthouse.routing.rotary import RotarySetting, check_rotary
@@ -55,8 +63,9 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         allow_return: Let a resumed run that has switched go back to Lighthouse where a later switch_at says so.
         hf_assume_causal: Your statement that no training batch has padding or packed documents, so that no mask is
             built. A batch that has them is an error.
-        layer_types: How the attention layers attend until the switch, as in `Phase`; None: Lighthouse in all of them.
-        window: Tokens, for the types "window" and "chunk".
+        layer_types: How the attention layers attend until the switch, as in `Phase`; None: "window" three times, then
+            "lighthouse", counted back from the last layer (docs/use/phases.md); ["lighthouse"] is Lighthouse in all.
+        window: Tokens, for the types "window" and "chunk"; None: 512 where `layer_types` is None too.
         sink_tokens: First tokens that stay visible to every token of a "window" layer.
         phases: Several phases before the dense one, instead of the four others; also as dictionaries.
         documents: Of batches that pack several, as DataCollatorWithFlattening makes them: True keeps attention inside
@@ -97,6 +106,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         check_documents(documents, hf_assume_causal)
         check_rotary(rotary)
         self.phases = None if phases is None else [_phase(phase) for phase in phases]
+        # until the layers of the model are known
         self._phases_asked = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
         self.layer_types = layer_types
@@ -173,11 +183,13 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             self._contexts.callback(self._patch.restore)
             self._patch.documents.watches_evaluation = True
             self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
+            saved = self._saved(state)
+            self._phases_asked = self._phases_for(self._patch, saved)
             # each once, so that no phase fails when it begins
             for phase in reversed(self._phases_asked):
                 self._attend(phase)
             self._attending = 0
-            self._plan = self._resolve_plan(state)
+            self._plan = self._resolve_plan(state, saved)
         except BaseException:
             self.restore()
             raise
@@ -279,27 +291,44 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             sink_tokens=phase.sink_tokens,
         )
 
-    def _resolve_plan(self, state: TrainerState) -> PhasePlan:
+    def _phases_for(self, patch: Patch, saved: PhasePlan | None) -> list[Phase]:
+        """The phases before the dense one of this model; those that it began with where nothing is said of them."""
+        short = self.window, self.sink_tokens, self.phases
+        asked = phases_asked(self.switch_at, self.layer_types, *short, default_layer_types(patch.layers))
+        if saved is None or not is_default(self.phases, self.layer_types, self.window, self.sink_tokens):
+            return asked
+        begun, line = phases_begun(asked, saved)
+        if line:
+            warn(f"Lighthouse: {line}")
+        return begun
+
+    def _saved(self, state: TrainerState) -> PhasePlan | None:
+        """What the checkpoint that a run goes on from keeps of its phases; None at its begin."""
+        # by name in a run that goes on
+        states: Any = state.stateful_callbacks
+        attributes = states.get(type(self).__name__, {}).get("attributes", {})
+        if state.global_step == 0 or attributes.get("saved_switch") is None:
+            return None
+        switch = SwitchState(**attributes["saved_switch"])
+        # version 0.1 had one phase before the dense one
+        whole = [asdict(PlannedPhase(LIGHTHOUSE, switch.switch_at, switch.switch_step))]
+        return PhasePlan([PlannedPhase(**phase) for phase in attributes.get("saved_phases") or whole], switch)
+
+    def _resolve_plan(self, state: TrainerState, saved: PhasePlan | None) -> PhasePlan:
         planned = resolve_phases(self._phases_asked, state.max_steps)
         asked = SwitchState(self._phases_asked[-1].until, planned[-1].end)
         step = state.global_step
         if step == 0:
             return PhasePlan(planned, asked)
-        name = type(self).__name__
-        # by name in a run that goes on
-        states: Any = state.stateful_callbacks
-        attributes = states.get(name, {}).get("attributes", {})
-        if attributes.get("saved_switch") is not None:
-            saved = SwitchState(**attributes["saved_switch"])
-            switch, line = resume_switch(saved, asked, step, self.allow_return)
-            # version 0.1 had one phase before the dense one
-            phases = attributes.get("saved_phases") or [asdict(PlannedPhase(planned[0].name, asked.switch_at, 0))]
-            followed, change = resume_phases([PlannedPhase(**p) for p in phases], planned, step, self.allow_return)
+        if saved is not None:
+            switch, line = resume_switch(saved.switch, asked, step, self.allow_return)
+            followed, change = resume_phases(saved.phases, planned, step, self.allow_return)
             for words in filter(None, (line, change)):
                 warn(f"Lighthouse: {words}")
             return PhasePlan(followed, switch)
         # the Trainer expects the key when it saves
-        states.setdefault(name, self.state())
+        states: Any = state.stateful_callbacks
+        states.setdefault(type(self).__name__, self.state())
         warn(
             f"Lighthouse: resumed at step {step} from a checkpoint without Lighthouse state; the phase follows from "
             f"the step: {PhasePlan(planned, asked).name(step)} (switch at step {asked.switch_step})"

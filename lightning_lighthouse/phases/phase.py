@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.attention.layer_types import DENSE, check_layer_types, in_words
+from lightning_lighthouse.attention.layer_types import (
+    DENSE,
+    MIXTURE,
+    MIXTURE_WINDOW,
+    WINDOW,
+    check_layer_types,
+    in_words,
+)
 from lightning_lighthouse.checks import check_type, quoted
 from lightning_lighthouse.phases.schedule import check_switch_at
 
@@ -24,7 +31,8 @@ class Phase:
             the training's steps, rounded up.
         layer_types: How the attention layers attend, in the order of the forward pass: "lighthouse", "window" (each
             token sees itself and the `window - 1` before it), "chunk" (blocks of `window` tokens that do not see each
-            other; positions go on) or "dense". One for each layer, or a pattern that is repeated over them.
+            other; positions go on) or "dense". One for each layer, or a pattern that is repeated over them; as a phase
+            says none, Lighthouse in all.
         window: Tokens, for "window" and "chunk".
         sink_tokens: First tokens of the sequence that stay visible to every token of a "window" layer.
         attention: Settings of Lighthouse Attention in this phase; None: those of the callback.
@@ -61,35 +69,39 @@ def phases_asked(
     window: int | None,
     sink_tokens: int,
     phases: Sequence[Phase] | None,
+    default_types: Sequence[str] = MIXTURE,
 ) -> list[Phase]:
     """The phases before the dense one, from one of the two forms of the settings.
 
     Args:
         switch_at: The short form: the end of the only phase; None: SWITCH_AT of the steps.
-        layer_types: Of the only phase; None: Lighthouse in all layers.
-        window: Of the only phase.
+        layer_types: Of the only phase; None: `default_types`.
+        window: Of the only phase; None: MIXTURE_WINDOW where `layer_types` is None too, and has windows.
         sink_tokens: Of the only phase.
         phases: The long form, with none of the others.
+        default_types: Of the model in question, by `default_layer_types`; MIXTURE where only the ends of phases matter.
 
     Raises:
         TypeError: A value has the wrong type.
         ValueError: A value is out of range, or both forms are given.
     """
     if phases is None:
-        return [
-            Phase(
-                SWITCH_AT if switch_at is None else check_switch_at(switch_at),
-                ["lighthouse"] if layer_types is None else list(layer_types),
-                window,
-                sink_tokens,
-            )
-        ]
+        until = SWITCH_AT if switch_at is None else check_switch_at(switch_at)
+        if layer_types is None:
+            layer_types = cast("Sequence[LayerType]", default_types)
+            window = MIXTURE_WINDOW if window is None and WINDOW in layer_types else window
+        return [Phase(until, list(layer_types), window, sink_tokens)]
     check_phases(phases)
     short = {"switch_at": switch_at, "layer_types": layer_types, "window": window, "sink_tokens": sink_tokens or None}
     for name, value in short.items():
         if value is not None:
             raise ValueError(f"phases and {name} cannot both be given: a phase has its own")
     return list(phases)
+
+
+def is_default(phases: Sequence[Phase] | None, layer_types: Sequence[str] | None, *others: int | None) -> bool:
+    """Whether a user says nothing of how the layers attend; `others`: window and sink_tokens."""
+    return phases is None and layer_types is None and not any(others)
 
 
 def name_phases(phases: Sequence[Phase]) -> list[str]:

@@ -91,6 +91,27 @@ def resolve_phases(phases: Sequence[Phase], total_steps: int | float) -> list[Pl
     return planned
 
 
+def phases_begun(asked: Sequence[Phase], saved: PhasePlan) -> tuple[list[Phase], str]:
+    """What a resumed run goes on with whose settings say nothing of the layers: Lighthouse in all, if it began so.
+
+    That was the default before the mixture, and is not to change in the middle of a run.
+
+    Args:
+        asked: The default phase.
+        saved: From the checkpoint.
+
+    Returns:
+        The phases, and a line for the user, empty if they are those asked for, or all behind the run.
+    """
+    if saved.names != [LIGHTHOUSE, DENSE] or asked[0].words == LIGHTHOUSE:
+        return list(asked), ""
+    line = (
+        f"this run began with Lighthouse in all layers, and goes on so instead of with {quoted(asked[0].words)}, the "
+        "default now: say so with layer_types [lighthouse]"
+    )
+    return [Phase(asked[0].until)], "" if saved.switch.switched else line
+
+
 def resume_phases(
     saved: Sequence[PlannedPhase], asked: Sequence[PlannedPhase], step: int, allow_return: bool
 ) -> tuple[list[PlannedPhase], str]:

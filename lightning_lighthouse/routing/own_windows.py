@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -25,13 +26,19 @@ def own_chunk(layer: nn.Module) -> int | None:
     return getattr(getattr(layer, "config", None), "attention_chunk_size", None)
 
 
+def mixed_windows(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The windows that some of these layers have by their making, and others do not, by name; {} if all are alike."""
+    windowed = {name: window for name, layer in layers.items() if (window := own_window(layer))}
+    return windowed if len(windowed) < len(layers) else {}
+
+
 def without_windowed(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The layers of a model that see all of a sequence, where it mixes them with others, which keep their windows.
 
     A model whose layers are all alike is left as it is: sequences within its windows need none.
     """
-    windowed = {name: window for name, layer in layers.items() if (window := own_window(layer))}
-    if not 0 < len(windowed) < len(layers):
+    windowed = mixed_windows(layers)
+    if not windowed:
         return layers
     first, size = next(iter(windowed.items()))
     others = f" and {len(windowed) - 1} other layers keep their" if len(windowed) > 1 else " keeps its"

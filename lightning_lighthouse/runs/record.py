@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lighthouse.checks import LighthouseWarning
 from lightning_lighthouse.phases.ledger import Ledger, PhaseTotals
+from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import PhasePlan
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
 from lightning_lighthouse.runs.saving import save_text
@@ -64,7 +65,12 @@ def describe_spike(trainer: Trainer, ledger: Ledger) -> str:
 
 
 def write_report(
-    trainer: Trainer, callback: Callback, plan: PhasePlan | None, ledger: Ledger, folder: str | Path
+    trainer: Trainer,
+    callback: Callback,
+    plan: PhasePlan | None,
+    phases: Sequence[Phase],
+    ledger: Ledger,
+    folder: str | Path,
 ) -> str:
     """Write `folder/lighthouse.json` on rank 0; it appears whole or not at all.
 
@@ -72,6 +78,7 @@ def write_report(
         trainer: Its steps, ranks and device.
         callback: Its settings.
         plan: None for a dense baseline.
+        phases: Those before the dense one, as the model's layers attended in them.
         ledger: Totals and validations of the whole run, resumed parts included.
         folder: Made if missing; an address too.
     """
@@ -84,7 +91,7 @@ def write_report(
             "steps": trainer.global_step,
             "total_steps": int(total) if math.isfinite(total) and total >= 0 else None,
             "switch": plan.switch.state_dict() if plan else None,
-            "plan": _plan(callback, plan) if plan else [],
+            "plan": _plan(plan, phases) if plan else [],
             "phases": {phase: _phase(ledger.totals(phase)) for phase in _names(plan, ledger)},
             "validations": [validation._asdict() for validation in ledger.validations],
             "final": _final(trainer, ledger),
@@ -138,13 +145,13 @@ def _names(plan: PhasePlan | None, ledger: Ledger) -> list[str]:
     return [*(name for name in ledger.phases if name not in planned), *planned]
 
 
-def _plan(callback: Any, plan: PhasePlan) -> list[dict[str, Any]]:
+def _plan(plan: PhasePlan, phases: Sequence[Phase]) -> list[dict[str, Any]]:
     """What each phase was told, and where it began."""
-    phases = [
+    told = [
         {"name": name, "first_step": plan.first_step(number), **asdict(phase)}
-        for number, (name, phase) in enumerate(zip(plan.names, callback.all_phases, strict=False))
+        for number, (name, phase) in enumerate(zip(plan.names, phases, strict=False))
     ]
-    return [*phases, {"name": DENSE, "first_step": plan.switch.switch_step}]
+    return [*told, {"name": DENSE, "first_step": plan.switch.switch_step}]
 
 
 def _phase(totals: PhaseTotals) -> dict[str, Any]:

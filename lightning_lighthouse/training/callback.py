@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 from weakref import ReferenceType, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.checks import check_count, check_type
-from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, phases_asked
+from lightning_lighthouse.phases.phase import SWITCH_AT, LayerType, Phase, is_default, phases_asked
 from lightning_lighthouse.phases.plateau import PlateauRule
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE
+from lightning_lighthouse.routing.default_types import default_layer_types
 from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.routing.rotary import RotarySetting, check_rotary
@@ -60,9 +61,10 @@ class LighthouseCallback(Callback):
             name the layer (docs/use/reliability.md).
         hf_assume_causal: Your statement that no training batch of a transformers model has padding or packed
             documents, so that no mask is built (docs/use/models.md). A batch that has them is an error.
-        layer_types: How the attention layers attend until the switch, as in `Phase`; None: Lighthouse in all of them.
+        layer_types: How the attention layers attend until the switch, as in `Phase`; None: "window" three times, then
+            "lighthouse", counted back from the last layer (docs/use/phases.md); ["lighthouse"] is Lighthouse in all.
             `dense_layers` names layers by their place among all of them, and overrides the pattern there.
-        window: Tokens, for the types "window" and "chunk".
+        window: Tokens, for the types "window" and "chunk"; None: 512 where `layer_types` is None too.
         sink_tokens: First tokens that stay visible to every token of a "window" layer.
         phases: Several phases before the dense one, instead of `switch_at`, `layer_types`, `window` and `sink_tokens`;
             `plateau`, `return_steps` and `rewarm_steps` belong to the last switch (docs/use/phases.md).
@@ -138,9 +140,19 @@ class LighthouseCallback(Callback):
         self._boundary: StepBoundary | None = None
 
     @property
-    def all_phases(self) -> Sequence[Phase]:
-        """The phases before the dense one, also where one is given by `switch_at`."""
-        return phases_asked(self.switch_at, self.layer_types, self.window, self.sink_tokens, self.phases)
+    def has_default_layers(self) -> bool:
+        """Whether nothing is said of how the layers attend."""
+        return is_default(self.phases, self.layer_types, self.window, self.sink_tokens)
+
+    def phases_for(self, layers: Mapping[str, nn.Module] | None = None) -> Sequence[Phase]:
+        """The phases before the dense one, also where one is given by `switch_at`.
+
+        Args:
+            layers: The attention layers of the model, which the mixture is counted over; None where only the ends of
+                the phases matter.
+        """
+        short = self.switch_at, self.layer_types, self.window, self.sink_tokens, self.phases
+        return phases_asked(*short) if layers is None else phases_asked(*short, default_layer_types(layers))
 
     # Constant, so that a changed setting still finds the state of the run.
     @property

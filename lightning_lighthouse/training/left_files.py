@@ -14,9 +14,12 @@ from lightning_lighthouse.runs.run_folder import run_folder
 from lightning_lighthouse.runs.saving import check_writable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import Callback, LightningModule, Trainer
 
     from lightning_lighthouse.phases.ledger import Ledger
+    from lightning_lighthouse.phases.phase import Phase
     from lightning_lighthouse.phases.plan import PhasePlan
 
 
@@ -40,9 +43,9 @@ class LeftFiles:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_writable(folder)
 
-    def report(self, plan: PhasePlan | None, ledger: Ledger) -> None:
+    def report(self, plan: PhasePlan | None, phases: Sequence[Phase], ledger: Ledger) -> None:
         """Write the report when a training has ended, and sharded weights, while the ranks still work together."""
-        folder = self._report(plan, ledger)
+        folder = self._report(plan, phases, ledger)
         wrapped = self._trainer.strategy.model
         if wrapped is not None and is_sharded(wrapped):
             write_final(self._trainer, wrapped, folder)
@@ -50,13 +53,13 @@ class LeftFiles:
         else:
             self._folder = folder
 
-    def report_untrained(self, plan: PhasePlan | None, ledger: Ledger) -> None:
+    def report_untrained(self, plan: PhasePlan | None, phases: Sequence[Phase], ledger: Ledger) -> None:
         """The same for a run that went on from its last step: killed before its end, or started once more."""
         if is_sharded(self._module):
             line = "nothing was left to train, and sharded weights cannot be gathered now: there is no final.pt"
             rank_zero_warn(f"Lighthouse: {line}", category=LighthouseWarning)
         else:
-            self._folder = self._report(plan, ledger)
+            self._folder = self._report(plan, phases, ledger)
 
     def write_weights(self) -> None:
         """Write the final weights after the hooks that may change them last: averages, the module's own."""
@@ -68,7 +71,7 @@ class LeftFiles:
         lines = where_things_are(self._trainer, folder)
         rank_zero_info("\n".join(f"Lighthouse: {line}" for line in lines))
 
-    def _report(self, plan: PhasePlan | None, ledger: Ledger) -> str:
+    def _report(self, plan: PhasePlan | None, phases: Sequence[Phase], ledger: Ledger) -> str:
         folder = run_folder(self._trainer)
-        write_report(self._trainer, self._callback, plan, ledger, folder)
+        write_report(self._trainer, self._callback, plan, phases, ledger, folder)
         return folder

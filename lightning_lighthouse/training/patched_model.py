@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from lightning.pytorch import LightningModule
@@ -14,7 +15,7 @@ from lightning_lighthouse.routing.patch import Patch, patch_attention, room_to_r
 from lightning_lighthouse.training.settings import Settings
 
 
-def patched_model(settings: Settings, module: LightningModule, contexts: ExitStack) -> Patch:
+def patched_model(settings: Settings, module: LightningModule, contexts: ExitStack) -> tuple[Patch, Sequence[Phase]]:
     """Patch a model, off, attending as in its first phase.
 
     Args:
@@ -22,17 +23,13 @@ def patched_model(settings: Settings, module: LightningModule, contexts: ExitSta
         module: In training.
         contexts: Restores the model, and torch.compile's limits, when it is closed.
 
+    Returns:
+        The patch, and the phases of this model before the dense one.
+
     Raises:
         SettingError: The settings do not fit the model or the device.
     """
-    phases = settings.all_phases
-    # a frame is compiled once for each type of each phase; one of them, and dense, always had room
-    variants = sum(len(set(phase.layer_types) - {DENSE}) for phase in phases)
-    if room := max(0, variants - 1) + (RETURN_GROUPS if settings.return_steps else 0):
-        contexts.enter_context(room_to_recompile(room))
     try:
-        for phase in phases:
-            check_backend(phase.attention or settings.attention, module.device)
         patch = patch_attention(
             module,
             settings.attention,
@@ -43,11 +40,18 @@ def patched_model(settings: Settings, module: LightningModule, contexts: ExitSta
             rotary=settings.rotary,
         )
         contexts.callback(patch.restore)
+        phases = settings.phases_for(patch.layers)
+        # a frame is compiled once for each type of each phase; one of them, and dense, always had room
+        variants = sum(len(set(phase.layer_types) - {DENSE}) for phase in phases)
+        if room := max(0, variants - 1) + (RETURN_GROUPS if settings.return_steps else 0):
+            contexts.enter_context(room_to_recompile(room))
+        for phase in phases:
+            check_backend(phase.attention or settings.attention, module.device)
         for phase in reversed(phases):
             attend(patch, phase, settings)
     except ValueError as error:
         raise SettingError(str(error)) from None
-    return patch
+    return patch, phases
 
 
 def attend(patch: Patch, phase: Phase, settings: Settings) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ from lightning_lighthouse.model.peaks import peak_flops
 from lightning_lighthouse.notices import held_notices, say, shown_notices
 from lightning_lighthouse.phases.events import BatchEnd, BatchStart, FitEnd, FitStart, Switch, phase_events
 from lightning_lighthouse.phases.ledger import PhaseTotals
-from lightning_lighthouse.phases.plan import PhasePlan, describe_switch
+from lightning_lighthouse.phases.phase import Phase
+from lightning_lighthouse.phases.plan import PhasePlan, describe_switch, phases_begun
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
 from lightning_lighthouse.routing.patch import Patch
@@ -61,6 +62,8 @@ class PhasedFit:
         self._events = phase_events(trainer)
         self._run = RunState()
         self._patch: Patch | None = None
+        # those before the dense one; none in a dense baseline
+        self._phases: Sequence[Phase] = ()
         self._curves: PhaseCurves | None = None
         self._steps: StepCurves | None = None
         self._progress: Progress | None = None
@@ -103,7 +106,7 @@ class PhasedFit:
         items = lambda: {} if self._progress is None else self._progress.items()  # noqa: E731
         self._logs_lines = self._contexts.enter_context(shown_progress(trainer, items))
         if settings.enabled:
-            self._patch = patched_model(settings, module, self._contexts)
+            self._patch, self._phases = patched_model(settings, module, self._contexts)
         self._contexts.enter_context(watched_batches(trainer, module, settings, self._patch))
 
     @property
@@ -154,11 +157,12 @@ class PhasedFit:
         mend_resume(trainer)
         self._run = run
         if self._patch is not None:
+            self._go_on_as_begun(run.plan)
             run.plan = resolve_plan(
                 trainer,
                 self._module,
                 run.plan,
-                phases=settings.all_phases,
+                phases=self._phases,
                 plateau=settings.plateau,
                 return_steps=settings.return_steps,
                 rewarm_steps=settings.rewarm_steps,
@@ -180,7 +184,7 @@ class PhasedFit:
             trainer, self._module, self._patch, settings.select, keeps_documents=settings.documents is True
         )
         self._steps = steps = StepCurves(trainer, curves, attention, peak)
-        costs = partial(attention.costs, names, settings.all_phases, settings.attention)
+        costs = partial(attention.costs, names, self._phases, settings.attention)
         self._progress = Progress(trainer, run, lambda: self._plan, lambda: steps.newest, costs)
         if self._logs_lines:
             self._contexts.callback(self._events.subscribe(BatchEnd, self._progress.tell))
@@ -195,6 +199,16 @@ class PhasedFit:
         assert isinstance(settings, Callback)
         run.shown = curves.hyperparameters(shown_settings(settings, self._plan), run.shown)
         self._events.publish(FitStart(trainer.global_step, self.phase_at(trainer.global_step)))
+
+    def _go_on_as_begun(self, saved: PhasePlan | None) -> None:
+        """Keep to the layers that a resumed run began with, where its settings say nothing of them."""
+        if saved is None or not self._phases or not self._settings.has_default_layers:
+            return
+        self._phases, line = phases_begun(self._phases, saved)
+        if self._patch is not None:
+            attend(self._patch, self._phases[0], self._settings)
+        if line:
+            rank_zero_warn(f"Lighthouse: {line}", category=LighthouseWarning)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Set the phase by the optimizer step; switch when its time has come."""
@@ -221,7 +235,7 @@ class PhasedFit:
             patch.dense()
             return
         if number != self._attending:
-            attend(patch, self._settings.all_phases[number], self._settings)
+            attend(patch, self._phases[number], self._settings)
             self._attending = number
         patch.set_step(self._step)
         patch.on()
@@ -332,12 +346,13 @@ class PhasedFit:
         self._events.publish(FitEnd(trainer.global_step, self._phase))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._left.report(self._plan, run.ledger)
+        self._left.report(self._plan, self._phases, run.ledger)
 
     def end_untrained(self, run: RunState) -> None:
         """Report a run that went on from its last step, with nothing left to train."""
         self._run = run
-        self._left.report_untrained(self._plan, run.ledger)
+        self._go_on_as_begun(run.plan)
+        self._left.report_untrained(self._plan, self._phases, run.ledger)
 
     def write_final_weights(self) -> None:
         """Write the final weights, where they are not sharded."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
+
+from torch import nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.phases.phase import Phase
@@ -32,5 +34,8 @@ class Settings(Protocol):
     rotary: RotarySetting | None
 
     @property
-    def all_phases(self) -> Sequence[Phase]:
-        """The phases before the dense one, also where one is given by `switch_at`."""
+    def has_default_layers(self) -> bool:
+        """Whether the user says nothing of how the layers attend."""
+
+    def phases_for(self, layers: Mapping[str, nn.Module]) -> Sequence[Phase]:
+        """The phases before the dense one of a model with these attention layers, also where `switch_at` gives one."""

@@ -94,6 +94,19 @@ def test_without_a_gpu_and_a_card_there_are_no_times(capsys, monkeypatch):
     assert rows["dense"][3] == "-"
 
 
+def test_nothing_said_of_the_layers_is_a_mixture_of_windows_and_lighthouse(capsys):
+    nothing = ("tiny.yaml", "--card", "NVIDIA H200", "--lighthouse.phases", "null", "--lighthouse.dense_layers", "[]")
+    mixture = ("--lighthouse.layer_types", "[window, window, window, lighthouse]", "--lighthouse.window", "512")
+    longer = ("--data.seq_len", "4096")
+    _, rows = planned(capsys, *nothing, *longer)
+    assert "window 512 \u00d73 + lighthouse" in rows
+    assert rows == planned(capsys, *nothing, *longer, *mixture)[1]
+    _, rows = planned(capsys, *nothing, *longer, "--model.num_layers", "6")
+    assert "window 512 + lighthouse + window 512 \u00d72" in rows
+    _, rows = planned(capsys, *nothing, *longer, *ALL_LIGHTHOUSE)
+    assert "lighthouse" in rows
+
+
 def test_gpus_that_share_a_sequence_have_their_part_of_it_each(capsys):
     recipe = str(RECIPES / "books-262k-2gpu.yaml")
     given = (recipe, "--card", "NVIDIA H200", "--data.source", "text", *ALL_LIGHTHOUSE)

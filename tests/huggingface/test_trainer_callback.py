@@ -218,6 +218,48 @@ def test_a_resumed_training_that_has_switched_stays_dense(tmp_path, caplog):
     assert "switched from" not in caplog.text
 
 
+def attending(callback):
+    """How each layer attends in the phase that the callback's patch is set to."""
+    return [callback._patch._layer_types[name] for name in callback._patch.layers]
+
+
+class Attending(transformers.TrainerCallback):
+    """How each layer attends at each optimizer step before the switch."""
+
+    def __init__(self, callback):
+        self.callback, self.types = callback, {}
+
+    def on_step_begin(self, args, state, control, **others):
+        if scopes[0].is_on:
+            self.types[state.global_step] = attending(self.callback)
+
+
+def test_nothing_said_of_the_layers_ends_with_one_of_lighthouse(tmp_path, caplog):
+    callback = LighthouseTrainerCallback(2, CONFIG)
+    watch = Attending(callback)
+    trained(tmp_path, callback, steps=3, callbacks=[watch])
+    types = (["window"] * 3 + ["lighthouse"])[-LAYERS:]
+    assert watch.types == {0: types, 1: types}
+    assert callback.state()["args"]["layer_types"] is None
+
+
+@pytest.mark.parametrize("version", ["0.1", "later"])
+def test_a_training_that_began_with_lighthouse_in_all_layers_goes_on_so(tmp_path, version):
+    whole, _, _ = trained(tmp_path, all_lighthouse_trainer(3, CONFIG), steps=4, save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "checkpoint-1"
+    if version == "0.1":
+        path = checkpoint / "trainer_state.json"
+        state = json.loads(path.read_text())
+        del state["stateful_callbacks"]["LighthouseTrainerCallback"]["attributes"]["saved_phases"]
+        path.write_text(json.dumps(state))
+    callback = LighthouseTrainerCallback(3, CONFIG)
+    watch = Attending(callback)
+    with pytest.warns(UserWarning, match="this run began with Lighthouse in all layers, and goes on so"):
+        resumed, _, _ = trained(tmp_path / "on", callback, steps=4, resume=str(checkpoint), callbacks=[watch])
+    assert watch.types == {1: ["lighthouse"] * LAYERS, 2: ["lighthouse"] * LAYERS}
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 @pytest.mark.slow
 def test_the_trainer_can_restore_the_callback_with_its_settings(tmp_path):
     callback = all_lighthouse_trainer(2, CONFIG, dense_layers=[0, -1], select="*.self_attn")
