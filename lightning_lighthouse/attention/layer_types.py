@@ -76,6 +76,8 @@ def in_words(layer_types: Sequence[str], window: int | None, sink_tokens: int = 
     sinks = f" ({sink_tokens} sinks)" if sink_tokens else ""
     shown = {WINDOW: f"window {window}{sinks}", CHUNK: f"chunk {window}"}
     count = len(layer_types)
-    unit = next(n for n in range(1, count + 1) if all(layer_types[i] == layer_types[i % n] for i in range(count)))
+    # a pattern that comes but once may be one that goes on otherwise
+    units = [n for n in range(1, count // 2 + 1) if all(layer_types[i] == layer_types[i % n] for i in range(count))]
+    unit = min(units, default=count)
     runs = ((kind, len(list(run))) for kind, run in groupby(layer_types[:unit]))
     return " + ".join(shown.get(kind, kind) + (f" \u00d7{length}" if length > 1 else "") for kind, length in runs)

@@ -46,8 +46,13 @@ def test_a_pattern_is_repeated_as_far_as_it_goes():
         (["window"] * 3 + ["lighthouse"], 512, 0, "window 512 \u00d73 + lighthouse"),
         ((["window"] * 3 + ["lighthouse"]) * 7, 512, 0, "window 512 \u00d73 + lighthouse"),
         (["window", "dense"], 64, 4, "window 64 (4 sinks) + dense"),
-        (["dense", "chunk", "chunk", "dense"], 64, 0, "dense + chunk 64 \u00d72"),
+        (["dense", "chunk", "chunk", "dense"], 64, 0, "dense + chunk 64 \u00d72 + dense"),
+        (["window", "dense", "window", "window"] * 2, 64, 0, "window 64 + dense + window 64 \u00d72"),
     ],
 )
 def test_the_words_name_the_shortest_pattern(layer_types, window, sinks, words):
     assert in_words(layer_types, window, sinks) == words
+
+
+def test_patterns_that_go_on_otherwise_have_other_words():
+    assert in_words(["window", "dense", "window"], 64) != in_words(["window", "dense", "window", "window"], 64)

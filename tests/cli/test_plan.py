@@ -102,7 +102,7 @@ def test_nothing_said_of_the_layers_is_a_mixture_of_windows_and_lighthouse(capsy
     assert "window 512 \u00d73 + lighthouse" in rows
     assert rows == planned(capsys, *nothing, *longer, *mixture)[1]
     _, rows = planned(capsys, *nothing, *longer, "--model.num_layers", "6")
-    assert "window 512 + lighthouse + window 512 \u00d72" in rows
+    assert "window 512 + lighthouse + window 512 \u00d73 + lighthouse" in rows
     _, rows = planned(capsys, *nothing, *longer, *ALL_LIGHTHOUSE)
     assert "lighthouse" in rows
 

@@ -25,9 +25,9 @@ def test_its_name_is_that_of_no_other_pattern():
     assert names == [
         "window 512 + lighthouse",
         "window 512 \u00d73 + lighthouse",
-        "lighthouse + window 512 \u00d73",
-        "window 512 + lighthouse + window 512 \u00d72",
-        "window 512 \u00d72 + lighthouse + window 512",
+        "lighthouse + window 512 \u00d73 + lighthouse",
+        "window 512 + lighthouse + window 512 \u00d73 + lighthouse",
+        "window 512 \u00d72 + lighthouse + window 512 \u00d73 + lighthouse",
         "window 512 + lighthouse + window 512 \u00d72",
         "window 512 \u00d73 + lighthouse",
     ]

@@ -64,7 +64,7 @@ def same_weights(model, other):
         (1, "L", "lighthouse"),
         (2, "wL", "window 512 + lighthouse"),
         (4, "wwwL", "window 512 \u00d73 + lighthouse"),
-        (6, "wLwwwL", "window 512 + lighthouse + window 512 \u00d72"),
+        (6, "wLwwwL", "window 512 + lighthouse + window 512 \u00d73 + lighthouse"),
     ],
 )
 def test_nothing_said_ends_with_a_layer_of_lighthouse(tmp_path, count, types, words):
