@@ -16,7 +16,7 @@ WINDOW = "window"
 CHUNK = "chunk"
 DENSE = "dense"
 LAYER_TYPES = (LIGHTHOUSE, WINDOW, CHUNK, DENSE)
-# Where a user asks for none: it learnt more in as many steps than Lighthouse in all layers (docs/numbers/benchmarks.md)
+# Where a user asks for none: at equal time 0.4 nats better than Lighthouse in all layers (docs/numbers/study.md)
 MIXTURE = (WINDOW, WINDOW, WINDOW, LIGHTHOUSE)
 MIXTURE_WINDOW = 512
 
