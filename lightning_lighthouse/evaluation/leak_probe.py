@@ -41,7 +41,7 @@ class ProbeResult:
         leak_nats: Mean rise of the loss on the true next token when the text after it is replaced.
         leak_stderr: Standard error of that mean.
         num_positions: Positions tested.
-        lighthouse_loss: Loss with Lighthouse Attention, in nats per token.
+        lighthouse_loss: Loss as the layers attend in the phase, in nats per token.
         dense_loss: Loss with dense attention.
         spike_nats: `dense_loss - lighthouse_loss`: what a switch at this step would cost.
         seconds: Time that the probe took, compilation included.
@@ -61,7 +61,6 @@ class PhasedCallback(Protocol):
     """What the probe needs of LighthouseCallback, which it finds in the Trainer by its key."""
 
     enabled: bool
-    attention: LighthouseConfig
 
     def lend_patch(self, trainer: Trainer) -> AbstractContextManager[Any]:
         """The patch, off, outside of training batches."""
@@ -78,10 +77,10 @@ class FutureLeakProbe(Callback):
     stand the losses of both phases on the same text, and the spike, the rise that a switch would bring now. Method and
     limits: docs/understand/design.md.
 
-    A probe runs after validations of the Lighthouse phase, or every so many steps, and right before the switch; after
-    it there is nothing to measure. The scalars `probe/*` go to the Trainer's loggers, a line to the log, and all
-    results to `probe.csv` in the log folder. Training and validation are left as they are, random numbers included.
-    A compiled model compiles once more, for the phase without gradients.
+    A probe runs after validations of a phase with Lighthouse layers, or every so many steps, and right before the
+    switch; after it there is nothing to measure. The other layers attend as in that phase. The scalars `probe/*` go to
+    the Trainer's loggers, a line to the log, and all results to `probe.csv` in the log folder. Training and validation
+    are left as they are, random numbers included. A compiled model compiles once more, for the phase without gradients.
 
     The module needs `token_losses(inputs, targets)`, all `[batch, tokens]`, or a `forward(inputs)` that returns logits
     or an object with `.logits`. Validation batches are token ids as `read_text` finds them.
@@ -241,7 +240,8 @@ class FutureLeakProbe(Callback):
             self._probe(trainer, module, before_switch=True)
 
     def _note_phase(self, event: BatchStart) -> None:
-        self._step, self._was_routed = event.step, event.phase == LIGHTHOUSE
+        # the name of a phase has the types of its layers in it; without a Lighthouse layer nothing can leak
+        self._step, self._was_routed = event.step, LIGHTHOUSE in event.phase
         if not self._was_routed:
             self._texts = []
 
@@ -296,7 +296,6 @@ class FutureLeakProbe(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> ProbeResult:
         assert self._lighthouse is not None
-        config = self._lighthouse.attention
         start = time.perf_counter()
         with self._lighthouse.lend_patch(trainer) as patch, undisturbed(trainer, module):
             ranks = Ranks(trainer)
@@ -321,6 +320,7 @@ class FutureLeakProbe(Callback):
             sample = Sample()
             # the same positions at each probe of a run: what changes is the model
             generator = torch.Generator().manual_seed(ranks.share)
+            config: LighthouseConfig = patch.scope.settings.config
             window = config.pooling_factor ** (config.num_levels - 1)
             drawn = [draw_positions(text, window, generator, self.many_positions) for text in texts]
             num_rounds = int(ranks.reduce([min(len(positions) for positions, _ in drawn)], "min")[0])

@@ -18,7 +18,7 @@ from resumable import ResumableBatches
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_lighthouse import FutureLeakProbe, patch_attention
+from lightning_lighthouse import FutureLeakProbe, LighthouseCallback, Phase, patch_attention
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.phases.plateau import PlateauRule
 
@@ -243,3 +243,20 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path):
     padded = {"input_ids": torch.ones(2, 64).long(), "attention_mask": torch.zeros(2, 64)}
     with pytest.raises(ValueError, match="needs validation batches without padding"):
         fit(tmp_path, [FutureLeakProbe(), lighthouse()], validation=DataLoader([padded], batch_size=None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # nothing said of the layers: three of windows and one of Lighthouse
+        ({"switch_at": SWITCH}, [2, 4, 6]),
+        ({"phases": [Phase(3), Phase(SWITCH, attention=CAUSAL)]}, [2, 3, 4, 6]),
+        # windows alone tell nothing of the future
+        ({"switch_at": SWITCH, "layer_types": ["window"], "window": 8}, []),
+    ],
+)
+def test_a_phase_with_lighthouse_layers_is_probed_whatever_its_name(tmp_path, settings, expected):
+    probe = FutureLeakProbe()
+    fit(tmp_path, [LighthouseCallback(attention=CONFIG, **settings), probe])
+    assert steps(probe) == expected
+    assert all(result.spike_nats for result in probe.results)
