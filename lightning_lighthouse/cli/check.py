@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_lighthouse.attention.layer_types import CHUNK, WINDOW
 from lightning_lighthouse.bench.document_estimate import describe, estimate
 from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
@@ -105,7 +106,15 @@ class RecipeCheck(LighthouseCLI):
                 "lighthouse.documents must be true, or 'ignore' to attend across documents, where "
                 "data.init_args.document_ids is true and sequences hold several, got False"
             )
-        return describe(estimate(sequences, callback.attention), are_kept=callback.documents is True)
+        found = estimate(sequences, callback.attention)
+        lines = describe(found, are_kept=callback.documents is True)
+        types = {kind for phase in callback.phases_for() for kind in phase.layer_types} if callback.enabled else set()
+        if callback.documents is True and found.most_documents > 1 and types & {WINDOW, CHUNK}:
+            lines.append(
+                f"windows and chunks are a call for each document, {found.documents:,.1f} a layer here, which is slow "
+                "with many short ones; Lighthouse is one for all (lighthouse.layer_types=[lighthouse])"
+            )
+        return lines
 
 
 def check(arguments: Sequence[str]) -> int:
