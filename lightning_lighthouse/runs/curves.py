@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class PhaseCurves:
     """Writes the scalars of all phases; on rank 0 only.
 
-    With a TensorBoardLogger they go to a run for each phase inside its folder, by its name, under the same tags, and each switch is a vertical line in a run of its own; with other loggers to those,
-    beside a scalar `phase` that counts down: 0 is dense. What the module logs under one of our names is its own there.
+    With a TensorBoardLogger they go to a run for each phase inside its folder, by its name, under the same tags, and
+    each switch is a vertical line in a run of its own; with other loggers to those, beside a scalar `phase` that counts
+    down: 0 is dense. What the module logs under one of our names is its own there.
 
     Args:
         trainer: Its loggers decide where the curves go.
