@@ -9,7 +9,6 @@ a reshape and stock causal SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lighthouse.attention.blocked_window import blocked_window
-from lightning_lighthouse.attention.documents import Documents, check_covers
-from lightning_lighthouse.attention.documents_loop import each_document
+from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.attention.documents_windows import chunks_inside, windows_inside
 from lightning_lighthouse.attention.inputs import autocast, check_inputs
 from lightning_lighthouse.attention.sdpa import BACKENDS, causal_sdpa
 from lightning_lighthouse.checks import check_type, quoted
@@ -53,8 +52,8 @@ def window_attention(
         sdpa: "auto": the kernels of this package on CUDA in 16 bits, torch's choice elsewhere. "flash" is the same, for
             torch's own takes no sinks. Or the one CUDA backend to run on blocks under a mask: "cudnn", "efficient" or
             "math".
-        documents: Of these sequences: each is attended to as a sequence of its own, sinks included, in a call of its
-            own, which is slow with many short ones. None: a sequence is one.
+        documents: Of these sequences: each is attended to as a sequence of its own, sinks included. Those that
+            are longer than a window and its sinks are a call each. None: a sequence is one.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
@@ -69,7 +68,7 @@ def window_attention(
     check_inputs(q, k, v)
     if documents is not None:
         attend = partial(window_attention, window=window, sink_tokens=sink_tokens, scale=scale, sdpa=sdpa)
-        return _inside(documents, attend, q, k, v)
+        return windows_inside(attend, q, k, v, documents, window + sink_tokens, scale=scale, sdpa=sdpa)
     if window + sink_tokens >= q.shape[2]:
         return causal_sdpa(q, k, v, scale=scale, backend=sdpa)
     if _takes_kernel(q, sdpa):
@@ -123,8 +122,7 @@ def chunk_attention(
         window: Tokens of a chunk, at least 1.
         scale: Factor of the attention logits; None: `D ** -0.5`.
         sdpa: Backend of the stock attention call, as in `LighthouseConfig`.
-        documents: Of these sequences: the chunks of each begin at its first token, in a call of its own, which is slow
-            with many short ones. None: a sequence is one.
+        documents: Of these sequences: the chunks of each begin at its first token. None: a sequence is one.
 
     Returns:
         `[B, Hq, N, D]`, in the dtype of q, or that of autocast.
@@ -138,7 +136,7 @@ def chunk_attention(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if documents is not None:
-        return _inside(documents, partial(chunk_attention, window=window, scale=scale, sdpa=sdpa), q, k, v)
+        return chunks_inside(q, k, v, documents, window, scale=scale, sdpa=sdpa)
     num_tokens = q.shape[2]
     if window >= num_tokens:
         return causal_sdpa(q, k, v, scale=scale, backend=sdpa)
@@ -150,12 +148,6 @@ def chunk_attention(
         return out_BHND
     rest = causal_sdpa(*(x[:, :, whole:] for x in (q, k, v)), scale=scale, backend=sdpa)
     return torch.cat((out_BHND, rest), 2)
-
-
-def _inside(documents: Documents, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # a launch for each document: the window kernels know no boundaries
-    check_covers(documents, q)
-    return each_document(attend, q, k, v, documents)
 
 
 def _fold(x_BHND: Tensor, window: int) -> Tensor:

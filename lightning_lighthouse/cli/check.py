@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_lighthouse.attention.layer_types import CHUNK, WINDOW
+from lightning_lighthouse.attention.layer_types import WINDOW
 from lightning_lighthouse.bench.document_estimate import describe, estimate
 from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
@@ -24,6 +24,7 @@ from lightning_lighthouse.data.document_lengths import sampled_documents
 from lightning_lighthouse.data.manifest import is_prepared
 from lightning_lighthouse.data.module import LighthouseRecipe
 from lightning_lighthouse.notices import quiet_lightning
+from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import resolve_phases
 from lightning_lighthouse.phases.schedule import check_return
 from lightning_lighthouse.training.callback import LighthouseCallback
@@ -108,13 +109,24 @@ class RecipeCheck(LighthouseCLI):
             )
         found = estimate(sequences, callback.attention)
         lines = describe(found, are_kept=callback.documents is True)
-        types = {kind for phase in callback.phases_for() for kind in phase.layer_types} if callback.enabled else set()
-        if callback.documents is True and found.most_documents > 1 and types & {WINDOW, CHUNK}:
-            lines.append(
-                f"windows and chunks are a call for each document, {found.documents:,.1f} a layer here, which is slow "
-                "with many short ones; Lighthouse is one for all (lighthouse.layer_types=[lighthouse])"
-            )
+        if callback.enabled and callback.documents is True:
+            lines += _calls_of_windows(sequences, callback.phases_for())
         return lines
+
+
+def _calls_of_windows(sequences: Sequence[Sequence[int]], phases: Sequence[Phase]) -> list[str]:
+    """What many documents cost the windows, in a line; none where they have few calls, or there are none."""
+    spans = [(phase.window or 0) + phase.sink_tokens for phase in phases if WINDOW in phase.layer_types]
+    if not spans:
+        return []
+    calls = sum(length > min(spans) for lengths in sequences for length in lengths) / len(sequences)
+    if calls <= 1:
+        return []
+    return [
+        f"windows: {calls:,.1f} documents a sequence are longer than the {min(spans):,} tokens that a window spans "
+        "with its sinks, and a call each in every such layer; Lighthouse is one for all "
+        "(lighthouse.layer_types=[lighthouse])"
+    ]
 
 
 def check(arguments: Sequence[str]) -> int:

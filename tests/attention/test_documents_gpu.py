@@ -170,12 +170,15 @@ def test_one_graph_for_all_documents():
 
 @pytest.mark.parametrize("kind", ["window", "chunk"])
 def test_windows_of_each_document(kind):
-    documents = Documents([cut(6000, 1500, 1)])
+    # shorter and longer ones than the window
+    documents = Documents([cut(6000, 500, 1)])
+    assert min(documents.lengths[0]) <= 256 < documents.longest
     (q, k, v), _ = drawn(documents)
     attend = window_attention if kind == "window" else chunk_attention
     out = attend(q, k, v, 256, documents=documents)
     for _, here in spans(documents):
-        assert torch.equal(out[:, :, here], attend(q[:, :, here], k[:, :, here], v[:, :, here], 256))
+        expected = attend(q[:, :, here], k[:, :, here], v[:, :, here], 256)
+        torch.testing.assert_close(out[:, :, here], expected, rtol=2e-2, atol=2e-2)
 
 
 def test_runs_repeat_bit_for_bit_where_asked():

@@ -10,6 +10,7 @@ from drawn import draw
 from packed import documents_of, spans
 
 from lightning_lighthouse import Documents
+from lightning_lighthouse.attention.documents_windows import windows_inside
 from lightning_lighthouse.attention.reference import window_reference
 from lightning_lighthouse.attention.windows import chunk_attention, window_attention
 
@@ -27,11 +28,52 @@ def test_each_document_by_itself(attend):
     out = attend(q, k, v, documents=documents)
     for row, here in spans(documents):
         part = [x[row : row + 1, :, here] for x in (q, k, v)]
-        assert torch.equal(out[row : row + 1, :, here], attend(*part))
+        torch.testing.assert_close(out[row : row + 1, :, here], attend(*part))
         torch.testing.assert_close(
             torch.autograd.grad(out[row, :, here].sum(), (q, k, v), retain_graph=True)[1][row, :, here],
             torch.autograd.grad(attend(*part).sum(), part)[1][0],
         )
+
+
+LENGTHS = {
+    "short and long in turn": [[3, 9, 4, 1, 12, 8], [8, 8, 8, 13]],
+    "short alone": [[3, 8, 1, 8, 8, 8, 1], [8, 8, 8, 8, 5]],
+    "long alone": [[9, 28], [20, 17]],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_only_documents_longer_than_their_window_are_a_call_each(lengths):
+    documents = Documents(lengths)
+    window, sinks = 6, 2
+    q, k, v = (x.requires_grad_() for x in draw(2, 4, 2, 37))
+    calls = []
+
+    def attend(*part):
+        calls.append(part[0].shape[2])
+        return window_attention(*part, window, sink_tokens=sinks)
+
+    out = windows_inside(attend, q, k, v, documents, window + sinks, scale=None, sdpa="auto")
+    assert calls == [length for row in documents.lengths for length in row if length > window + sinks]
+    expected = torch.cat(
+        [
+            torch.cat(
+                [
+                    window_reference(*(x[row : row + 1, :, here] for x in (q, k, v)), window, sink_tokens=sinks)
+                    for place, here in spans(documents)
+                    if place == row
+                ],
+                2,
+            )
+            for row in range(2)
+        ]
+    )
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    for found, wanted in zip(
+        torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_sinks_are_those_of_the_document():

@@ -159,12 +159,14 @@ def test_the_documents_of_prepared_data_are_described_before_anything_trains(cap
         assert lines[-1] == "ok"
         if last:
             assert lines[-2].startswith(last)
-    # three of four layers have windows where nothing is said of them
-    loop = "windows and chunks are a call for each document"
-    for told, is_loop in ((("true",), True), (("true", "--lighthouse.layer_types", "[lighthouse]"), False),
-                          (("true", "--lighthouse.enabled", "false"), False), (("ignore",), False)):  # fmt: skip
+    # three of four layers have windows where nothing is said of them, of 512 tokens
+    window = ("--lighthouse.window", "6", "--lighthouse.sink_tokens", "4")
+    calls = " documents a sequence are longer than the 10 tokens that a window spans with its sinks, and a call each"
+    for told, is_said in ((("true", *window), True), (("true",), False), (("ignore", *window), False),
+                          (("true", "--lighthouse.layer_types", "[lighthouse]"), False),
+                          (("true", "--lighthouse.enabled", "false", *window), False)):  # fmt: skip
         assert cli.main(["check", "documents.yaml", "--lighthouse.documents", *told]) == 0
-        assert (loop in capsys.readouterr().out) is is_loop
+        assert (calls in capsys.readouterr().out) is is_said
     # what fit refuses at the first batch that holds several
     assert cli.main(["check", "documents.yaml", "--lighthouse.documents", "false"]) == 2
     assert capsys.readouterr().err.startswith("lighthouse: lighthouse.documents must be true, or 'ignore' to attend")
