@@ -27,7 +27,7 @@ from lightning_lighthouse.routing.packing import DocumentsSetting, check_documen
 from lightning_lighthouse.routing.reasons import NO_REASONS
 from lightning_lighthouse.routing.rotary import check_rotary, find_rotary
 from lightning_lighthouse.routing.scope import Scope, Settings, Shared, scopes
-from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets
+from lightning_lighthouse.routing.targets import DenseLayers, choose_routed, find_targets, tell_lost
 from lightning_lighthouse.routing.trained_dense import TrainedDense
 
 
@@ -180,6 +180,7 @@ class Patch(Shared):
             routed = {name: module for name, module in self.targets.items() if by_name[name] == LIGHTHOUSE}
             self.scope.rotary = find_rotary(self.model, routed, self._rotary)
         self._layer_types = {name: by_name[name] for name in self.targets}
+        tell_lost(types, self._layer_types.values())
         self.scope.settings = Settings(asked, window, sink_tokens)
         self.hand_back(())
 

@@ -7,7 +7,7 @@ compiled code of the methods; nothing runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from types import CodeType, FunctionType
@@ -16,8 +16,10 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from lightning_lighthouse.attention.layer_types import DENSE
 from lightning_lighthouse.attention.sdpa import stock_sdpa
 from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.notices import notice_once
 from lightning_lighthouse.routing.own_windows import without_windowed
 
 # Names in a method that show that it calls SDPA; the second is the table that transformers looks the call up in.
@@ -203,3 +205,18 @@ def _lookalikes(named: dict[str, nn.Module]) -> str:
     if not classes:
         return "none"
     return ", ".join(f"{name} ({kind})" for kind, name in list(classes.items())[:8])
+
+
+def tell_lost(layer_types: Collection[str], routed: Collection[str]) -> None:
+    """Warn, once, of types that were asked for and that no layer is left to attend by.
+
+    Args:
+        layer_types: Asked for, a type for each attention layer.
+        routed: The types of those that are routed.
+    """
+    for kind in sorted({*layer_types} - {*routed, DENSE}):
+        notice_once(
+            f"no layer of type {kind} in {(*layer_types,)}",
+            f"no layer attends by {kind!r}: those that layer_types gives it stay dense, by dense_layers, select or "
+            "windows of their own",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_dense_layers_override_the_pattern_which_counts_on_under_them():
     ) as patch:
         assert patch.routed == [f"blocks.{layer}.attn" for layer in range(1, 5)]
         assert same(run(model, tokens()), expected)
+
+
+def test_a_type_that_no_layer_is_left_for_is_said():
+    told = {"layer_types": ["window", "window", "lighthouse"], "window": WINDOW}
+    with pytest.warns(
+        UserWarning, match="no layer attends by 'lighthouse': those that layer_types gives it stay dense"
+    ):
+        patch_attention(made(), CONFIG, dense_layers=[2, -1], **told).restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_attention(made(), CONFIG, dense_layers=[-1], **told).restore()
 
 
 def test_another_way_to_attend_holds_from_the_next_call_on():
