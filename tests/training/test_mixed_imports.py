@@ -30,7 +30,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 def fit(*more, **settings):
-    callback = LighthouseCallback(0.5, LighthouseConfig(2, 2, 8))
+    callback = LighthouseCallback(0.5, LighthouseConfig(2, 2, 8), layer_types=["lighthouse"])
     quiet = dict(accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = pl.Trainer(**quiet, **settings, log_every_n_steps=1, callbacks=[callback, *more])
     trainer.fit(Module(), torch.utils.data.DataLoader(Sequences(), 2))
