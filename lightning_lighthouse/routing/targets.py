@@ -217,6 +217,6 @@ def tell_lost(layer_types: Collection[str], routed: Collection[str]) -> None:
     for kind in sorted({*layer_types} - {*routed, DENSE}):
         notice_once(
             f"no layer of type {kind} in {(*layer_types,)}",
-            f"no layer attends by {quoted(kind)}: those that layer_types gives it stay dense, by dense_layers, select or "
-            "windows of their own",
+            f"no layer attends by {quoted(kind)}: those that layer_types gives it stay dense, by dense_layers, select "
+            "or windows of their own",
         )
