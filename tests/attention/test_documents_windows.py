@@ -19,6 +19,8 @@ KINDS = {
     "window with sinks": partial(window_attention, window=5, sink_tokens=3),
     "chunk": partial(chunk_attention, window=6),
 }
+# tokens up to which documents are attended to together; chunks are all
+SPANNED = dict(zip(KINDS.values(), (7, 8, 83), strict=True))
 
 
 @pytest.mark.parametrize("attend", KINDS.values(), ids=KINDS)
@@ -28,7 +30,12 @@ def test_each_document_by_itself(attend):
     out = attend(q, k, v, documents=documents)
     for row, here in spans(documents):
         part = [x[row : row + 1, :, here] for x in (q, k, v)]
-        torch.testing.assert_close(out[row : row + 1, :, here], attend(*part))
+        found, expected = out[row : row + 1, :, here], attend(*part)
+        if part[0].shape[2] > SPANNED[attend]:
+            assert torch.equal(found, expected)
+        else:
+            # beside others, so with other roundings
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
         torch.testing.assert_close(
             torch.autograd.grad(out[row, :, here].sum(), (q, k, v), retain_graph=True)[1][row, :, here],
             torch.autograd.grad(attend(*part).sum(), part)[1][0],

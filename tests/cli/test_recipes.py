@@ -236,6 +236,5 @@ def test_the_quickstart_learns_and_recovers():
     assert list(losses) == list(range(50, 501, 50))
     # a uniform guess over bytes costs 5.55 nats
     assert losses[50] < 3.2
-    # dense validation of a model of windows, which has seen no token from far away
-    assert losses[400] < 3.2
-    assert losses[500] < min(losses[50], losses[400]) - 0.6
+    assert losses[400] < losses[50] - 0.4
+    assert losses[500] < losses[400] - 0.05
