@@ -107,7 +107,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         check_rotary(rotary)
         self.phases = None if phases is None else [_phase(phase) for phase in phases]
         # until the layers of the model are known
-        self._phases_asked = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
+        self._phases = phases_asked(switch_at, layer_types, window, sink_tokens, self.phases)
         self.switch_at = SWITCH_AT if switch_at is None and phases is None else switch_at
         self.layer_types = layer_types
         self.window = window
@@ -169,7 +169,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         try:
             self._contexts.enter_context(shown_notices())
             device = next(model.parameters()).device
-            for phase in self._phases_asked:
+            for phase in self._phases:
                 check_backend(phase.attention or self.attention, device)
             self._patch = patch_attention(
                 model,
@@ -184,9 +184,9 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             self._patch.documents.watches_evaluation = True
             self._contexts.enter_context(sdpa_priority(self.attention.sdpa))
             saved = self._saved(state)
-            self._phases_asked = self._phases_for(self._patch, saved)
+            self._phases = self._phases_for(self._patch, saved)
             # each once, so that no phase fails when it begins
-            for phase in reversed(self._phases_asked):
+            for phase in reversed(self._phases):
                 self._attend(phase)
             self._attending = 0
             self._plan = self._resolve_plan(state, saved)
@@ -220,7 +220,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
             self._patch.dense()
         else:
             if number != self._attending:
-                self._attend(self._phases_asked[number])
+                self._attend(self._phases[number])
                 self._attending = number
             self._patch.set_step(step)
             self._patch.on()
@@ -315,8 +315,8 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         return PhasePlan([PlannedPhase(**phase) for phase in attributes.get("saved_phases") or whole], switch)
 
     def _resolve_plan(self, state: TrainerState, saved: PhasePlan | None) -> PhasePlan:
-        planned = resolve_phases(self._phases_asked, state.max_steps)
-        asked = SwitchState(self._phases_asked[-1].until, planned[-1].end)
+        planned = resolve_phases(self._phases, state.max_steps)
+        asked = SwitchState(self._phases[-1].until, planned[-1].end)
         step = state.global_step
         if step == 0:
             return PhasePlan(planned, asked)
