@@ -3,7 +3,7 @@ model; needs matplotlib.
 
     python experiments/study/equal_time_answer.py docs/numbers/study.png
 
-A dot is a training, its seed beside the others of the same way; ways are ordered by their mean.
+A dot is a training, its seed beside the others of the same way; ways are ordered by their mean loss.
 """
 
 from __future__ import annotations
@@ -68,22 +68,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--from_nothing", type=Path, default=EXPERIMENTS / "from_nothing.csv")
-    parser.add_argument("--extension", type=Path, default=EXPERIMENTS / "extension_theta_1m.csv")
+    parser.add_argument("--extension", type=Path, default=EXPERIMENTS / "extension.csv")
     parser.add_argument("--rate", type=float, default=3e-4, help="of the extension (default: 3e-4)")
     arguments = parser.parse_args()
     nothing = rows(arguments.from_nothing, seq_len=98304, budget=115)
     extension = rows(arguments.extension, seq_len=65536, budget=80, learning_rate=arguments.rate)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.6))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 3.4), width_ratios=(1, 1, 0.8))
     dots(left, by_arm(nothing, "val_loss"), color="tab:blue")
     left.set(xlabel="dense validation loss, nats per byte", title="From nothing: 41M, 98,304 tokens, 115 s")
-    # the best on top here too
-    found = dict(reversed(by_arm(extension, "passkey_32k").items()))
-    dots(right, found, color="tab:blue", label="at 32,768 tokens")
-    farther = by_arm(extension, "passkey_up")
-    dots(right, {arm: farther[arm] for arm in found}, color="tab:orange", fillstyle="none", label="at 65,536 tokens")
-    right.set(xlabel="passkeys found", title="SmolLM2-135M, 8,192 to 65,536 tokens, 80 s", xlim=(0, 1.02))
-    right.legend(fontsize=8, loc="lower right")
+    losses = by_arm(extension, "val_loss")
+    dots(middle, losses, color="tab:blue")
+    middle.set(xlabel="dense validation loss, nats per token", title="SmolLM2-135M, 8,192 to 65,536 tokens, 80 s")
+    for column, length, style in (
+        ("passkey_32k", "32,768", {"color": "tab:blue"}),
+        ("passkey_up", "65,536", {"color": "tab:orange", "fillstyle": "none"}),
+    ):
+        found = by_arm(extension, column)
+        dots(right, {arm: found[arm] for arm in losses}, label=f"at {length} tokens", **style)
+    right.set(xlabel="passkeys found", title="the same models", xlim=(0, 1.02), yticklabels=[])
+    right.legend(fontsize=8, loc="center right")
     figure.tight_layout()
     figure.savefig(arguments.picture, dpi=120)
     print(arguments.picture)

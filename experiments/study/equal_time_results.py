@@ -25,6 +25,23 @@ def step_seconds(report: Mapping[str, Any], phase: str) -> float | None:
     return float(found["tokens"] / found["steps"] / found["tokens_per_second"])
 
 
+def phase_seconds(report: Mapping[str, Any]) -> dict[str, float]:
+    """Training seconds of each phase that had steps; a step that was not timed counts as much as those that were."""
+    phases = {name: found for name, found in report["phases"].items() if found["steps"]}
+    paces = {name: step_seconds(report, name) for name in phases}
+    return {name: found["steps"] * (paces[name] or found["seconds"]) for name, found in phases.items()}
+
+
+def seconds_until(report: Mapping[str, Any], step: int) -> float:
+    """Training seconds of the first steps, counted as `phase_seconds` does."""
+    passed, seconds = 0, 0.0
+    for name, own in phase_seconds(report).items():
+        steps = report["phases"][name]["steps"]
+        seconds += own * min(max(step - passed, 0), steps) / steps
+        passed += steps
+    return seconds
+
+
 def timed_steps(folder: Path, modes: Sequence[str]) -> tuple[dict[str, float], str]:
     """Seconds of a step of each mode that a training timed, in the order of its phases, and the name of the device.
 
@@ -53,11 +70,9 @@ def summary(row: Row, folder: Path) -> dict[str, Any]:
         folder: Of its logs.
     """
     report = read_report(folder)
-    phases = {name: found for name, found in report["phases"].items() if found["steps"]}
-    # what compiles is left out: each step counts as much as those that were timed
-    paces = {name: step_seconds(report, name) for name in phases}
-    seconds = {name: found["steps"] * (paces[name] or found["seconds"]) for name, found in phases.items()}
-    cheap = [name for name in phases if name != DENSE]
+    phases = report["phases"]
+    seconds = phase_seconds(report)
+    cheap = [name for name in seconds if name != DENSE]
     validations = [one["loss"] for one in report["validations"]]
     before = [one["loss"] for one in report["validations"] if one["phase"] != DENSE]
     after = [one["loss"] for one in report["validations"] if one["phase"] == DENSE]
@@ -77,7 +92,7 @@ def summary(row: Row, folder: Path) -> dict[str, Any]:
         "cheap_seconds": sum(seconds[name] for name in cheap),
         "steps": report["steps"],
         "cheap_steps": sum(phases[name]["steps"] for name in cheap),
-        "tokens": sum(found["tokens"] for found in phases.values()),
+        "tokens": sum(phases[name]["tokens"] for name in seconds),
         "layer_types": " ".join(types) or DENSE,
         "window": " ".join(str(phase["window"]) for phase in row.arm.phases if phase.get("window")),
         "val_loss": validations[-1] if validations else None,
@@ -126,8 +141,10 @@ def measures(row: Row, folder: Path) -> list[dict[str, Any]]:
     places = ("length", "depth", "distance", "position", "until")
     values = ("value", "standard_error", "count", "first", "second", "score")
     lines: list[dict[str, Any]] = []
-    for one in read_report(folder)["validations"]:
-        found = {"step": one["step"], "phase": one["phase"], "seconds": one["seconds"], "measure": "validation"}
+    report = read_report(folder)
+    for one in report["validations"]:
+        found = {"step": one["step"], "phase": one["phase"], "measure": "validation"}
+        found |= {"seconds": seconds_until(report, one["step"])}
         lines.append({**key, **found, **dict.fromkeys(places), **dict.fromkeys(values), "value": one["loss"]})
     for evaluation in read_evaluations(folder):
         found = {"step": evaluation["step"], "phase": evaluation["phase"], "seconds": None}

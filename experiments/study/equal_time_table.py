@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +45,8 @@ COLUMNS = (
     ("lookups_up", "up", 2),
 )
 AT_SWITCH = tuple(name for name, _, _ in COLUMNS[5:])
+# what a label says of one
+SEED = re.compile(r", seed \d+")
 Line = Mapping[str, str]
 
 
@@ -84,13 +87,17 @@ def label(line: Line, lines: Iterable[Line]) -> str:
 
 
 def draw(path: Path, curves: Mapping[str, list[tuple[float, float]]], **axes_settings: Any) -> None:
-    """A line each, to a file."""
+    """A line each, to a file; seeds of the same training in one colour."""
     figure, axes = plt.subplots(figsize=(10, 5))
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    palette = plt.get_cmap("tab20").colors
+    colors: dict[str, Any] = {}
     for name, points in curves.items():
         arm = name.partition(",")[0]
         style = {"dense": "--", "untrained": ":"}.get(arm.partition("-own")[0], "-")
-        axes.plot(*zip(*sorted(points), strict=True), style, marker=".", label=name)
+        group = SEED.sub("", name)
+        shown = None if group in colors else group
+        color = colors.setdefault(group, palette[len(colors) % len(palette)])
+        axes.plot(*zip(*sorted(points), strict=True), style, marker=".", color=color, label=shown)
     axes.set(**axes_settings)
     if axes_settings.get("xscale"):
         axes.set_xscale("log", base=2)

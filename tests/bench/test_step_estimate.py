@@ -105,7 +105,7 @@ def test_steps_of_a_pretrained_model_are_met_within_a_tenth(row):
 
 
 # what trained for one step had no gradient beside the averages of AdamW
-TRAINED = [row for row in rows("extension_theta_1m.csv") if int(row["steps"]) > 1]
+TRAINED = [row for name in ("extension_theta_1m", "extension") for row in rows(f"{name}.csv") if int(row["steps"]) > 1]
 
 
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row["row"])

@@ -225,4 +225,6 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     # of 256 tokens, the bins hold 64, 64 and 128
     mean = sum(float(one["value"]) * (int(one["until"]) - int(one["position"])) for one in end) / 256
     assert float(row["loss_0_8k"]) == pytest.approx(mean)
-    assert float(row["val_loss"]) == float([one for one in found if one["measure"] == "validation"][-1]["value"])
+    last = [one for one in found if one["measure"] == "validation"][-1]
+    assert float(row["val_loss"]) == float(last["value"])
+    assert float(row["seconds"]) == pytest.approx(float(last["seconds"]))
