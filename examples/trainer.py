@@ -1,4 +1,4 @@
-"""Extend a pretrained model with transformers' own Trainer: windows and Lighthouse first, dense attention at the end.
+"""Extend a pretrained model with transformers' own Trainer: chunks of its own length first, dense attention at the end.
 
     pip install 'lightning_lighthouse[hf]' accelerate
     python examples/trainer.py MODEL books.jsonl --length 65536 --rope_theta 3000000 --output extended
@@ -26,18 +26,15 @@ from transformers import (
     default_data_collator,
 )
 
-from lightning_lighthouse import LighthouseConfig, LighthouseTrainerCallback
-
-# Three layers see 512 tokens and the first four, on which pretrained models rest; the fourth one sees all, compressed
-LAYERS = {"layer_types": ["window", "window", "window", "lighthouse"], "window": 512, "sink_tokens": 4}
-# A model that was trained dense is thrown off by the sum of several levels
-ATTENTION = LighthouseConfig(combine="mean")
+from lightning_lighthouse import LighthouseTrainerCallback
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or go on with a training."""
     asked = parse(argv)
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    # each layer goes on with what it can do: to see as many tokens as the model was made for
+    chunks = {"layer_types": ["chunk"], "window": AutoConfig.from_pretrained(asked.model).max_position_embeddings}
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=asked.output,
@@ -55,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=[],
     )
     # used with `with`, the callback restores the model after an error too
-    with LighthouseTrainerCallback(switch_at=asked.switch_at, attention=ATTENTION, **LAYERS) as callback:
+    with LighthouseTrainerCallback(switch_at=asked.switch_at, **chunks) as callback:
         trainer = Trainer(
             load_model(asked.model, asked.length, asked.rope_theta),
             arguments,

@@ -13,7 +13,7 @@ import torch
 from places import ROOT
 from pretrained import WORDS, load_model, save_model, save_tokenizer
 
-from lightning_lighthouse.attention.windows import window_attention
+from lightning_lighthouse.attention.windows import chunk_attention
 from lightning_lighthouse.routing import calls
 from lightning_lighthouse.routing.scope import scopes
 
@@ -61,19 +61,20 @@ def assert_same(one: Any, other: Any, start: Any) -> None:
 
 
 def test_transformers_own_trainer(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = []
+    chunks = []
 
     def counted(q: torch.Tensor, *others: Any, **settings: Any) -> torch.Tensor:
-        windows.append(others[2])
-        return window_attention(q, *others, **settings)
+        chunks.append(others[2])
+        return chunk_attention(q, *others, **settings)
 
-    monkeypatch.setattr(calls, "window_attention", counted)
-    whole, cut = trained_twice("trainer", model, "--length", "96", "--rope_theta", "50000")
+    monkeypatch.setattr(calls, "chunk_attention", counted)
+    whole, cut = trained_twice("trainer", model, "--length", "320", "--rope_theta", "50000")
     assert_same(whole, cut, load_model(model))
-    # three of four layers, twice where blocks are computed again, in the two steps before the switch
-    assert windows == [512] * 2 * 3 * 2
+    # the length that the model was made for, in each of four layers, twice where blocks are computed again, in the two
+    # steps before the switch
+    assert chunks == [160] * 2 * 4 * 2
     config = whole.config
-    assert (config.rope_parameters["rope_theta"], config.max_position_embeddings) == (50000.0, 160)
+    assert (config.rope_parameters["rope_theta"], config.max_position_embeddings) == (50000.0, 320)
 
 
 def test_supervised_fine_tuning_by_trl(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
