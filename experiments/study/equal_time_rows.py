@@ -30,6 +30,7 @@ class Arm:
         flags: What `lighthouse fit` is given beside.
         learning_rate: Its own; None: that of the part.
         steps: Train so many steps at no learning rate, instead of filling the time.
+        cheap_share: Of the time, its own.
         decay_share: Of the time, its own; longer than the dense steps it begins before the switch.
     """
 
@@ -39,6 +40,7 @@ class Arm:
     flags: str = ""
     learning_rate: float | None = None
     steps: int | None = None
+    cheap_share: float | None = None
     decay_share: float | None = None
 
     def modes(self) -> list[str]:
@@ -156,7 +158,7 @@ def fill(row: Row, step_seconds: Mapping[str, float]) -> Steps:
     if arm.steps is not None:
         return Steps([], arm.steps, 0, 1.0, 1)
     *cheap, dense = (step_seconds[mode] for mode in arm.modes())
-    share = part.cheap_share / len(cheap) if cheap else 0.0
+    share = (part.cheap_share if arm.cheap_share is None else arm.cheap_share) / len(cheap) if cheap else 0.0
     counts = [max(1, round(share * row.seconds / pace)) for pace in cheap]
     last = max(1, round((1.0 - share * len(cheap)) * row.seconds / dense))
     if counts:
