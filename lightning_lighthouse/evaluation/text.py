@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lighthouse.attention.documents import Documents
-from lightning_lighthouse.routing.given_documents import documents_of
+from lightning_lighthouse.routing.given_documents import require_documents
 
 # Tokens whose logits are turned into float32 at a time
 CHUNK = 8192
@@ -62,7 +62,7 @@ def read_text(batch: Any, module: nn.Module | None = None, asker: str = "FutureL
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and not bool((mask != 0).all()):
         raise ValueError(f"{asker} needs validation batches without padding, got an attention_mask with zeros")
-    documents = None if module is None else documents_of(module, batch)
+    documents = None if module is None else require_documents(module, batch)
     tokens = tokens.detach().clone()
     if has_ids:
         return Text(tokens, tokens.roll(-1, dims=1), tokens.shape[1] - 1, documents)

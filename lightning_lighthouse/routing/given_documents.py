@@ -15,6 +15,7 @@ from lightning_lighthouse.routing.packing import (
     IDS,
     MASK,
     by_name,
+    is_packed,
     segments,
     sizes,
     token_positions,
@@ -64,20 +65,36 @@ def read_documents(given: Any) -> Documents | None:
     return Documents.from_positions(positions)
 
 
-def documents_of(module: nn.Module, batch: Any) -> Documents:
-    """The documents of a batch that `module` is about to get.
+def documents_of(module: nn.Module, batch: Any) -> Documents | None:
+    """The documents of a batch that `module` is about to get, or None where there are none.
 
     Args:
         module: Its method `documents(batch)`, if it has one, goes before all that the batch says by itself. It returns
-            any form that a batch may have, or None.
-        batch: On the host, where it can be.
-
-    Raises:
-        SettingError: There are none.
+            any form that a batch may have, ids as a tensor too, or None.
+        batch: On the host, where it can be. A tensor is one of tokens, and tells nothing.
     """
     own = getattr(module, DOCUMENTS, None)
     documents = read_documents(own(batch)) if callable(own) else None
-    documents = documents if documents is not None else read_documents(batch)
+    if documents is None and not isinstance(batch, Tensor):
+        documents = read_documents(batch)
+    return documents
+
+
+def documents_of_prompt(module: nn.Module, batch: Any) -> Documents | None:
+    """The same, of a batch that may hold prompts: None too where all that is apart from the text is padding.
+
+    What goes on with a prompt attends to keys and values of tokens before, which no documents are known of.
+    """
+    return documents_of(module, batch) if callable(getattr(module, DOCUMENTS, None)) or is_packed(batch) else None
+
+
+def require_documents(module: nn.Module, batch: Any) -> Documents:
+    """The same, of a batch that must have them.
+
+    Raises:
+        SettingError: It has none.
+    """
+    documents = documents_of(module, batch)
     if documents is None:
         raise SettingError(
             'documents=True, but the batch holds none: add "document_ids" [batch, tokens], as LighthouseRecipe does '

@@ -137,6 +137,11 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
         yield f"{MASK} numbers several segments", (numbers > 1).any()
 
 
+def is_packed(batch: Any) -> bool:
+    """Whether a batch shows that it is packed; waits for what is on a GPU."""
+    return any(bool(found) for part in named_parts(batch) for _, found in signs(part))
+
+
 def _cut(boundaries: Tensor, shape: tuple[int, int] | None) -> Tensor:
     """Whether a document ends inside a row; the last one may end before it does, and padding repeat where."""
     inside = boundaries != 0 if shape is None else boundaries % shape[1] != 0

@@ -17,12 +17,13 @@ from torch import Tensor
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.phases.events import BatchEnd, FitEnd, phase_events
-from lightning_lighthouse.routing.given_documents import documents_of
+from lightning_lighthouse.routing.given_documents import documents_of_prompt, require_documents
 from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, told
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 
 TRAINING = "training_step"
-STEPS = (TRAINING, "validation_step", "test_step")
+PREDICTION = "predict_step"
+STEPS = (TRAINING, "validation_step", "test_step", PREDICTION)
 MOVE = "batch_to_device"
 # Hooks that may make another batch of it while it is moved
 CHANGES = ("transfer_batch_to_device", "on_after_batch_transfer")
@@ -44,7 +45,7 @@ def watched_batches(
 
     Args:
         trainer: Its strategy runs the steps.
-        module: In training, validation or test.
+        module: In training, validation, test or prediction.
         settings: Of the callback.
         patch: Of the module. None: it is patched at the first step if documents are to be kept, with no layer routed.
     """
@@ -103,8 +104,12 @@ class _DocumentKeeper:
     @contextmanager
     def inside(self, step: str, batch: Any) -> Iterator[None]:
         """Documents hold within a step; those of a training batch until it has ended, its backward included."""
+        documents = (documents_of_prompt if step == PREDICTION else require_documents)(self._module, batch)
+        if documents is None:
+            yield
+            return
         patch, trains = self._patched(), step == TRAINING
-        patch.set_documents(documents_of(self._module, batch))
+        patch.set_documents(documents)
         if trains not in self._checked:
             patch.documents.audit()
         try:

@@ -190,7 +190,7 @@ class LighthouseCallback(Callback):
         """Know what a checkpoint is loaded for; see documents outside of a fit too, and in a search for the rate."""
         self._is_fitting, self._loaded = stage == "fit", None
         self._stage.close()
-        if stage in ("validate", "test"):
+        if stage in ("validate", "test", "predict"):
             self._stage.enter_context(watched_batches(trainer, pl_module, self, None))
         if self._is_fitting:
             trial = partial(self._trial, trainer, pl_module)

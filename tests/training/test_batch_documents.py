@@ -262,6 +262,46 @@ def test_documents_hold_outside_of_a_fit_too(tmp_path, how):
         getattr(refusing, how)(model, given("document_ids", 2), verbose=False)
 
 
+class Predicts(Plain):
+    def predict_step(self, batch, batch_idx):
+        return self.model(batch["tokens"][:, :-1])
+
+
+def test_documents_hold_in_a_prediction_and_a_batch_without_them_is_left_alone(tmp_path):
+    torch.manual_seed(0)
+    model = Predicts()
+    packed, plain = batches("documents", 1)[0], {"tokens": batches("documents", 1)[0]["tokens"]}
+    run = trainer(tmp_path, [all_lighthouse(1, CONFIG, documents=True)])
+    before, inside, behind = run.predict(model, DataLoader([plain, packed, plain], batch_size=None))
+    with torch.no_grad():
+        across = model.model(packed["tokens"][:, :-1])
+        parts = [model.model(part) for part in packed["tokens"][:, :-1].split(packed["documents"].lengths[0], 1)]
+    torch.testing.assert_close(before, across)
+    torch.testing.assert_close(behind, across)
+    torch.testing.assert_close(inside, torch.cat(parts, 1))
+    assert scopes == []
+
+
+def test_padding_of_a_prompt_is_no_document(tmp_path):
+    torch.manual_seed(0)
+    model = Predicts()
+    tokens = batches("documents", 1)[0]["tokens"]
+    mask = torch.ones(2, TOKENS).long()
+    mask[0, :5] = 0
+    prompt = {"tokens": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    run = trainer(tmp_path, [all_lighthouse(1, CONFIG, documents=True)])
+    (found,) = run.predict(model, DataLoader([prompt], batch_size=None))
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.model(tokens[:, :-1]))
+
+
+def test_a_packed_prediction_is_refused_where_nothing_was_said(tmp_path):
+    torch.manual_seed(0)
+    run = trainer(tmp_path, [all_lighthouse(1, CONFIG)])
+    with pytest.raises(PackedBatchError):
+        run.predict(Predicts(), given("document_ids", 1))
+
+
 def test_a_batch_without_documents_is_an_error(tmp_path):
     with pytest.raises(SettingError, match=r"the batch holds none: add .* documents\(batch\) to Named$") as caught:
         fit(
@@ -272,6 +312,17 @@ def test_a_batch_without_documents_is_an_error(tmp_path):
         )
     assert "\n" not in str(caught.value)
     assert scopes == []
+
+
+def test_tokens_without_a_name_are_no_ids_of_documents(tmp_path):
+    class Whole(ForeignModule):
+        """Reads all tokens of a batch, so that ids of as many would fit."""
+
+        def training_step(self, batch, batch_idx):
+            return self.model(batch)[:, :-1].flatten(0, 1).logsumexp(-1).mean()
+
+    with pytest.raises(SettingError, match=r"the batch holds none: add .* documents\(batch\) to Whole$"):
+        fit(tmp_path, [all_lighthouse(1, CONFIG, documents=True)], Whole())
 
 
 def test_documents_of_all_targets_are_told_how_to_be_cut(tmp_path):
