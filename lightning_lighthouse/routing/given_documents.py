@@ -15,6 +15,7 @@ from lightning_lighthouse.routing.packing import (
     IDS,
     MASK,
     by_name,
+    ids_of,
     is_packed,
     segments,
     sizes,
@@ -28,12 +29,15 @@ def read_documents(given: Any) -> Documents | None:
     A batch on the host costs no wait. Of one on a GPU the numbers are copied to the host, once.
 
     Args:
-        given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, a dataclass or a named tuple, of which
-            the first that exists counts: "documents", `Documents`; "document_ids" or "seq_idx", `[batch, tokens]`;
-            "cu_seq_lens_q", the boundaries of documents in the tokens of all rows; "position_ids", `[batch, tokens]`,
-            or `[4, batch, tokens]` with those of the text first; an "attention_mask" that numbers segments. Of
-            positions, tokens that "attention_mask" masks are a document of their own for each run of them, and segments
-            are kept apart.
+        given: `Documents`; ids of documents, `[batch, tokens]`; or a mapping, a named tuple, a dataclass or another
+            object, of which the first that exists counts: "documents", `Documents`; "document_ids" or "seq_idx",
+            `[batch, tokens]`; "cu_seq_lens_q", the boundaries of documents in the tokens of all rows; "position_ids",
+            `[batch, tokens]`, or `[4, batch, tokens]` with those of the text first; an "attention_mask" that numbers
+            segments. Of positions, tokens that "attention_mask" masks are a document of their own for each run of them,
+            and segments are kept apart.
+
+    Raises:
+        ValueError: What lies under a name of ids, or of boundaries, is none.
     """
     if isinstance(given, Documents):
         return given
@@ -44,7 +48,7 @@ def read_documents(given: Any) -> Documents | None:
         return None
     if isinstance(given.get(DOCUMENTS), Documents):
         return given[DOCUMENTS]
-    ids = next((given[name] for name in IDS if _is_for_tokens(given.get(name))), None)
+    ids = next((found for name in IDS if (found := ids_of(given.get(name))) is not None), None)
     if ids is not None:
         return Documents.from_ids(_rows(ids))
     shape = sizes(given)
@@ -72,9 +76,19 @@ def documents_of(module: nn.Module, batch: Any) -> Documents | None:
         module: Its method `documents(batch)`, if it has one, goes before all that the batch says by itself. It returns
             any form that a batch may have, ids as a tensor too, or None.
         batch: On the host, where it can be. A tensor is one of tokens, and tells nothing.
+
+    Raises:
+        TypeError: The method returns what documents cannot be read from.
     """
     own = getattr(module, DOCUMENTS, None)
-    documents = read_documents(own(batch)) if callable(own) else None
+    told = own(batch) if callable(own) else None
+    documents = read_documents(told)
+    # what the batch says by itself would be taken for what the method says
+    if documents is None and told is not None and by_name(told) is None:
+        raise TypeError(
+            f"{type(module).__name__}.documents(batch) must return lightning_lighthouse.Documents, ids of documents as "
+            f"an integer tensor [batch, tokens], a mapping that holds them, or None, got {_described(told)}"
+        )
     if documents is None and not isinstance(batch, Tensor):
         documents = read_documents(batch)
     return documents
@@ -84,8 +98,13 @@ def documents_of_prompt(module: nn.Module, batch: Any) -> Documents | None:
     """The same, of a batch that may hold prompts: None too where all that is apart from the text is padding.
 
     What goes on with a prompt attends to keys and values of tokens before, which no documents are known of.
+
+    Raises:
+        SettingError: It packs documents, but not where they are looked for.
     """
-    return documents_of(module, batch) if callable(getattr(module, DOCUMENTS, None)) or is_packed(batch) else None
+    if is_packed(batch):
+        return require_documents(module, batch)
+    return documents_of(module, batch) if callable(getattr(module, DOCUMENTS, None)) else None
 
 
 def require_documents(module: nn.Module, batch: Any) -> Documents:
@@ -95,6 +114,11 @@ def require_documents(module: nn.Module, batch: Any) -> Documents:
         SettingError: It has none.
     """
     documents = documents_of(module, batch)
+    if documents is None and is_packed(batch):
+        raise SettingError(
+            f"documents=True, but the documents of this batch lie inside a part of the {type(batch).__name__} that it "
+            f"is: add a method documents(batch) to {type(module).__name__} that returns those of the tokens it reads"
+        )
     if documents is None:
         raise SettingError(
             'documents=True, but the batch holds none: add "document_ids" [batch, tokens], as LighthouseRecipe does '
@@ -113,6 +137,10 @@ def _segmented(positions_BN: Tensor, mask_BN: Tensor) -> Tensor:
 
 def _is_for_tokens(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim in (1, 2) and value.numel() > 0
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _rows(value: Tensor) -> Tensor:

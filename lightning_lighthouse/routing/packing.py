@@ -15,6 +15,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ def signs(batch: Mapping[str, Any]) -> Iterator[tuple[str, bool | Tensor]]:
     if isinstance(documents, Documents):
         yield "documents of a sequence are several", documents.is_packed
     for name in IDS:
-        ids = _integers(batch.get(name))
+        ids = ids_of(batch.get(name))
         if ids is not None:
             yield f"{name} of a sequence differ", (ids[..., 1:] != ids[..., :-1]).any()
     shape = sizes(batch)
@@ -148,6 +149,12 @@ def _cut(boundaries: Tensor, shape: tuple[int, int] | None) -> Tensor:
     return (inside & (boundaries != boundaries[-1])).any()
 
 
+def ids_of(value: Any) -> Tensor | None:
+    """A tensor or an array under a name of ids, whatever its type and shape; None where there is none."""
+    value = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
+    return value if isinstance(value, Tensor) and value.ndim and value.numel() else None
+
+
 def _integers(value: Any) -> Tensor | None:
     """A tensor of whole numbers for each token, or None."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.ndim not in (1, 2) or not value.numel():
@@ -156,12 +163,14 @@ def _integers(value: Any) -> Tensor | None:
 
 
 def by_name(batch: Any) -> Mapping[str, Any] | None:
-    """What a batch holds, by name: a mapping, a dataclass or a named tuple; None where it has no names."""
+    """What a batch holds, by name: a mapping, a named tuple, a dataclass or another object; None without names."""
     if isinstance(batch, Mapping):
         return batch
     if is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name, None) for field in fields(batch)}
-    return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None
+    if isinstance(batch, tuple):
+        return batch._asdict() if hasattr(batch, "_asdict") else None
+    return None if isinstance(batch, Tensor | list) else getattr(batch, "__dict__", None)
 
 
 def named_parts(batch: Any, depth: int = DEPTH) -> Iterator[Mapping[str, Any]]:
@@ -170,7 +179,9 @@ def named_parts(batch: Any, depth: int = DEPTH) -> Iterator[Mapping[str, Any]]:
     if named is not None:
         yield named
     if depth:
-        values = named.values() if named is not None else batch if isinstance(batch, list | tuple) else ()
+        # the attributes of whatever object may lead anywhere, to a whole data set
+        holds = isinstance(batch, Mapping | list | tuple) or is_dataclass(batch)
+        values = () if not holds else named.values() if named is not None else batch
         for value in values:
             yield from named_parts(value, depth - 1)
 
@@ -220,9 +231,9 @@ class PackingCheck:
         given = [value if isinstance(value := part.get(name), Tensor) else None for name in (POSITIONS, MASK)]
         if all(x is None for x in given) or any(name in part for name in (DOCUMENTS, *IDS, *BOUNDARIES)):
             return False
-        last, self._last = self._last, [None if x is None else (ref(x), _version(x)) for x in given]
+        last, self._last = self._last, [None if x is None else (ref(x), version_of(x)) for x in given]
         return len(last) == len(given) and all(
-            known is None if x is None else known is not None and known[0]() is x and known[1] == _version(x)
+            known is None if x is None else known is not None and known[0]() is x and known[1] == version_of(x)
             for x, known in zip(given, last, strict=True)
         )
 
@@ -248,7 +259,8 @@ class PackingCheck:
                     raise PackedBatchError(refusal(sign))
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 where nobody counts."""
     # inference tensors count no versions
     return 0 if tensor.is_inference() else tensor._version
 

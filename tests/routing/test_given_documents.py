@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import make_dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ FORMS = {
     "ids that come again": {"document_ids": IDS % 2},
     "ids in a dataclass": make_dataclass("Batch", ["tokens", "document_ids"])(TOKENS, IDS),
     "ids in named fields": namedtuple("Batch", ["tokens", "document_ids"])(TOKENS, IDS),
+    "ids in an object": SimpleNamespace(tokens=TOKENS, document_ids=IDS),
+    "ids in an array": {"tokens": TOKENS, "document_ids": IDS.numpy()},
     "indices": {"seq_idx": IDS.int()},
     "positions": {"input_ids": TOKENS, "position_ids": POSITIONS},
     "positions from one on": {"position_ids": POSITIONS + 2},
@@ -106,11 +109,17 @@ def test_padding_is_a_document_whatever_its_positions(positions_of_padding):
         {"document_ids": "x", "documents": [3, 4]},
         {"position_ids": POSITIONS.expand(3, 2, -1)},
         {"input_ids": TOKENS, "attention_mask": torch.ones(2, 97, dtype=torch.long)},
-        {"document_ids": IDS.double()},
         [TOKENS, IDS],
         None,
     ],
-    ids=["tokens", "other things", "axes", "mask", "floats", "list", "nothing"],
+    ids=["tokens", "other things", "axes", "mask", "list", "nothing"],
 )
 def test_what_says_nothing_gives_none(given):
     assert read_documents(given) is None
+
+
+@pytest.mark.parametrize("ids", [IDS.double(), IDS[None]], ids=["floats", "three axes"])
+def test_ids_that_cannot_be_read_are_an_error(ids):
+    # positions that go on would be taken instead
+    with pytest.raises(ValueError, match=r"ids must be integers \[batch, tokens\], got Tensor"):
+        read_documents({"document_ids": ids, "position_ids": torch.arange(97).expand(2, -1)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -58,6 +59,9 @@ PACKED = {
     "boundaries before padding": ({"cu_seq_lens_q": torch.tensor([0, 40, 90, 90])}, "cu_seq_lens_q name several"),
     "a mask of segments": ({"attention_mask": SEGMENTS}, "attention_mask numbers several segments"),
     "a dataclass": (Batch(ONE, SEVERAL), "document_ids of a sequence differ"),
+    "an object": (SimpleNamespace(tokens=ONE, document_ids=SEVERAL), "document_ids of a sequence differ"),
+    "ids of floats": ({"document_ids": SEVERAL.float()}, "document_ids of a sequence differ"),
+    "ids in an array": ({"document_ids": SEVERAL.numpy()}, "document_ids of a sequence differ"),
     "named fields, in a list": ([Fields(ONE, SEVERAL)], "document_ids of a sequence differ"),
     "a batch within a batch": ([{"x": {"document_ids": SEVERAL}}], "document_ids of a sequence differ"),
 }
