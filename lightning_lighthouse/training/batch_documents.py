@@ -2,23 +2,27 @@
 
 Lightning hands a batch to the strategy twice, to move it to the device and to run a step of the module on it. Both are
 listened to there, and not in hooks of a callback, so that the trials of a search for the learning rate, which runs
-without callbacks, are seen too. What is still in host memory before the move is read there, and costs no wait.
+without callbacks, are seen too. What is still in host memory before the move is read there, and costs no wait. A step
+that fetches its batches by itself, `training_step(dataloader_iter)`, is listened to as it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_lighthouse.attention.config import LighthouseConfig
-from lightning_lighthouse.checks import SettingError
+from lightning_lighthouse.checks import SettingError, is_named
 from lightning_lighthouse.phases.events import BatchEnd, FitEnd, phase_events
 from lightning_lighthouse.routing.given_documents import documents_of_prompt, require_documents
-from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, told
+from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, by_name, told, version_of
 from lightning_lighthouse.routing.patch import Patch, patch_attention
 
 TRAINING = "training_step"
@@ -27,6 +31,8 @@ STEPS = (TRAINING, "validation_step", "test_step", PREDICTION)
 MOVE = "batch_to_device"
 # Hooks that may make another batch of it while it is moved
 CHANGES = ("transfer_batch_to_device", "on_after_batch_transfer")
+# What Lightning hands to a step that asks for `dataloader_iter`
+FETCHER = "_DataFetcherWrapper"
 
 
 class Settings(Protocol):
@@ -148,24 +154,20 @@ class _Batches:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
-        self._host: Any = None
-        self._moved: Any = None
+        # each tensor that was moved, which lives as long as its address is asked for; its version; the one on the host
+        self._hosts: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def keep(self, host: Any, moved: Any) -> None:
         """A batch was moved."""
-        self._host, self._moved = host, moved
-
-    def _taken(self, batch: Any) -> Any:
-        """The batch on the host, or None where it is not known to be the same."""
-        host, moved, self._host, self._moved = self._host, self._moved, None, None
-        return None if moved is not batch or self._is_changed_on_the_way() else host
+        before, after = list(_tensors_in(host)), list(_tensors_in(moved))
+        is_same = [tensor.shape for tensor in before] == [tensor.shape for tensor in after]
+        pairs = zip(before, after, strict=True) if is_same and not self._is_changed_on_the_way() else ()
+        self._hosts = {id(new): (new, version_of(new), old) for old, new in pairs if old is not new}
 
     def whole(self, batch: Any) -> Any:
-        """The batch, in host memory as far as it is known there."""
-        host = self._taken(batch)
-        if isinstance(batch, Mapping) and isinstance(host, Mapping):
-            return {name: value if _is_new(value, host.get(name)) else host[name] for name, value in batch.items()}
-        return batch if host is None else host
+        """The batch, in host memory as far as it is known there; what a hook has put into it since is as it is."""
+        hosts, self._hosts = self._hosts, {}
+        return _replaced(batch, hosts) if hosts else batch
 
     def _is_changed_on_the_way(self) -> bool:
         owners = (self._module, getattr(self._trainer, "datamodule", None))
@@ -177,11 +179,52 @@ def _is_users(hook: Any) -> bool:
     return hook is not None and hook.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
 
 
-def _is_new(value: Any, before: Any) -> bool:
-    """Whether a hook has put a value into the batch, or another in the place of the one before."""
-    if isinstance(value, Tensor):
-        return not (isinstance(before, Tensor) and before.shape == value.shape)
-    return before is None
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in a batch, in an order that its copies have too."""
+    if isinstance(batch, Tensor):
+        yield batch
+        return
+    named = by_name(batch)
+    for value in named.values() if named is not None else batch if isinstance(batch, list | tuple) else ():
+        # as far as Lightning moves them
+        if isinstance(value, Tensor | Mapping | list | tuple) or is_dataclass(value):
+            yield from _tensors_in(value)
+
+
+def _replaced(batch: Any, hosts: Mapping[int, tuple[Tensor, int, Tensor]]) -> Any:
+    """The batch with the tensors on the host in the places of those that were moved and have not changed since."""
+    if isinstance(batch, Tensor):
+        moved, version, host = hosts.get(id(batch), (None, 0, batch))
+        return host if moved is batch and version_of(batch) == version else batch
+    if isinstance(batch, Mapping):
+        return {name: _replaced(value, hosts) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        values = [_replaced(value, hosts) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_asdict") else type(batch)(values)
+    if not is_dataclass(batch):
+        return batch
+    out = copy(batch)
+    for name, value in (by_name(batch) or {}).items():
+        # frozen ones too
+        object.__setattr__(out, name, _replaced(value, hosts))
+    return out
+
+
+class _Fetched(Iterator[Any]):
+    """What Lightning hands to a step that fetches its batches: each is listened to from then on, to the step's end."""
+
+    def __init__(self, items: Iterator[Any], around: Callable[[Any], AbstractContextManager[None]]) -> None:
+        self._items, self._around = items, around
+        self.contexts = ExitStack()
+
+    def __next__(self) -> Any:
+        item = next(self._items)
+        # the batch, its number and that of its loader
+        self.contexts.enter_context(self._around(item[0]))
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._items, name)
 
 
 @contextmanager
@@ -197,6 +240,10 @@ def _around_steps(strategy: Any, moved: Callable[[Any, Any], None], around: _Aro
 
     def heard(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         def run(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_named(batch, FETCHER):
+                fetched = _Fetched(batch, partial(around, name))
+                with fetched.contexts:
+                    return step(fetched, *args, **kwargs)
             with around(name, batch):
                 return step(batch, *args, **kwargs)
 
