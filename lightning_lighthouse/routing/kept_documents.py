@@ -16,8 +16,9 @@ from lightning_lighthouse.checks import SettingError, quoted
 from lightning_lighthouse.routing.adapters.transformers_inputs import heard_inputs, require_unpacked, tensors_in
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
 from lightning_lighthouse.routing.audit import Audit, explain_documents
+from lightning_lighthouse.routing.contradictions import contradictions
 from lightning_lighthouse.routing.given_documents import read_documents
-from lightning_lighthouse.routing.packing import MASK, DocumentsSetting, PackingCheck, told
+from lightning_lighthouse.routing.packing import MASK, DocumentsSetting, PackedBatchError, PackingCheck, told
 from lightning_lighthouse.routing.reasons import refuse
 from lightning_lighthouse.routing.scope import Scope, is_without_gradients
 from lightning_lighthouse.routing.targets import find_targets
@@ -52,7 +53,7 @@ class KeptDocuments:
         self._scope, self._statement, self._layers = scope, statement, layers
         self._has_audited = False
         self._has_lighthouse = False
-        self._packing = PackingCheck()
+        self._packing = PackingCheck(ValueError if self.are_kept else PackedBatchError)
         self._contexts = ExitStack()
         self._contexts.enter_context(told(model, setting))
         # whether the documents that are set were told by the user, and are not read from what a model is called with
@@ -66,7 +67,10 @@ class KeptDocuments:
         if not self.are_kept:
             if self._refuses(inputs):
                 self._packing.look(inputs)
-        elif self._reads_inputs and not self._are_told:
+        elif self._reads_inputs and self._are_told:
+            if self._scope.documents is not None and not _has_cache(inputs):
+                self._packing.refuse(contradictions(self._scope.documents, inputs))
+        elif self._reads_inputs:
             # what a cache holds are no documents of these tokens
             self._set(None if _has_cache(inputs) else read_documents(inputs), is_checked=True)
             if self._scope.documents is None and self._scope.demands_documents and not is_without_gradients():

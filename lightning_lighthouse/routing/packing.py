@@ -9,7 +9,7 @@ are read when it has ended if they have arrived, else with the batch behind it, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
@@ -187,34 +187,41 @@ def named_parts(batch: Any, depth: int = DEPTH) -> Iterator[Mapping[str, Any]]:
 
 
 class PackingCheck:
-    """Raises PackedBatchError at a batch that shows packing; see above for when."""
+    """Raises PackedBatchError at a batch that shows packing; see above for when.
 
-    def __init__(self) -> None:
+    Args:
+        error: Raised by `refuse`, where it is another one.
+    """
+
+    def __init__(self, error: type[ValueError] = PackedBatchError) -> None:
+        self._error = error
         self._has_waited = False
-        # what the GPU has been asked: the signs, its answers, and when they have arrived
+        # what the GPU has been asked: lines of errors, its answers, and when they have arrived
         self._asked: deque[tuple[list[str], Tensor, torch.cuda.Event]] = deque()
         # positions and mask that were looked at last, and their versions: layers of a model pass the same ones on
         self._last: list[tuple[ref[Tensor], int] | None] = []
 
     # a module that keeps one is copied and pickled
     def __deepcopy__(self, memo: dict[int, Any]) -> PackingCheck:
-        return PackingCheck()
+        return PackingCheck(self._error)
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return PackingCheck, ()
+    def __reduce__(self) -> tuple[type, tuple[type[ValueError]]]:
+        return PackingCheck, (self._error,)
 
     def look(self, batch: Any) -> None:
         """Look at a batch, or at the keyword arguments of a forward."""
+        parts = (part for part in named_parts(batch) if not self._is_known(part))
+        self.refuse((refusal(sign), found) for part in parts for sign, found in signs(part))
+
+    def refuse(self, faults: Iterable[tuple[str, bool | Tensor]]) -> None:
+        """Raise, with its line, where one of these is found."""
         self.read()
         on_gpu: list[tuple[str, Tensor]] = []
-        for part in named_parts(batch):
-            if self._is_known(part):
-                continue
-            for sign, found in signs(part):
-                if isinstance(found, Tensor) and found.device.type == "cuda":
-                    on_gpu.append((sign, found))
-                elif bool(found):
-                    raise PackedBatchError(refusal(sign))
+        for line, found in faults:
+            if isinstance(found, Tensor) and found.device.type == "cuda":
+                on_gpu.append((line, found))
+            elif bool(found):
+                raise self._error(line)
         if on_gpu:
             self._ask(on_gpu)
 
@@ -238,12 +245,12 @@ class PackingCheck:
         )
 
     def _ask(self, found: list[tuple[str, Tensor]]) -> None:
-        names, flags = [sign for sign, _ in found], torch.stack([flag for _, flag in found])
+        lines, flags = [line for line, _ in found], torch.stack([flag for _, flag in found])
         answers = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
         answers.copy_(flags, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._asked.append((names, answers, arrived))
+        self._asked.append((lines, answers, arrived))
         if not self._has_waited:
             self._has_waited = True
             self.read(waits=True)
@@ -251,12 +258,12 @@ class PackingCheck:
     def read(self, waits: bool = False) -> None:
         """Read the answers that have arrived, or wait for all of them."""
         while self._asked and (waits or self._asked[0][2].query()):
-            names, answers, arrived = self._asked.popleft()
+            lines, answers, arrived = self._asked.popleft()
             arrived.synchronize()
-            for sign, is_so in zip(names, answers.tolist(), strict=True):
+            for line, is_so in zip(lines, answers.tolist(), strict=True):
                 if is_so:
                     self._asked.clear()
-                    raise PackedBatchError(refusal(sign))
+                    raise self._error(line)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -214,6 +214,55 @@ def test_documents_that_contradict_what_the_model_is_called_with_are_an_error(ll
         patch.restore()
 
 
+SECOND = {
+    "positions": lambda: {"position_ids": torch.arange(TOKENS)[None] % 50},
+    "one row of positions": lambda: {"position_ids": torch.arange(TOKENS) % 50},
+    "under a mask of ones": lambda: {
+        "position_ids": torch.arange(TOKENS)[None] % 50,
+        "attention_mask": torch.ones(1, TOKENS, dtype=torch.long),
+    },
+    "segments": lambda: {"attention_mask": 1 + torch.arange(TOKENS)[None] // 50},
+    "boundaries": lambda: {"cu_seq_lens_q": torch.tensor([0, 50, TOKENS], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("use_cache", [False, True], ids=["", "cache"])
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("second", SECOND)
+def test_a_second_call_with_other_documents_than_those_told_is_an_error(llama, second, is_training, use_cache):
+    llama.config.use_cache = use_cache
+    tokens = flattened()["input_ids"]
+    patch = patch_attention(llama, CONFIG, documents=True)
+    try:
+        patch.dense() if is_training else patch.off()
+        llama.train(is_training)
+        patch.set_documents(PACKED)
+        with torch.set_grad_enabled(is_training):
+            llama(input_ids=tokens, position_ids=PACKED.position_ids("cpu"))
+            with pytest.raises(
+                ValueError, match=r"called with \w+ that keeps other tokens apart than the documents do"
+            ):
+                llama(input_ids=tokens, **SECOND[second]())
+    finally:
+        patch.restore()
+
+
+def test_ids_may_be_finer_than_what_a_model_is_called_with_and_padding_has_any_positions(llama):
+    batch = padded("ones")
+    finer = Documents([[*LENGTHS, 3, 5]])
+    patch = patch_attention(llama, CONFIG, documents=True)
+    try:
+        patch.dense()
+        patch.set_documents(finer)
+        llama(**batch)
+        del batch["position_ids"]
+        llama(**batch)
+        patch.set_documents(PACKED)
+        llama(input_ids=flattened()["input_ids"], cu_seq_lens_q=torch.tensor([0, 41, TOKENS, TOKENS]))
+    finally:
+        patch.restore()
+
+
 def test_a_training_batch_that_says_nothing_is_an_error_and_an_evaluation_is_not(llama):
     tokens = {"input_ids": torch.zeros(2, 20, dtype=torch.long)}
     patch = patch_attention(llama, CONFIG, documents=True)
