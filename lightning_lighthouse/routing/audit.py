@@ -52,10 +52,12 @@ class Audit:
     Args:
         targets: The layers by name that should be routed, or stay inside documents.
         of_documents: Ask for a call inside documents, routed or dense.
+        may_rest: Ask nothing of layers that do not run where others do: an average of the model stands for it.
     """
 
-    def __init__(self, targets: dict[str, nn.Module], *, of_documents: bool = False) -> None:
+    def __init__(self, targets: dict[str, nn.Module], *, of_documents: bool = False, may_rest: bool = False) -> None:
         self._targets = targets
+        self._may_rest = may_rest
         self._of_documents = of_documents
         self._memory = _in_documents if of_documents else _routed
         self._by_layer: dict[nn.Module, set[str]] = defaultdict(set)
@@ -108,9 +110,12 @@ class Audit:
     def unrouted(self) -> dict[str, str]:
         """The layers that were not routed, with the reason and what to do. Layers that were are remembered."""
         missing = {}
+        some_run = self._may_rest and any(ROUTED in notes for notes in self._by_layer.values())
         some_train = any(ENTERED in self._by_layer.get(layer, ()) for layer in self._targets.values())
         for name, layer in self._targets.items():
             notes = self._by_layer.get(layer) or self._traced
+            if some_run and not notes:
+                continue
             if ENTERED_WITHOUT_GRADIENTS in notes:
                 # a layer that never has them does not train; where none has, somebody only looks at the outputs
                 if some_train and ENTERED not in notes and ROUTED in notes:

@@ -164,9 +164,13 @@ class KeptDocuments:
         self._scope.demands_documents = training and self.are_kept
         self._settle()
 
-    def audit(self) -> None:
-        """Make sure at the next `check` that each layer attended inside documents, if any ran until then."""
-        self._scope.documents_audit = Audit(self._layers, of_documents=True)
+    def audit(self, may_rest: bool = False) -> None:
+        """Make sure at the next `check` that each layer attended inside documents, if any ran until then.
+
+        Args:
+            may_rest: Ask nothing of layers that do not run where others do, a copy of the model that has its averages.
+        """
+        self._scope.documents_audit = Audit(self._layers, of_documents=True, may_rest=may_rest)
 
     def check(self) -> bool:
         """Make sure that every layer attended inside the documents that were set; the first call that can tell decides.

@@ -12,6 +12,7 @@ from all_lighthouse import all_lighthouse
 from fitting import trainer
 from foreign import TOKENS, VOCABULARY, ForeignModule
 from lightning.pytorch import Callback
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lighthouse import Documents, LighthouseConfig
@@ -212,3 +213,31 @@ def test_a_step_that_fetches_its_batch_is_listened_to(tmp_path, how):
     run(tmp_path, how, dict(BATCH), kind=Fetches)
     with pytest.raises(PackedBatchError):
         run(tmp_path, how, dict(BATCH), documents=False, kind=Fetches)
+
+
+@pytest.mark.parametrize("made", ["before", "within"])
+def test_an_average_of_the_model_may_be_validated_in_its_place(tmp_path, made):
+    class Averages(Reads):
+        def __init__(self):
+            super().__init__()
+            self.average = AveragedModel(self.model) if made == "before" else None
+
+        def on_train_start(self):
+            self.average = self.average or AveragedModel(self.model)
+
+        def validation_step(self, batch, batch_idx):
+            self.outputs.append(self.average(batch["tokens"]))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    torch.manual_seed(0)
+    model = Averages()
+    with torch.no_grad():
+        inside = torch.cat([model.model(part) for part in INPUTS.split(LENGTHS, 1)], 1)
+    callback = all_lighthouse(1, CONFIG, documents=True, select="model.blocks.*.attn")
+    batches = DataLoader(Listed([BATCH]), batch_size=None)
+    trainer(tmp_path, [callback], max_steps=1).fit(model, batches, batches)
+    assert len(model.outputs) == 2
+    for outputs in model.outputs:
+        torch.testing.assert_close(outputs, inside)
