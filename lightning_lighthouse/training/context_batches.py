@@ -13,6 +13,7 @@ from lightning_lighthouse.context.collectives import all_gather
 from lightning_lighthouse.context.group import Context
 from lightning_lighthouse.context.slices import mark_of, num_inputs, slice_batch
 from lightning_lighthouse.notices import log_once
+from lightning_lighthouse.routing.packing import PackingCheck, said_of_documents
 from lightning_lighthouse.training.context_check import check_positions
 from lightning_lighthouse.training.stopwatch import count_tokens
 
@@ -44,6 +45,7 @@ class ContextBatches:
     ) -> None:
         self._trainer, self._module, self._context, self._layers = trainer, module, context, layers
         self._is_unchecked = checks_positions
+        self._packing = PackingCheck()
         # whether the batch before differed within the group, on the device; None before there was one
         self._differed: Tensor | None = None
         # of the newest batch, before it was cut
@@ -56,8 +58,12 @@ class ContextBatches:
             SettingError: The batch has another form than is known, or cannot be cut evenly; with the first one, see
                 `check_positions`.
             DifferentBatchesError: The ranks of the group hold different batches, of this step or the one before.
+            PackedBatchError: It packs documents, and nobody said what to do about it.
         """
         self._compare(batch)
+        # a document that begins where a slice does shows in no slice
+        if said_of_documents(self._module) is False:
+            self._packing.look(batch)
         self.num_tokens = count_tokens(batch)
         own = getattr(self._module, OWN_SLICES, None)
         if own is not None:

@@ -117,6 +117,21 @@ class Paired(ForeignModule):
         return super().training_step(torch.cat((batch[0], batch[1][:, -1:]), 1), batch_idx)
 
 
+class Reads(ForeignModule):
+    """Takes what transformers names."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.model(batch["input_ids"]).logsumexp(-1).mean()
+        self.losses.append(loss.item())
+        return loss
+
+
+def packed_at_the_edge(form: str) -> list[dict[str, Tensor]]:
+    """Rows of two documents, of which each rank gets one."""
+    told = {"position_ids": torch.arange(TOKENS) % (TOKENS // 2), "document_ids": torch.arange(TOKENS) // (TOKENS // 2)}
+    return [{"input_ids": row[:TOKENS], form: told[form]} for row in Sequences(8).tokens]
+
+
 class Spoiling(ForeignModule):
     """Its second step has no finite loss, on rank 1."""
 
@@ -256,6 +271,17 @@ def cases(folder: Path) -> dict[str, Callable[[], Any]]:
         "probe": lambda: run(Offering(), callbacks=(lighthouse(), FutureLeakProbe())),
         "evaluation": lambda: run(Offering(), callbacks=(LongContextEvaluation(num_samples=1, passkey=False),)),
         "documents": lambda: run(placed(), callbacks=(lighthouse(documents=True),)),
+        "packed ids": lambda: run(
+            Reads(model=PlacedGPT()), rows=packed_at_the_edge("document_ids"), callbacks=(lighthouse(),)
+        ),
+        "packed positions": lambda: run(
+            Reads(model=PlacedGPT()), rows=packed_at_the_edge("position_ids"), callbacks=(lighthouse(),)
+        ),
+        "packed and ignored": lambda: run(
+            Reads(model=PlacedGPT()),
+            rows=packed_at_the_edge("document_ids"),
+            callbacks=(lighthouse(documents="ignore"),),
+        ),
         "form": lambda: run(placed(), rows=pairs),
         "own form": lambda: run(Paired(model=PlacedGPT()), rows=pairs),
         "written out": lambda: run(beside),

@@ -143,6 +143,9 @@ REFUSED = {
     "probe": "FutureLeakProbe needs whole sequences and cannot run under context_parallel_size=2",
     "evaluation": "LongContextEvaluation needs whole sequences and cannot run under context_parallel_size=2",
     "documents": "documents=True cannot keep attention inside documents under context_parallel_size=2",
+    # where no slice shows it
+    "packed ids": "PackedBatchError: this batch packs documents (document_ids of a sequence differ)",
+    "packed positions": "PackedBatchError: this batch packs documents (position_ids restart)",
     "form": "2 ranks cannot share a batch that is a list: give",
     "written out": "model.blocks.2.attn.0 ran without a call of scaled_dot_product_attention",
     "no attention": "ForeignModule cannot share sequences: no module calls SDPA",
@@ -163,7 +166,17 @@ def test_what_cannot_share_sequences_is_refused_in_a_line(case, said):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["positions unchecked", "odd heads", "own form", "encoder", "encoder validated", "manual", "alone"]
+    "case",
+    [
+        "positions unchecked",
+        "odd heads",
+        "own form",
+        "encoder",
+        "encoder validated",
+        "manual",
+        "alone",
+        "packed and ignored",
+    ],
 )
 def test_modules_of_others_run(case, said):
     for rank in said:
