@@ -1,4 +1,4 @@
-"""Lightning's LearningRateFinder beside the callback: its trials attend as the training that follows begins."""
+"""Lightning's LearningRateFinder and BatchSizeFinder beside the callback: they try what the training begins with."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from lightning_lighthouse.checks import is_named
+
+# Finders, and what each searches with
+SEARCHES = (("LearningRateFinder", "lr_find"), ("BatchSizeFinder", "scale_batch_size"))
+
 
 @contextmanager
 def routed_searches(callbacks: list[Any], trial: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Let every LearningRateFinder among `callbacks` search inside `trial`.
+    """Let every finder among `callbacks` search inside `trial`.
 
     Lightning takes all callbacks out of the Trainer while it searches, so that no hook of ours is called then, and the
-    rate would be that of dense attention.
+    rate and the memory would be those of dense attention, which goes across documents.
 
     Args:
         callbacks: The Trainer's, before any of them begins.
         trial: Entered around each search.
     """
-    finders = [callback for callback in callbacks if _is_finder(callback)]
-    for finder in finders:
-        finder.__dict__["lr_find"] = _inside(trial, finder.lr_find)
+    finders = [(callback, method) for callback in callbacks for kind, method in SEARCHES if is_named(callback, kind)]
+    for finder, method in finders:
+        finder.__dict__[method] = _inside(trial, getattr(finder, method))
     try:
         yield
     finally:
-        for finder in finders:
-            del finder.__dict__["lr_find"]
-
-
-def _is_finder(callback: Any) -> bool:
-    # pytorch_lightning has one of its own
-    return any(kind.__name__ == "LearningRateFinder" for kind in type(callback).__mro__)
+        for finder, method in finders:
+            del finder.__dict__[method]
 
 
 def _inside(trial: Callable[[], AbstractContextManager[None]], search: Callable[..., None]) -> Callable[..., None]:
-    def lr_find(*args: Any, **kwargs: Any) -> None:
+    def find(*args: Any, **kwargs: Any) -> None:
         with trial():
             search(*args, **kwargs)
 
-    return lr_find
+    return find

@@ -12,12 +12,14 @@ from all_lighthouse import all_lighthouse
 from fitting import trainer
 from foreign import TOKENS, VOCABULARY, ForeignModule
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lighthouse import Documents, LighthouseConfig
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.routing.packing import PackedBatchError
+from lightning_lighthouse.routing.scope import scopes
 from lightning_lighthouse.training.batch_documents import _Batches
 
 LENGTHS = [50, 1, TOKENS - 51]
@@ -241,3 +243,29 @@ def test_an_average_of_the_model_may_be_validated_in_its_place(tmp_path, made):
     assert len(model.outputs) == 2
     for outputs in model.outputs:
         torch.testing.assert_close(outputs, inside)
+
+
+def test_a_search_for_the_batch_size_stays_inside_documents(tmp_path):
+    class Searches(Reads):
+        batch_size = 2
+        # or Lightning asks for its data
+        validation_step = None
+
+        def train_dataloader(self):
+            return DataLoader(
+                [{"tokens": INPUTS[row % 2], "document_ids": IDS[0]} for row in range(16)], self.batch_size
+            )
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    torch.manual_seed(0)
+    model = Searches()
+    with torch.no_grad():
+        inside = torch.cat([model.model(part) for part in INPUTS.split(LENGTHS, 1)], 1)
+    finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
+    trainer(tmp_path, [finder, all_lighthouse(1, CONFIG, documents=True)], max_steps=1).fit(model)
+    assert [len(outputs) for outputs in model.outputs] == [2, 4, 4]
+    for outputs in model.outputs:
+        torch.testing.assert_close(outputs[:2], inside)
+    assert scopes == []
