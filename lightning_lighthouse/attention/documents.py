@@ -90,7 +90,8 @@ class Documents:
         Args:
             position_ids: `[B, N]`, integers. On a GPU they are waited for.
         """
-        rows = _on_host("position_ids", position_ids)
+        # small unsigned types would count from their end on to 0
+        rows = _on_host("position_ids", position_ids).astype(np.int64)
         return cls([_between(row[1:] != row[:-1] + 1) for row in rows])
 
     @classmethod

@@ -59,7 +59,7 @@ def read_documents(given: Any) -> Documents | None:
     if not _is_for_tokens(positions):
         numbers = segments(given)
         return None if numbers is None or not bool((numbers > 1).any()) else Documents.from_ids(_rows(numbers))
-    positions = _rows(positions)
+    positions = _rows(positions).long()
     # some hand in one row for all
     if shape is not None and positions.shape[0] == 1 < shape[0]:
         positions = positions.expand(shape[0], -1)

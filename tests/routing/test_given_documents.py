@@ -123,3 +123,9 @@ def test_ids_that_cannot_be_read_are_an_error(ids):
     # positions that go on would be taken instead
     with pytest.raises(ValueError, match=r"ids must be integers \[batch, tokens\], got Tensor"):
         read_documents({"document_ids": ids, "position_ids": torch.arange(97).expand(2, -1)})
+
+
+@pytest.mark.parametrize("mask", [{}, {"attention_mask": torch.ones(1, 300)}], ids=["", "mask"])
+def test_positions_of_a_small_type_end_where_it_does(mask):
+    positions = torch.cat([torch.arange(256), torch.arange(44)])[None].to(torch.uint8)
+    assert read_documents({"position_ids": positions, **mask}) == Documents([[256, 44]])
