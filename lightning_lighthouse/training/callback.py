@@ -25,8 +25,8 @@ from lightning_lighthouse.routing.rotary import RotarySetting, check_rotary
 from lightning_lighthouse.routing.targets import DenseLayers, check_layers
 from lightning_lighthouse.runs.step_boundary import StepBoundary
 from lightning_lighthouse.training.batch_documents import watched_batches
+from lightning_lighthouse.training.finders import routed_searches
 from lightning_lighthouse.training.phased_fit import PhasedFit
-from lightning_lighthouse.training.rate_search import routed_searches
 
 
 class LighthouseCallback(Callback):
@@ -286,11 +286,11 @@ class LighthouseCallback(Callback):
         self._close()
 
     @contextmanager
-    def _trial(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
-        """Attend as in the first phase inside, also before this callback's own fit start."""
+    def _trial(self, trainer: Trainer, module: LightningModule, is_dense: bool) -> Iterator[None]:
+        """Attend as in the first phase inside, or as in the dense one, also before this callback's own fit start."""
         fit = self._fit or PhasedFit(self, trainer, module)
         try:
-            with fit.trial():
+            with fit.trial(is_dense):
                 yield
         finally:
             if fit is not self._fit:

@@ -134,9 +134,9 @@ class PhasedFit:
             yield patch
 
     @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Attend as in the first phase inside, for training steps that are none of the run."""
-        if self._patch is None:
+    def trial(self, is_dense: bool) -> Iterator[None]:
+        """Attend as in the first phase inside, or as in the dense one, for training steps that are none of the run."""
+        if self._patch is None or is_dense:
             yield
             return
         self._patch.set_step(0)

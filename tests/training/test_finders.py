@@ -1,4 +1,4 @@
-"""Lightning's LearningRateFinder: its trials attend as the training, which is that of a run without a finder."""
+"""Lightning's finders: their trials attend as the training, which is that of a run without a finder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from all_lighthouse import all_lighthouse
 from fitting import CONFIG, fit, trainer
 from foreign import ForeignModule, SelfAttention, loader
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from lightning_lighthouse import LighthouseCallback
 
@@ -53,3 +53,19 @@ def test_the_trials_are_routed_and_the_training_is_that_of_no_finder(tmp_path, i
 def test_a_dense_baseline_searches_densely(tmp_path):
     model = run(tmp_path, LighthouseCallback(3, CONFIG, enabled=False), is_first=True)
     assert not any(model.routed)
+
+
+def test_a_batch_is_tried_where_the_training_needs_the_most_memory(tmp_path):
+    class Sized(Searched):
+        batch_size = 2
+        # or Lightning asks for its data
+        validation_step = None
+
+        def train_dataloader(self):
+            return loader(batch_size=self.batch_size)
+
+    torch.manual_seed(0)
+    model, finder = Sized(), BatchSizeFinder(steps_per_trial=1, max_trials=3)
+    trainer(tmp_path, [finder, all_lighthouse(1, CONFIG)], max_steps=2).fit(model)
+    assert model.routed == [False] * 3 + [True, False]
+    assert "scale_batch_size" not in vars(finder)
