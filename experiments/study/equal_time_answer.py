@@ -85,7 +85,7 @@ def main() -> int:
         ("passkey_up", "65,536", {"color": "tab:orange", "fillstyle": "none"}),
     ):
         found = by_arm(extension, column)
-        dots(right, {arm: found[arm] for arm in losses}, label=f"at {length} tokens", **style)
+        dots(right, {arm: found.get(arm, []) for arm in losses}, label=f"at {length} tokens", **style)
     right.set(xlabel="passkeys found", title="the same models", xlim=(0, 1.02), yticklabels=[])
     right.legend(fontsize=8, loc="center right")
     figure.tight_layout()

@@ -153,5 +153,12 @@ class ResumableLoader(ResumableBatches):
         super().__init__(Sequences(count).tokens.split(batch_size))
 
 
+def forget_places(module: ForeignModule) -> None:
+    """Float64, without positions of tokens: a document is the same wherever it lies."""
+    module.double()
+    torch.nn.init.zeros_(module.model.position.weight)
+    module.model.position.weight.requires_grad_(False)
+
+
 def loader(count: int = 20, batch_size: int = 2, seed: int = 0) -> DataLoader[Tensor]:
     return DataLoader(Sequences(count, seed=seed), batch_size=batch_size)

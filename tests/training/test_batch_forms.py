@@ -10,7 +10,7 @@ import pytest
 import torch
 from all_lighthouse import all_lighthouse
 from fitting import trainer
-from foreign import TOKENS, VOCABULARY, ForeignModule
+from foreign import TOKENS, VOCABULARY, ForeignModule, forget_places
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.optim.swa_utils import AveragedModel
@@ -46,10 +46,13 @@ class Reads(ForeignModule):
 
     def __init__(self):
         super().__init__()
-        self.double()
-        torch.nn.init.zeros_(self.model.position.weight)
-        self.model.position.weight.requires_grad_(False)
+        forget_places(self)
         self.outputs = []
+
+    def inside(self):
+        """What it should return: each document by itself."""
+        with torch.no_grad():
+            return torch.cat([self.model(part) for part in INPUTS.split(LENGTHS, 1)], 1)
 
     def read(self, batch):
         while not hasattr(batch, "tokens") and "tokens" not in batch:
@@ -79,8 +82,7 @@ class Listed(IterableDataset):
 def run(tmp_path, how, batch, documents=True, kind=Reads, callbacks=()):
     torch.manual_seed(0)
     model = kind()
-    with torch.no_grad():
-        inside = torch.cat([model.model(part) for part in INPUTS.split(LENGTHS, 1)], 1)
+    inside = model.inside()
     one = trainer(tmp_path, [*callbacks, all_lighthouse(1, CONFIG, documents=documents)], max_steps=1)
     getattr(one, how)(model, DataLoader(Listed([batch]), batch_size=None, collate_fn=lambda x: x))
     torch.testing.assert_close(model.outputs[0], inside)
@@ -235,8 +237,7 @@ def test_an_average_of_the_model_may_be_validated_in_its_place(tmp_path, made):
 
     torch.manual_seed(0)
     model = Averages()
-    with torch.no_grad():
-        inside = torch.cat([model.model(part) for part in INPUTS.split(LENGTHS, 1)], 1)
+    inside = model.inside()
     callback = all_lighthouse(1, CONFIG, documents=True, select="model.blocks.*.attn")
     batches = DataLoader(Listed([BATCH]), batch_size=None)
     trainer(tmp_path, [callback], max_steps=1).fit(model, batches, batches)
@@ -261,8 +262,7 @@ def test_a_search_for_the_batch_size_stays_inside_documents(tmp_path):
 
     torch.manual_seed(0)
     model = Searches()
-    with torch.no_grad():
-        inside = torch.cat([model.model(part) for part in INPUTS.split(LENGTHS, 1)], 1)
+    inside = model.inside()
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
     trainer(tmp_path, [finder, all_lighthouse(1, CONFIG, documents=True)], max_steps=1).fit(model)
     assert [len(outputs) for outputs in model.outputs] == [2, 4, 4]
