@@ -33,6 +33,8 @@ def contradictions(documents: Documents, inputs: Mapping[str, Any]) -> Iterator[
     sizes = documents.batch_size, documents.num_tokens
     positions, numbers = token_positions(inputs), segments(inputs)
     if isinstance(positions, Tensor) and positions.ndim in (1, 2) and positions.shape[-1] == sizes[1]:
+        # small unsigned types would count from their end on to 0
+        positions = positions.long()
         positions_BN = positions.expand(sizes) if positions.ndim == 1 or positions.shape[0] == 1 else positions
         if tuple(positions_BN.shape) == sizes:
             real = _real(inputs.get(MASK), positions_BN)

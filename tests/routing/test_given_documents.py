@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_lighthouse.attention.documents import Documents
+from lightning_lighthouse.routing.contradictions import contradictions
 from lightning_lighthouse.routing.given_documents import read_documents
 
 LENGTHS = [[40, 57], [1, 13, 83]]
@@ -128,4 +129,7 @@ def test_ids_that_cannot_be_read_are_an_error(ids):
 @pytest.mark.parametrize("mask", [{}, {"attention_mask": torch.ones(1, 300)}], ids=["", "mask"])
 def test_positions_of_a_small_type_end_where_it_does(mask):
     positions = torch.cat([torch.arange(256), torch.arange(44)])[None].to(torch.uint8)
-    assert read_documents({"position_ids": positions, **mask}) == Documents([[256, 44]])
+    documents = Documents([[256, 44]])
+    assert read_documents({"position_ids": positions, **mask}) == documents
+    assert Documents.from_positions(positions) == documents
+    assert not any(found for _, found in contradictions(documents, {"position_ids": positions, **mask}))
