@@ -9,7 +9,8 @@ and waits for its turn (`turns.py`). The steps of each phase are timed once for 
 training of their own, kept in `equal_time_steps.csv`; how many of them fill a phase's share of the time follows.
 `--probe` times those of all that is asked for in one training, and ends. Each training that ends appends its row to
 `PART.csv`, and what was measured at its switches and its end to `PART_measures.csv`; one that died leaves nothing there
-and is done again. `equal_time_table.py` makes tables and plots of both.
+and is done again. Where a training ended and its row was not written, `--collect` writes it from its logs, also on a
+machine without a GPU. `equal_time_table.py` makes tables and plots of both.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from equal_time_results import measures, summary, timed_steps
+from equal_time_results import device_of, measures, summary, timed_steps
 from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, probes, read_part
 from run import append, forget
 
@@ -37,6 +39,7 @@ from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.plan import Planned
 from lightning_lighthouse.data.preparing.prepare import prepare
 from lightning_lighthouse.notices import quiet_lightning
+from lightning_lighthouse.runs.comparison import read_report
 from lightning_lighthouse.runs.evaluation_record import read_evaluations
 
 HERE = Path(__file__).parent
@@ -85,27 +88,32 @@ class Runner:
         self.failed: list[str] = []
 
     def where(self, row: Row) -> list[str]:
-        """Flags that name the files of a row; prepares its data at first."""
-        asked = self.arguments
-        tokenizer = asked.model or "bytes"
-        folder = asked.runs / f"data-{'tokens' if asked.model else 'bytes'}-{row.seq_len}"
+        """Flags that name the files of a row."""
+        model = self.arguments.model
+        words = ["data", "tokens" if model else "bytes", str(row.seq_len)]
+        words += [f"needles{row.needles:g}"] if row.needles else []
+        folder = self.arguments.runs / "-".join(words)
+        # prepared already: what it was made from no longer matters
+        flags = ["--data.source", str(folder), "--data.tokenizer", model or "bytes"]
+        return [*flags, "--model.model", model] if model else flags
+
+    def prepared(self, row: Row) -> list[str]:
+        """Prepare the data of a row, unless they are; `where` they are."""
+        asked, (_, folder, _, tokenizer, *_) = self.arguments, self.where(row)
         texts: dict[str, object] = {"source": asked.source}
         if row.needles:
-            folder = folder.with_name(f"{folder.name}-needles{row.needles:g}")
             weights = {asked.source: 1.0 - row.needles, asked.needles: row.needles}
             texts = {"sources": [{"path": path, "weight": weight} for path, weight in weights.items()]}
         with _planning:
             prepare(
-                str(folder),
+                folder,
                 seq_len=row.seq_len,
                 validation_source=asked.validation_source,
                 tokenizer=tokenizer,
                 num_workers=asked.num_workers,
                 **texts,
             )
-        # prepared already: what it was made from no longer matters
-        flags = ["--data.source", str(folder), "--data.tokenizer", tokenizer]
-        return [*flags, "--model.model", asked.model] if asked.model else flags
+        return self.where(row)
 
     def fit(self, name: str, flags: Sequence[str], gpu: str | None, is_alone: bool = False) -> Path | None:
         """Train in a process of its own; the folder of its logs, None where it failed.
@@ -130,7 +138,7 @@ class Runner:
             program = [sys.executable, "-m", "lightning_lighthouse.cli", "fit", *flags]
             status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         print(f"{name}: status {status} after {time.monotonic() - started:.0f} s", flush=True)
-        return None if status else runs / name / "version_0"
+        return None if status else self.log_folder(name)
 
     def step_seconds(self, row: Row, gpu: str | None, is_asked: bool = True) -> dict[str, float] | None:
         """Seconds of a step of each of a row's modes, probed where they are not known; None where that failed.
@@ -148,7 +156,7 @@ class Runner:
             return known
         if not is_asked:
             return None
-        flags = [*probe_flags(row, unknown), *self.where(row)]
+        flags = [*probe_flags(row, unknown), *self.prepared(row)]
         folder = self.fit(f"probe-{row.name}", flags, gpu, is_alone=True)
         if folder is None:
             return None
@@ -175,20 +183,13 @@ class Runner:
         paces = self.step_seconds(row, gpu)
         if paces is None:
             return False
-        flags = [*fit_flags(row, fill(row, paces), row.part.num_samples), *self.where(row)]
+        flags = [*fit_flags(row, fill(row, paces), row.part.num_samples), *self.prepared(row)]
         started = time.monotonic()
         folder = self.fit(row.name, flags, gpu)
         if folder is None:
             return False
         wall = time.monotonic() - started
-        told = {"pflop": peta_flops(flags), "commit": self.arguments.commit}
-        # of places that only this machine has, the name
-        shown = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]
-        line = summary(row, folder) | told | {"command": shlex.join(["lighthouse", "fit", *shown])}
-        path = self.table.with_name(f"{self.arguments.part}_measures.csv")
-        forget(path, {"row": row.name})
-        append(path, measures(row, folder))
-        append(self.table, [line])
+        line = self.note(row, folder, flags)
         # what others ran beside would make the next rows shorter
         if row.arm.steps is None and self.arguments.beside == 1:
             self.note_steps(row, folder, row.arm.modes())
@@ -200,6 +201,51 @@ class Runner:
             flush=True,
         )
         return True
+
+    def note(self, row: Row, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
+        """Append the row of a training, which is returned, and what was measured.
+
+        Args:
+            row: What was trained.
+            folder: Of its logs.
+            flags: That it was given.
+        """
+        told = {"pflop": peta_flops(flags), "commit": self.arguments.commit}
+        # of places that only this machine has, the name
+        shown = [Path(flag).name if Path(flag).is_absolute() else flag for flag in flags]
+        line = summary(row, folder) | told | {"command": shlex.join(["lighthouse", "fit", *shown])}
+        path = self.table.with_name(f"{self.arguments.part}_measures.csv")
+        forget(path, {"row": row.name})
+        append(path, measures(row, folder))
+        append(self.table, [line])
+        return line
+
+    def collect(self, row: Row) -> bool:
+        """Append a row whose training ended, and was not noted; whether it ended, as this row would."""
+        folder = self.log_folder(row.name)
+        try:
+            report, evaluations = read_report(folder), read_evaluations(folder)
+        except FileNotFoundError:
+            print(f"{row.name}: no training of it has ended in {self.arguments.runs}")
+            return False
+        paces = known_steps(read(self.arguments.out / STEPS), row.part.name, row.seq_len, device_of(report))
+        if row.arm.steps is None and not paces.keys() >= set(row.arm.modes()):
+            print(f"{row.name}: {STEPS} lacks the steps of {device_of(report)} that say how many it had to train")
+            return False
+        steps = fill(row, paces)
+        if (report["steps"], len(evaluations)) != (steps.total, len(steps.ends) + 1):
+            print(
+                f"{row.name}: {steps.total} steps and {len(steps.ends) + 1} evaluations were asked of it, got "
+                f"{report['steps']} and {len(evaluations)}"
+            )
+            return False
+        line = self.note(row, folder, [*fit_flags(row, steps, row.part.num_samples), *self.where(row)])
+        print(f"{row.name}: {line['seconds']:.0f} s, validation loss {line['val_loss']}")
+        return True
+
+    def log_folder(self, name: str) -> Path:
+        """Where a training writes."""
+        return self.arguments.runs.absolute() / name / "version_0"
 
     def work(self, waiting: queue.Queue[Row], gpu: str | None) -> None:
         """Run what waits, one after the other."""
@@ -264,6 +310,7 @@ def main() -> int:
     add("--gpus", nargs="*", default=[None], help="GPUs to train on (default: all to one training)")
     add("--beside", type=int, default=1, help="trainings on a GPU that take turns (default: %(default)s)")
     add("--probe", action="store_true", help="time the steps that are not known, and train nothing")
+    add("--collect", action="store_true", help="write rows of trainings that ended without, and train nothing")
     add("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
     add("--num_workers", type=int, default=4, help="processes that prepare data (default: %(default)s)")
     add("--runs", type=Path, default=Path("runs/equal-time"), help="data and log folders (default: %(default)s)")
@@ -278,13 +325,19 @@ def main() -> int:
         found = [runner.step_seconds(row, arguments.gpus[0]) for row in probes(rows_asked(arguments))]
         return 1 if None in found else 0
     done = {line["row"] for line in read(runner.table)}
-    waiting: queue.Queue[Row] = queue.Queue()
+    missing = []
     for row in rows_asked(arguments):
         if row.name in done:
             # also where --flags or the part's settings, which name no row, are others than they were
             print(f"{row.name}: in {runner.table.name} already", flush=True)
         else:
-            waiting.put(row)
+            missing.append(row)
+    if arguments.collect:
+        collected = [runner.collect(row) for row in missing]
+        return 0 if all(collected) else 1
+    waiting: queue.Queue[Row] = queue.Queue()
+    for row in missing:
+        waiting.put(row)
     gpus = [gpu for gpu in arguments.gpus for _ in range(arguments.beside)]
     workers = [threading.Thread(target=runner.work, args=(waiting, gpu)) for gpu in gpus]
     for worker in workers:

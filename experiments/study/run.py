@@ -71,13 +71,14 @@ def is_done(training: Training, table: Path) -> bool:
 
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a table; the first makes its header. ValueError if the table has another."""
+    """Add rows to a table; the first makes its header. ValueError if the table has other columns, in any order."""
     with _lock, path.open("a+", newline="") as stream:
         stream.seek(0)
         header = next(csv.reader(stream), None)
-        writer = csv.DictWriter(stream, list(rows[0]))
-        if header not in (None, writer.fieldnames):
-            raise ValueError(f"{path}: its columns must be {', '.join(writer.fieldnames)}, got {', '.join(header)}")
+        columns = list(rows[0])
+        if header is not None and sorted(header) != sorted(columns):
+            raise ValueError(f"{path}: its columns must be {', '.join(columns)}, got {', '.join(header)}")
+        writer = csv.DictWriter(stream, header or columns)
         if header is None:
             writer.writeheader()
         writer.writerows(rows)

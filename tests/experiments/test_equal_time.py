@@ -229,3 +229,20 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     last = [one for one in found if one["measure"] == "validation"][-1]
     assert float(row["val_loss"]) == float(last["value"])
     assert float(row["seconds"]) == pytest.approx(float(last["seconds"]))
+    # a training whose rows were lost, and one that never was
+    for name in ("from_nothing.csv", "from_nothing_measures.csv"):
+        (tmp_path / name).rename(tmp_path / f"lost-{name}")
+    asked = list(map(str, [*command, "--collect", "--only", "mixed-lighthouse", "dense"]))
+    done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "256-dense-1s-0.002-seed42: no training of it has ended in" in done.stdout
+    for name in ("from_nothing.csv", "from_nothing_measures.csv"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"lost-{name}").read_bytes()
+    # nor is what else would have been trained taken for it
+    (tmp_path / "from_nothing.csv").unlink()
+    asked = list(map(str, [*command, "--collect", "--rows", tmp_path / "rows.yaml"]))
+    rows = (STUDY / "equal_time.yaml").read_text().replace("cheap_share: 0.6", "cheap_share: 0.2")
+    (tmp_path / "rows.yaml").write_text(rows)
+    done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "from_nothing.csv").exists()) == (1, False)
+    assert "steps and 2 evaluations were asked of it, got" in done.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 
 import pytest
 from places import ROOT
@@ -52,6 +54,53 @@ def test_the_tables_that_ship_count_the_seconds_of_a_validation_as_those_of_a_ro
     for row in rows:
         (end,) = (line for line in measures if (line["row"], line["step"]) == (row["row"], row["steps"]))
         assert float(end["seconds"]) == pytest.approx(float(row["seconds"]))
+
+
+@pytest.mark.parametrize("table", ["extension", "from_nothing"])
+def test_what_is_measured_next_fits_into_the_tables_that_ship(table, study, tmp_path):
+    from equal_time_results import measures, summary
+    from equal_time_rows import Arm, Row, read_part
+    from run import append
+
+    report = {
+        "version": 1,
+        "steps": 3,
+        "phases": {"dense": phase(3, 2.0, 70.0)},
+        "validations": [{"step": 3, "phase": "dense", "loss": 2.5}],
+        "device": {"name": "a GPU", "peak_memory_mib": 1024},
+        "versions": {"torch": "2.11.0"},
+    }
+    place = {"value": 0.5, "standard_error": 0.1, "count": 4, "depth": 0.5, "length": 8192}
+    evaluation = {"step": 3, "phase": "dense", "passkey": [place]}
+    (tmp_path / "lighthouse.json").write_text(json.dumps(report))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"version": 1, "steps": [evaluation]}))
+    row = Row(read_part(STUDY / "equal_time.yaml", table), Arm("dense"), 65536, 80.0, 3e-4, 42)
+    told = {"pflop": 1.0, "commit": "", "command": ""}
+    for name, lines in ((table, [summary(row, tmp_path) | told]), (f"{table}_measures", measures(row, tmp_path))):
+        path = tmp_path / f"{name}.csv"
+        shutil.copy(ROOT / "experiments" / path.name, path)
+        with path.open(newline="") as stream:
+            before = list(csv.DictReader(stream))
+        append(path, lines)
+        with path.open(newline="") as stream:
+            after = list(csv.DictReader(stream))
+        assert after[: len(before)] == before
+        # by their names, whatever the order
+        assert after[len(before) :] == [
+            {key: "" if value is None else str(value) for key, value in line.items()} for line in lines
+        ]
+
+
+def test_a_table_of_other_columns_is_refused(study, tmp_path):
+    from run import append
+
+    path = tmp_path / "table.csv"
+    append(path, [{"a": 1, "b": 2}])
+    append(path, [{"b": 4, "a": 3}])
+    for other in ({"a": 5}, {"a": 5, "b": 6, "c": 7}):
+        with pytest.raises(ValueError, match=r"its columns must be a.*, got a, b"):
+            append(path, [other])
+    assert path.read_bytes() == b"a,b\r\n1,2\r\n3,4\r\n"
 
 
 def test_seeds_of_a_training_share_a_color_and_a_name(study, monkeypatch, tmp_path):
