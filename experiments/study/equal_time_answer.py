@@ -32,6 +32,9 @@ WORDS = {
     "growing": "growing chunks",
     "mixed-lighthouse": "3 windows, 1 Lighthouse",
     "mixed-dense": "3 windows, 1 dense",
+    "mixed-chunk-8k": "3 chunks, 1 Lighthouse",
+    "mixed-chunk-8k-dense": "3 chunks, 1 dense",
+    "dense-8k-more-dense": "chunks, more dense steps",
     "alternating": "windows and Lighthouse in turn",
     "lighthouse": "Lighthouse in all layers",
 }
@@ -74,7 +77,7 @@ def main() -> int:
     nothing = rows(arguments.from_nothing, seq_len=98304, budget=115)
     extension = rows(arguments.extension, seq_len=65536, budget=80, learning_rate=arguments.rate)
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 3.4), width_ratios=(1, 1, 0.8))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 3.8), width_ratios=(1, 1, 0.8))
     dots(left, by_arm(nothing, "val_loss"), color="tab:blue")
     left.set(xlabel="dense validation loss, nats per byte", title="From nothing: 41M, 98,304 tokens, 115 s")
     losses = by_arm(extension, "val_loss")

@@ -1,9 +1,10 @@
 """Print the tables of `equal_time.py` and draw them; needs matplotlib.
 
-    python experiments/study/equal_time_table.py experiments/extension.csv --output docs/numbers
+    python experiments/study/equal_time_table.py experiments/extension.csv --learning_rate 3e-4 --output docs/numbers
 
-Beside `PART.csv` lies `PART_measures.csv`. A copy is the share of a passage's loss that is gone the second time, 1 for
-a perfect one; passkeys and lookups are shares that were found, 0.1 by chance; losses are nats a token, dense.
+A table and plots for each length and time, trainings with needles in their text apart. Beside `PART.csv` lies
+`PART_measures.csv`. A copy is the share of a passage's loss that is gone the second time, 1 for a perfect one; passkeys
+and lookups are shares that were found, 0.1 by chance; losses are nats a token, dense.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def label(line: Line, lines: Iterable[Line]) -> str:
     """What tells a line from the others: its arm, and its seed and rate where there are several of these."""
     same = [other for other in lines if other["arm"] == line["arm"]]
     words = [line["arm"]]
-    for name, word in (("learning_rate", "rate"), ("seed", "seed"), ("needles", "needles")):
+    for name, word in (("learning_rate", "rate"), ("seed", "seed")):
         if len({other[name] for other in same}) > 1:
             words.append(f"{word} {line[name]}")
     return ", ".join(words)
@@ -136,26 +137,27 @@ def main() -> int:
     """Print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
+    parser.add_argument("--learning_rate", type=float, help="of the trainings to show (default: all)")
     parser.add_argument("--output", type=Path, default=Path(), help="folder of the plots (default: the current one)")
     arguments = parser.parse_args()
     points: dict[str, list[Line]] = defaultdict(list)
     for point in read(arguments.table.with_name(f"{arguments.table.stem}_measures.csv")):
         points[point["row"]].append(point)
-    groups: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    groups: dict[tuple[str, str, bool], list[Line]] = defaultdict(list)
     lines = read(arguments.table)
     untrained = [line for line in lines if line["steps"] == "1"]
     for line in lines:
-        if line not in untrained:
-            groups[line["seq_len"], line["budget"]].append(line)
+        if line not in untrained and arguments.learning_rate in (None, float(line["learning_rate"])):
+            groups[line["seq_len"], line["budget"], line["needles"] == "True"].append(line)
     # beside all that was made of them
     for line in untrained:
-        for seq_len, budget in [key for key in groups if key[0] == line["seq_len"]]:
-            groups[seq_len, budget].append(line)
-    for (seq_len, budget), lines in groups.items():
-        title = f"{int(seq_len):,} tokens, {float(budget):g} s"
+        for seq_len, budget, has_needles in [key for key in groups if key[0] == line["seq_len"]]:
+            groups[seq_len, budget, has_needles].append(line)
+    for (seq_len, budget, has_needles), lines in groups.items():
+        title = f"{int(seq_len):,} tokens, {float(budget):g} s{', needles in the text' if has_needles else ''}"
         print(f"\n{title}\n")
         print_table(sorted(lines, key=lambda line: float(line["val_loss"] or "inf")))
-        name = f"{arguments.table.stem}-{seq_len}-{float(budget):g}s"
+        name = f"{arguments.table.stem}-{seq_len}-{float(budget):g}s{'-needles' if has_needles else ''}"
         loss = "loss, nats per token"
         positions = curves_of(lines, points, "loss_by_position", lambda point: float(point["until"]))
         if positions:
