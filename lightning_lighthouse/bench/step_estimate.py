@@ -33,6 +33,8 @@ from lightning_lighthouse.model.flops import (
 GIB = 2**30
 # fp32 weights, gradients and both averages of AdamW; read and written once each by the optimizer
 PARAMETER_BYTES, OPTIMIZER_BYTES = 16, 36
+# where the backward pass begins there are no gradients yet
+PARAMETER_BYTES_AT_LOSS = 12
 # a layer keeps so many bytes of a token for a unit of the stream's width, of the feed-forward's, and of q, k, v and o
 STREAM_BYTES, FEED_FORWARD_BYTES, HEAD_BYTES = 11.4, 6.63, 8.0
 # what Lighthouse keeps instead of q, k, v and o, which are short, by what was measured
@@ -43,6 +45,8 @@ FORWARD_SHARE = 0.26
 NARROW = 64
 # passes over the logits of all tokens, in float32, for the loss and its gradient
 LOGIT_PASSES, LOGIT_BYTES = 6, 4
+# of a logit whose loss begins the backward pass: in 2 bytes and in float32, its logarithm, and both gradients
+LOGIT_BYTES_HELD = 16
 
 
 class LayerPlan(NamedTuple):
@@ -154,6 +158,7 @@ def estimate_step(
     recomputes: bool = False,
     shards: int = 1,
     sharers: int = 1,
+    loss_chunk: int = 0,
 ) -> StepEstimate:
     """Calculate a step of one phase on one GPU.
 
@@ -167,6 +172,7 @@ def estimate_step(
         recomputes: Whether blocks are computed again in the backward pass.
         shards: Ranks that parameters, gradients and optimizer are spread over.
         sharers: Ranks that share each sequence: its tokens, and within attention its heads, or heads and queries.
+        loss_chunk: Tokens whose logits are in memory at a time; 0: hardly any, by a fused loss.
     """
     tokens = num_tokens * batch_size * accumulated / sharers
     again = 4 / 3 if recomputes else 1.0
@@ -207,7 +213,8 @@ def estimate_step(
         for one, heads, layer in zip(size.attention, size.heads, layers, strict=True)
     ]
     held = num_tokens * batch_size / sharers
-    memory = _memory_gib(size, layers, held, recomputes, shards) + (max(more) if recomputes else sum(more)) / GIB
+    memory = _memory_gib(size, layers, held, recomputes, shards, loss_chunk)
+    memory += (max(more) if recomputes else sum(more)) / GIB
     return StepEstimate(flops, seconds, launch, memory)
 
 
@@ -253,8 +260,10 @@ def _more_kv_bytes(
     return all_of_it * (1 / neighbours - 1 / sharers)
 
 
-def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: float, recomputes: bool, shards: int) -> float:
-    """The peak: what is held all along, and what the backward pass needs of `tokens` tokens."""
+def _memory_gib(
+    size: ModelSize, layers: Sequence[LayerPlan], tokens: float, recomputes: bool, shards: int, loss_chunk: int
+) -> float:
+    """The peak: what is held all along, and what the backward pass needs of `tokens` tokens, in a block or the loss."""
     # of the stream a layer keeps two states, and of a recomputed one its input
     wide = size.stream_bytes - 2
     kept = [
@@ -263,6 +272,10 @@ def _memory_gib(size: ModelSize, layers: Sequence[LayerPlan], tokens: float, rec
         + (LIGHTHOUSE_HEAD_BYTES if layer.layer_type == LIGHTHOUSE else HEAD_BYTES) * one.qk_width
         for one, layer in zip(size.attention, layers, strict=True)
     ]
+    activations = size.stream_bytes * size.width * len(kept) if recomputes else sum(kept)
+    parameters = size.num_parameters / shards
     # one of the recomputed blocks keeps the rest
-    activations = size.stream_bytes * size.width * len(kept) + max(kept) if recomputes else sum(kept)
-    return (PARAMETER_BYTES * size.num_parameters / shards + activations * tokens) / GIB
+    in_block = PARAMETER_BYTES * parameters + (activations + max(kept) * recomputes) * tokens
+    logits = LOGIT_BYTES_HELD * size.vocabulary * min(loss_chunk, tokens)
+    in_loss = PARAMETER_BYTES_AT_LOSS * parameters + activations * tokens + logits
+    return max(in_block, in_loss) / GIB

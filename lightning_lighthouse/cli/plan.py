@@ -19,6 +19,7 @@ from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.cli.recipe import UsageError, split_own
 from lightning_lighthouse.cli.recipes import require_recipe
+from lightning_lighthouse.huggingface.fused_loss import is_fused_on_cuda
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import resolve_phases
@@ -67,6 +68,7 @@ class Run(NamedTuple):
         sharers: Ranks that share a sequence.
         recomputes: Whether blocks are computed again in the backward pass.
         is_compiled: Whether they are compiled.
+        loss_chunk: Tokens whose logits are in memory at a time; 0: few.
     """
 
     module: LightningModule
@@ -80,11 +82,12 @@ class Run(NamedTuple):
     sharers: int
     recomputes: bool
     is_compiled: bool
+    loss_chunk: int
 
     def estimate(self, layers: Sequence[LayerPlan], speed: CardSpeed | None, **changes: Any) -> StepEstimate:
         """A step of these layers."""
         told = {"recomputes": self.recomputes, "shards": self.shards, "accumulated": self.accumulated, **changes}
-        told.setdefault("sharers", self.sharers)
+        told |= {"sharers": told.get("sharers", self.sharers), "loss_chunk": self.loss_chunk}
         num_tokens, batch_size = told.pop("num_tokens", self.num_tokens), told.pop("batch_size", self.batch_size)
         return estimate_step(self.size, layers, num_tokens, batch_size, speed, **told)
 
@@ -123,7 +126,14 @@ class Planned(RecipeCheck):
             _sharers(trainer.strategy, ranks),
             hparams.get("checkpoint") == "block" or hparams.get("activation_checkpointing") is True,
             bool(hparams.get("compile")),
+            _loss_chunk(hparams),
         )
+
+
+def _loss_chunk(hparams: dict[str, Any]) -> int:
+    """Tokens whose logits a model of transformers holds at a time, unless its loss is fused; else few are held."""
+    backend = hparams.get("loss_backend")
+    return 0 if backend is None or is_fused_on_cuda(backend) else int(hparams["loss_chunk"])
 
 
 def _num_devices(devices: Any) -> int:

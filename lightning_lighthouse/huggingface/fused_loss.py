@@ -38,11 +38,16 @@ def is_fused(backend: LossBackend, device: torch.device) -> bool:
     can_run = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "liger" and not can_run:
         raise SettingError(f"loss_backend='liger' runs on CUDA, got {device.type}: choose loss_backend='auto'")
-    fused = backend == "liger" or (backend == "auto" and device.type == "cuda" and _is_installed())
+    fused = is_fused_on_cuda(backend) and (backend == "liger" or device.type == "cuda")
     if backend == "auto":
         name = "liger" if fused else "chunked"
         log_once("loss backend", f"loss_backend='auto' runs {quoted(name)} on {device.type}")
     return fused
+
+
+def is_fused_on_cuda(backend: LossBackend) -> bool:
+    """Whether liger-kernel computes the loss of tensors on CUDA, by what is installed here."""
+    return backend == "liger" or (backend == "auto" and _is_installed())
 
 
 def fused_loss(model: Any, x_TW: Tensor, targets_T: Tensor) -> Tensor:

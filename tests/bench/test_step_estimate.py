@@ -111,7 +111,9 @@ TRAINED = [row for name in ("extension_theta_1m", "extension") for row in rows(f
 @pytest.mark.parametrize("row", TRAINED, ids=lambda row: row["row"])
 def test_memory_of_a_pretrained_model_is_met_within_a_twentieth(row):
     layers = [LayerPlan("dense", DEFAULT)] * 30
-    found = estimate_step(smollm2_shaped(), layers, int(row["seq_len"]), 1, CARDS[row["gpu"]], recomputes=True)
+    # on the day of that commit liger-kernel was not there, whose loss has no logits in memory
+    told = {"recomputes": True, "loss_chunk": 4096 if row["commit"] == "0074497" else 0}
+    found = estimate_step(smollm2_shaped(), layers, int(row["seq_len"]), 1, CARDS[row["gpu"]], **told)
     assert found.memory_gib == pytest.approx(float(row["peak_gib"]), rel=0.05)
 
 

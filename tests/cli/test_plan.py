@@ -180,6 +180,28 @@ def test_a_pretrained_model_is_planned_without_its_weights(capsys, tmp_path):
     assert out.startswith("HuggingFaceDecoder: ")
 
 
+@pytest.mark.slow
+def test_logits_are_counted_where_no_fused_loss_is_installed(capsys, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from lightning_lighthouse.huggingface import fused_loss
+
+    config = transformers.LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49_152, tie_word_embeddings=True, max_position_embeddings=65_536, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "model")
+    arguments = {"model": str(tmp_path / "model"), "activation_checkpointing": True}
+    recipe = {"class_path": "lightning_lighthouse.huggingface.HuggingFaceDecoder", "init_args": arguments}
+    Path("pretrained.yaml").write_text(
+        f"trainer: {{max_steps: 10}}\nlighthouse: {{}}\nmodel: {recipe}\ndata: {{init_args: {{seq_len: 65536}}}}\n"
+    )
+    # experiments/extension.csv: GiB with the package, and without it
+    for is_installed, measured in ((True, 7.54), (False, 8.80)):
+        monkeypatch.setattr(fused_loss, "_is_installed", lambda found=is_installed: found)
+        _, rows = planned(capsys, "pretrained.yaml", "--card", "NVIDIA H200")
+        assert float(rows["dense"][5]) == pytest.approx(measured, rel=0.05)
+
+
 def test_a_mistake_is_one_line(capsys):
     cases = {
         ("tiny.yaml", "--card", "GTX"): "--card must be one of NVIDIA H100 80GB HBM3, NVIDIA H200, got 'GTX'",
