@@ -199,9 +199,10 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    own = _version("lightning_lighthouse")
-    versions = {"lightning_lighthouse": own, "python": platform.python_version(), "torch": torch.__version__}
-    return {**versions, "cuda": torch.version.cuda, "lightning": _version("lightning"), "triton": _version("triton")}
+    """None of a package that is not there, which may have changed what ran: without liger-kernel another loss does."""
+    packages = ("lightning_lighthouse", "lightning", "triton", "transformers", "liger-kernel")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return versions | {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str | None:

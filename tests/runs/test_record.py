@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -94,6 +95,10 @@ def test_the_report_of_a_run(tmp_path):
     assert spike["jump"] == pytest.approx(validations[3]["loss"] - validations[2]["loss"])
     assert report["device"] == {"name": "cpu", "peak_memory_mib": None, "peak_reserved_mib": None}
     assert report["versions"]["torch"] == torch.__version__
+    # also of what is not there: without it something else ran
+    for package in ("transformers", "liger-kernel"):
+        is_there = find_spec(package.replace("-", "_")) is not None
+        assert (report["versions"][package] is not None) is is_there
 
 
 def test_the_report_of_the_baseline(tmp_path):
