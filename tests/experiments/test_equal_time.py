@@ -238,11 +238,14 @@ def test_a_row_is_probed_trained_and_written_once(tmp_path):
     assert "256-dense-1s-0.002-seed42: no training of it has ended in" in done.stdout
     for name in ("from_nothing.csv", "from_nothing_measures.csv"):
         assert (tmp_path / name).read_bytes() == (tmp_path / f"lost-{name}").read_bytes()
-    # nor is what else would have been trained taken for it
+    # nor is one taken for it that had other steps than its time has room for
     (tmp_path / "from_nothing.csv").unlink()
-    asked = list(map(str, [*command, "--collect", "--rows", tmp_path / "rows.yaml"]))
-    rows = (STUDY / "equal_time.yaml").read_text().replace("cheap_share: 0.6", "cheap_share: 0.2")
-    (tmp_path / "rows.yaml").write_text(rows)
+    steps = read(tmp_path / "equal_time_steps.csv")
+    with (tmp_path / "equal_time_steps.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, steps[0])
+        writer.writeheader()
+        writer.writerows({**line, "step_seconds": 1e-4} for line in steps)
+    asked = list(map(str, [*command, "--collect"]))
     done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, (tmp_path / "from_nothing.csv").exists()) == (1, False)
     assert "steps and 2 evaluations were asked of it, got" in done.stdout
