@@ -86,8 +86,8 @@ class Run(NamedTuple):
 
     def estimate(self, layers: Sequence[LayerPlan], speed: CardSpeed | None, **changes: Any) -> StepEstimate:
         """A step of these layers."""
-        told = {"recomputes": self.recomputes, "shards": self.shards, "accumulated": self.accumulated, **changes}
-        told |= {"sharers": told.get("sharers", self.sharers), "loss_chunk": self.loss_chunk}
+        told = {name: getattr(self, name) for name in ("accumulated", "recomputes", "shards", "sharers", "loss_chunk")}
+        told |= changes
         num_tokens, batch_size = told.pop("num_tokens", self.num_tokens), told.pop("batch_size", self.batch_size)
         return estimate_step(self.size, layers, num_tokens, batch_size, speed, **told)
 
