@@ -291,7 +291,7 @@ def main() -> int:
     """Run what is missing; 1 if a training failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("part", choices=["extension", "from_nothing"])
+    add("part", choices=["extension", "from_nothing", "paper"])
     add("--source", required=True, help="texts to train on")
     add("--validation_source", required=True, help="texts to validate on")
     add("--model", help="folder of the pretrained model, with its tokenizer")

@@ -26,7 +26,7 @@ from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.events import BatchStart, phase_events
 
 STUDY = ROOT / "experiments" / "study"
-PARTS = ("extension", "from_nothing")
+PARTS = ("extension", "from_nothing", "paper")
 FLAGS = (
     "--model.preset toy --model.compile false --trainer.accelerator cpu --trainer.precision 32-true "
     "--lighthouse.attention.top_k 8 --data.num_workers 0"
