@@ -61,7 +61,7 @@ def dots(axes: Any, found: Mapping[str, Sequence[float]], **style: Any) -> None:
     # one order for all dots of a panel
     axes.set_yticks(range(len(found)), [WORDS[arm] for arm in found])
     for place, values in enumerate(found.values()):
-        axes.plot(values, [place] * len(values), "o", **style | {"label": style.get("label") if not place else None})
+        axes.plot(values, [place] * len(values), "o", alpha=0.7, **style | {"label": style.get("label") if not place else None})
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(alpha=0.3)
 
@@ -77,7 +77,7 @@ def main() -> int:
     nothing = rows(arguments.from_nothing, seq_len=98304, budget=115)
     extension = rows(arguments.extension, seq_len=65536, budget=80, learning_rate=arguments.rate)
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 3.8), width_ratios=(1, 1, 0.8))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 3.8), width_ratios=(1.4, 1, 0.7))
     dots(left, by_arm(nothing, "val_loss"), color="tab:blue")
     left.set(xlabel="dense validation loss, nats per byte", title="From nothing: 41M, 98,304 tokens, 115 s")
     losses = by_arm(extension, "val_loss")

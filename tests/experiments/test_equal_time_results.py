@@ -42,7 +42,7 @@ def test_a_phase_of_one_step_took_what_it_took(study):
     assert seconds_until({"phases": {"dense": untimed}}, 1) == 9.0
 
 
-@pytest.mark.parametrize("part", ["extension", "extension_theta_1m", "from_nothing"])
+@pytest.mark.parametrize("part", ["extension", "extension_theta_1m", "from_nothing", "paper"])
 def test_the_tables_that_ship_count_the_seconds_of_a_validation_as_those_of_a_row(part):
     def read(name):
         with (ROOT / "experiments" / f"{name}.csv").open(newline="") as stream:
@@ -56,7 +56,7 @@ def test_the_tables_that_ship_count_the_seconds_of_a_validation_as_those_of_a_ro
         assert float(end["seconds"]) == pytest.approx(float(row["seconds"]))
 
 
-@pytest.mark.parametrize("table", ["extension", "from_nothing"])
+@pytest.mark.parametrize("table", ["extension", "from_nothing", "paper"])
 def test_what_is_measured_next_fits_into_the_tables_that_ship(table, study, tmp_path):
     from equal_time_results import measures, summary
     from equal_time_rows import Arm, Row, read_part
