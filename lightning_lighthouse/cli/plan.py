@@ -19,7 +19,7 @@ from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.cli.recipe import UsageError, split_own
 from lightning_lighthouse.cli.recipes import require_recipe
-from lightning_lighthouse.huggingface.fused_loss import is_fused_on_cuda
+from lightning_lighthouse.huggingface.fused_loss import LACKS, is_fused_on_cuda
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import resolve_phases
@@ -327,6 +327,8 @@ def _limits(run: Run, card: str | None, speed: CardSpeed | None, is_probed: bool
             f"{run.sharers} GPUs cannot share {uneven[0]} key/value heads out: they share out the queries too, and "
             "keep keys and values of the whole sequence"
         )
+    if run.loss_chunk and run.module.hparams["loss_backend"] == "auto":
+        lines.append(f"the logits of {run.loss_chunk:,} tokens are counted: {LACKS}")
     configs = {layer.config for part in run.parts for layer in part.layers if layer.layer_type == LIGHTHOUSE}
     if not all(config.pyramid(run.num_tokens).compresses for config in configs):
         lines.append(f"Lighthouse gains nothing at {run.num_tokens:,} tokens, and runs dense")

@@ -17,14 +17,16 @@ from lightning_lighthouse.notices import log_once
 
 # "chunked": this package's own, everywhere. "liger": liger-kernel's, on CUDA. "auto": the latter where it can run
 LossBackend = Literal["auto", "chunked", "liger"]
+INSTALL = "pip install 'lightning_lighthouse[liger]'"
+LACKS = f"liger-kernel is not installed, whose loss is faster and keeps no logits in memory: {INSTALL}"
 
 
 def check_installed(backend: LossBackend) -> None:
     """Raise SettingError where a package is asked for by name that is not installed."""
     if backend == "liger" and not _is_installed():
         raise SettingError(
-            "loss_backend='liger' needs the package liger-kernel, which is not installed: pip install "
-            "'lightning_lighthouse[liger]', or choose loss_backend='chunked'"
+            f"loss_backend='liger' needs the package liger-kernel, which is not installed: {INSTALL}, or choose "
+            "loss_backend='chunked'"
         )
 
 
@@ -41,7 +43,8 @@ def is_fused(backend: LossBackend, device: torch.device) -> bool:
     fused = is_fused_on_cuda(backend) and (backend == "liger" or device.type == "cuda")
     if backend == "auto":
         name = "liger" if fused else "chunked"
-        log_once("loss backend", f"loss_backend='auto' runs {quoted(name)} on {device.type}")
+        why = "" if fused or device.type != "cuda" else f": {LACKS}"
+        log_once("loss backend", f"loss_backend='auto' runs {quoted(name)} on {device.type}{why}")
     return fused
 
 

@@ -198,8 +198,13 @@ def test_logits_are_counted_where_no_fused_loss_is_installed(capsys, tmp_path, m
     # experiments/extension.csv: GiB with the package, and without it
     for is_installed, measured in ((True, 7.54), (False, 8.80)):
         monkeypatch.setattr(fused_loss, "_is_installed", lambda found=is_installed: found)
-        _, rows = planned(capsys, "pretrained.yaml", "--card", "NVIDIA H200")
+        out, rows = planned(capsys, "pretrained.yaml", "--card", "NVIDIA H200")
         assert float(rows["dense"][5]) == pytest.approx(measured, rel=0.05)
+        advice = "the logits of 4,096 tokens are counted: liger-kernel is not installed"
+        assert (advice in out) is not is_installed
+    # whoever asks for that loss needs no advice
+    out, _ = planned(capsys, "pretrained.yaml", "--card", "NVIDIA H200", "--model.loss_backend", "chunked")
+    assert "liger" not in out
 
 
 def test_a_mistake_is_one_line(capsys):

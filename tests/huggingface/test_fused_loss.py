@@ -77,7 +77,11 @@ def test_what_is_chosen_is_said_once(
         assert fused_loss.is_fused("auto", torch.device(device)) == (chosen == "liger")
         fused_loss.is_fused("auto", torch.device(device))
     lines = [line for line in caplog.messages if "loss_backend" in line]
-    assert lines == [f"loss_backend='auto' runs {chosen!r} on {device}"]
+    told = ": liger-kernel is not installed, whose loss is faster and keeps no logits in memory: pip install"
+    assert len(lines) == 1
+    assert lines[0].startswith(f"loss_backend='auto' runs {chosen!r} on {device}")
+    # what installing it would change
+    assert (told in lines[0]) == (device == "cuda" and not installed)
 
 
 def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
