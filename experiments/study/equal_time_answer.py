@@ -61,7 +61,8 @@ def dots(axes: Any, found: Mapping[str, Sequence[float]], **style: Any) -> None:
     # one order for all dots of a panel
     axes.set_yticks(range(len(found)), [WORDS[arm] for arm in found])
     for place, values in enumerate(found.values()):
-        axes.plot(values, [place] * len(values), "o", alpha=0.7, **style | {"label": style.get("label") if not place else None})
+        label = style.get("label") if not place else None
+        axes.plot(values, [place] * len(values), "o", alpha=0.7, **style | {"label": label})
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.grid(alpha=0.3)
 
