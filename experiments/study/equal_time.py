@@ -3,6 +3,7 @@
     python experiments/study/equal_time.py extension --model smollm2 --source books-train.jsonl.gz \
         --validation_source books-val.jsonl.gz --seconds 120 --minutes 9 --gpus 0 1
     python experiments/study/equal_time.py from_nothing --source ... --validation_source ...
+    python experiments/study/equal_time.py paper --source ... --validation_source ...
 
 Each GPU trains one at a time, through `lighthouse fit`; with `--beside 2` the next one starts and compiles meanwhile,
 and waits for its turn (`turns.py`). The steps of each phase are timed once for each length and kind of GPU by a short
