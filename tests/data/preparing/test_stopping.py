@@ -153,3 +153,63 @@ def test_a_second_ctrl_c_is_immediate_and_leaves_no_process(whole: tuple[Path, f
     assert "Traceback" not in (folder / "err").read_text()
     assert not (folder / "out").exists()
     assert not still_left_over(folder)
+
+
+WORK = """\
+import time
+from lightning_lighthouse.data.preparing.stopping import stop_on_signals
+
+with stop_on_signals(lambda: "here") as wish, wish.at_once():
+    import library
+    for _ in range(1000):
+        time.sleep(0.01)
+print("too late")
+"""
+LIBRARY = """\
+import os, pathlib, signal, threading, time
+
+pathlib.Path("begun").touch()
+for number in {signals}:
+    {send}
+    time.sleep(0.2)
+pathlib.Path("whole").touch()
+"""
+SENT = {
+    "inside": "os.kill(os.getpid(), number)",
+    "behind": "threading.Timer(0.5, os.kill, (os.getpid(), number)).start()",
+}
+
+
+@pytest.mark.parametrize("program", [["work.py"], ["-c", "import work"]], ids=["a script", "itself imported"])
+@pytest.mark.parametrize("when", SENT)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_an_import_is_not_broken_off_and_what_follows_is(
+    tmp_path: Path, signum: signal.Signals, when: str, program: list[str]
+) -> None:
+    (tmp_path / "work.py").write_text(WORK)
+    (tmp_path / "library.py").write_text(LIBRARY.format(signals=[int(signum)], send=SENT[when]))
+    began = time.monotonic()
+    done = run_in(tmp_path, program)
+    assert done.returncode == STATUS[signum], done.stderr
+    assert done.stderr == "Lighthouse: stopped here\n"
+    assert (tmp_path / "whole").exists()
+    # of the ten seconds of its work
+    assert "too late" not in done.stdout
+    assert time.monotonic() - began < 8
+
+
+def test_a_second_ctrl_c_breaks_off_an_import_too(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(WORK)
+    (tmp_path / "library.py").write_text(LIBRARY.format(signals=[int(signal.SIGINT)] * 2, send=SENT["inside"]))
+    done = run_in(tmp_path, ["work.py"])
+    assert done.returncode in (130, -signal.SIGINT)
+    assert (tmp_path / "begun").exists()
+    assert not (tmp_path / "whole").exists()
+
+
+def run_in(folder: Path, program: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python there, with SIGINT as a terminal has it."""
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    return subprocess.run(
+        [sys.executable, *program], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
