@@ -19,9 +19,12 @@ from torch import nn
 
 from lightning_lighthouse.routing.reasons import (
     CHECKPOINT_INSIDE,
+    COPIES,
     ENTERED,
+    ENTERED_FROZEN,
     ENTERED_WITHOUT_GRADIENTS,
     EXITED,
+    FROZEN,
     INFERENCE,
     INSIDE,
     NO_CALL,
@@ -31,6 +34,9 @@ from lightning_lighthouse.routing.reasons import (
     remedy,
 )
 from lightning_lighthouse.routing.score_spread import ScoreSpread
+
+# How a model is named that is one layer.
+ITSELF = "the module itself"
 
 
 class _Memory:
@@ -92,7 +98,7 @@ class Audit:
 
     def _judged(self, note: str) -> str:
         """What a note means here: a dense call inside documents is all that documents ask for, and else is none."""
-        if self._of_documents and note in (INSIDE, INFERENCE, ENTERED_WITHOUT_GRADIENTS):
+        if self._of_documents and note in (INSIDE, INFERENCE, ENTERED_WITHOUT_GRADIENTS, ENTERED_FROZEN):
             return ROUTED if note == INSIDE else ENTERED
         return ENTERED if note == INSIDE else note
 
@@ -111,9 +117,12 @@ class Audit:
         """The layers that were not routed, with the reason and what to do. Layers that were are remembered."""
         missing = {}
         some_run = self._may_rest and any(ROUTED in notes for notes in self._by_layer.values())
-        some_train = any(ENTERED in self._by_layer.get(layer, ()) for layer in self._targets.values())
+        some_train = self._some_train()
         for name, layer in self._targets.items():
             notes = self._by_layer.get(layer) or self._traced
+            if ENTERED_FROZEN in notes:
+                # routed as the others are; `trains_nothing` tells of it
+                notes = notes - {ENTERED_FROZEN} | {ENTERED}
             if some_run and not notes:
                 continue
             if ENTERED_WITHOUT_GRADIENTS in notes:
@@ -143,6 +152,24 @@ class Audit:
                 missing[name] = _explained(NO_CALL if notes else NOT_RUN, layer)
         return missing
 
+    def trains_nothing(self) -> list[str]:
+        """A line each on what was routed and trains nothing, where others train, and may be meant so."""
+        if not self._some_train():
+            return []
+        named = {layer: name for name, layer in self._targets.items()}
+        frozen, copied = [], []
+        for layer, notes in self._by_layer.items():
+            if ROUTED not in notes or ENTERED in notes:
+                continue
+            if layer not in named:
+                copied.append(str(layer.__dict__["_lighthouse_route"].name or ITSELF))
+            elif ENTERED_FROZEN in notes:
+                frozen.append(named[layer] or ITSELF)
+        return [line.format(", ".join(sorted(names))) for line, names in ((FROZEN, frozen), (COPIES, copied)) if names]
+
+    def _some_train(self) -> bool:
+        return any(ENTERED in self._by_layer.get(layer, ()) for layer in self._targets.values())
+
     def _uses_old_frames(self, layer: nn.Module, notes: set[str]) -> bool:
         """Whether nothing was traced because frames of a former model of the same code serve this one."""
         if notes:
@@ -167,7 +194,7 @@ def explain_documents(missing: dict[str, str], num_layers: int) -> str:
     """One line that names every layer which was not seen to stay inside documents, and why."""
     by_reason = defaultdict(list)
     for name, reason in missing.items():
-        by_reason[reason].append(name or "the module itself")
+        by_reason[reason].append(name or ITSELF)
     parts = [f"{', '.join(found)}: {reason}" for reason, found in by_reason.items()]
     return f"{len(missing)} of {num_layers} attention layers were not seen inside documents: {' | '.join(parts)}"
 
@@ -184,7 +211,7 @@ def explain(missing: dict[str, str], num_targets: int) -> str:
         by_reason = defaultdict(list)
         for name, reason in missing.items():
             if name in names:
-                by_reason[reason].append(name or "the module itself")
+                by_reason[reason].append(name or ITSELF)
         parts = [f"{', '.join(found)}: {reason}" for reason, found in by_reason.items()]
         lines += [f"{len(names)} of {num_targets} {head}: {' | '.join(parts)}"] if names else []
     return "; ".join(lines)

@@ -11,7 +11,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE
 from lightning_lighthouse.attention.sdpa import stock_sdpa
@@ -19,6 +20,7 @@ from lightning_lighthouse.routing.adapters import multihead
 from lightning_lighthouse.routing.calls import causal_attention
 from lightning_lighthouse.routing.reasons import (
     ENTERED,
+    ENTERED_FROZEN,
     ENTERED_WITHOUT_GRADIENTS,
     EXITED,
     INFERENCE,
@@ -115,16 +117,14 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if has_documents:
         dense_type = DENSE if self._lighthouse_route.is_selected else UNSELECTED
     scope.layer_type = layer_type if is_routed else dense_type
-    entry, is_inference = ENTERED, False
+    entry = ENTERED
     if not torch.compiler.is_compiling():
         outer = scope.layer, scope.autograd_mark
         scope.layer, scope.autograd_mark = self, autograd_mark()
-        if not scope.with_inference and is_without_gradients():
-            is_inference = not self.training
-            entry = INFERENCE if is_inference else ENTERED_WITHOUT_GRADIENTS
+        entry = _entry(self, scope, args, kwargs)
     if is_routed or has_documents:
         note(entry if is_routed else ENTERED)
-    if is_inference:
+    if entry == INFERENCE:
         scope.layer_type = dense_type
     try:
         if not has_documents and scope.demands_documents and not _may_lack_documents(self):
@@ -138,6 +138,24 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         scope.layer_type = outer_type
         if not torch.compiler.is_compiling():
             scope.layer, scope.autograd_mark = outer
+
+
+def _entry(layer: nn.Module, scope: Scope, args: Any, kwargs: Any) -> str:
+    """The note that a call in eager code begins with; INFERENCE stays dense."""
+    if scope.with_inference:
+        return ENTERED
+    if is_without_gradients():
+        return ENTERED_WITHOUT_GRADIENTS if layer.training else INFERENCE
+    # in train mode it is only said, so that it need not be asked of every call
+    if (layer.training and scope.audit is None) or _needs_gradients(layer, args, kwargs):
+        return ENTERED
+    return ENTERED_FROZEN if layer.training else INFERENCE
+
+
+def _needs_gradients(layer: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a backward goes through a layer, by its weights and inputs: a frozen teacher may run without no_grad."""
+    tensors = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+    return any(tensor.requires_grad for tensor in (*layer.parameters(), *tensors))
 
 
 def _run(layer: Any, scope: Scope, args: Any, kwargs: Any) -> Any:

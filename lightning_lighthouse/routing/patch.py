@@ -223,6 +223,8 @@ class Patch(Shared):
         """
         if self.scope.audit is not None:
             self._missing = self.scope.audit.unrouted()
+            for line in self.scope.audit.trains_nothing():
+                warn(line)
             flat_scores = self.scope.audit.spread.warning(self.targets, self.scope.settings.config)
             if flat_scores:
                 warn(flat_scores)

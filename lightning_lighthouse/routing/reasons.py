@@ -19,9 +19,11 @@ ENTERED = "entered"
 EXITED = "exited"
 # as ENTERED, in train mode under no_grad: routed all the same
 ENTERED_WITHOUT_GRADIENTS = "entered without gradients"
+# as ENTERED, in train mode, of a layer that nothing is trained by: the frozen part of a model, or a teacher
+ENTERED_FROZEN = "entered frozen"
 # a call that is not routed, and stays inside documents
 INSIDE = "dense inside documents"
-NO_REASONS = frozenset({ENTERED, EXITED, ENTERED_WITHOUT_GRADIENTS, INSIDE})
+NO_REASONS = frozenset({ENTERED, EXITED, ENTERED_WITHOUT_GRADIENTS, ENTERED_FROZEN, INSIDE})
 
 MASK = "attn_mask was given"
 NOT_CAUSAL = "is_causal is False"
@@ -54,7 +56,8 @@ REMEDIES = {
     SIZES: f"q, k and v must have one batch size and one head dim (latent attention has two): {LEAVE_DENSE}",
     HEADS: f"{LEAVE_DENSE}",
     CHECKPOINT_INSIDE: "call checkpoint() around the block, not inside its attention",
-    INFERENCE: f"a frozen part of the model: {LEAVE_DENSE}; to route it all the same: on(inference=True)",
+    INFERENCE: f"a frozen part of the model: {LEAVE_DENSE}; to route it all the same, put it into train mode, or ask "
+    "for on(inference=True)",
     TEACHER: f"a frozen teacher's outputs are then not its own: {LEAVE_DENSE}, or choose the layers to train with "
     "select",
     NO_CALL: "attention is written out, or runs another kernel: call torch.nn.functional.scaled_dot_product_attention "
@@ -68,6 +71,18 @@ REMEDIES = {
     NOT_BATCHED: "pass [batch, tokens, dim], or [tokens, batch, dim] with batch_first=False",
     EXTRA_KEYS: f"such a layer cannot be routed: make it without, or {LEAVE_DENSE}",
 }
+
+# What a layer that is routed and trains nothing may mean, by what it is
+FROZEN = (
+    "routed layers that train nothing, for neither their weights nor their inputs need gradients: {}; right for the "
+    f"frozen first layers of a model, but a teacher's outputs are then not its own: {LEAVE_DENSE}, or choose the "
+    "layers to train with select"
+)
+COPIES = (
+    "copies of {}, made since the model was patched, run without gradients in train mode and attend as the originals "
+    "do: right for an average of the model, but a reference's outputs are then not its own: put it into eval mode, or "
+    "copy the model before, as in setup, and choose the layers to train with select"
+)
 
 # Remedies while documents are set, where leaving a layer dense is none
 SELECT = "leave it out with select"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,3 +111,99 @@ def test_the_first_forward_of_a_checkpoint_is_no_teachers(reentrant):
     with patch_attention(model, CONFIG) as patch:
         checkpoint(model, x, use_reentrant=reentrant).backward()
         patch.check()
+
+
+class Unguarded(Distilled):
+    """The teacher runs with gradients on, of which it needs none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.target = self.teacher(x)
+        return F.mse_loss(self.student(x), self.target)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_frozen_teacher_in_eval_mode_needs_no_grad_to_stay_dense(reentrant):
+    class Checkpointed(Unguarded):
+        def forward(self, x):
+            self.target = self.teacher(x) if reentrant is None else again(self.teacher, x)
+            return F.mse_loss(self.student(x), self.target)
+
+    def again(module, x):
+        return checkpoint(module, x, use_reentrant=reentrant)
+
+    model = Checkpointed()
+    model.teacher.eval()
+    expected = model.teacher(INPUTS)
+    words = "stayed dense: teacher: it ran without gradients in eval mode"
+    with pytest.raises(RuntimeError, match=words), patch_attention(model, CONFIG):
+        model(INPUTS).backward()
+    assert torch.equal(model.target, expected)
+    with patch_attention(model, CONFIG, select="student") as patch:
+        model(INPUTS).backward()
+        patch.check()
+
+
+def test_one_in_train_mode_is_warned_of():
+    model = Unguarded()
+    words = r"^routed layers that train nothing, .*: teacher; .*leave it dense with dense_layers"
+    with patch_attention(model, CONFIG) as patch:
+        model(INPUTS).backward()
+        with pytest.warns(LighthouseWarning, match=words):
+            patch.check()
+
+
+class Stack(nn.Module):
+    """Two layers, the first one frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = SelfAttention(16, 2).requires_grad_(False), SelfAttention(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x)).square().mean()
+
+
+def test_frozen_first_layers_train_on_and_what_passes_gradients_on_is_no_teacher(recwarn):
+    def told():
+        return [str(warning.message) for warning in recwarn if "that train nothing" in str(warning.message)]
+
+    # frozen, but what comes before it is not: LoRA, prompts, a projection in front
+    model = Stack()
+    for is_eval in (False, True):
+        model.first.train(not is_eval)
+        with patch_attention(model, CONFIG) as patch:
+            model(INPUTS.clone().requires_grad_()).backward()
+            patch.check()
+    assert not told()
+    model.first.train()
+    with patch_attention(model, CONFIG) as patch:
+        model(INPUTS).backward()
+        patch.check()
+    assert [line.partition("gradients: ")[2].partition(";")[0] for line in told()] == ["first"]
+
+
+@pytest.mark.parametrize("is_eval", [False, True])
+def test_a_reference_copied_from_a_patched_model_is_warned_of_or_dense(is_eval, recwarn):
+    model = Stack().requires_grad_(True)
+    dense = copy.deepcopy(model)(INPUTS)
+    with patch_attention(model, CONFIG) as patch:
+        reference = copy.deepcopy(model).train(not is_eval)
+        with torch.no_grad():
+            found = reference(INPUTS)
+        (model(INPUTS) + found).backward()
+        patch.check()
+    told = [str(warning.message) for warning in recwarn if "copies of" in str(warning.message)]
+    assert [line.startswith("copies of first, last, made since") for line in told] == ([] if is_eval else [True])
+    assert torch.equal(found, dense) is is_eval
+
+
+def test_an_average_that_runs_in_no_training_batch_is_no_reference(recwarn):
+    model = Stack().requires_grad_(True)
+    with patch_attention(model, CONFIG) as patch:
+        average = copy.deepcopy(model)
+        model(INPUTS).backward()
+        with patch.paused(), torch.no_grad():
+            average(INPUTS)
+        patch.check()
+    assert not [warning for warning in recwarn if "copies of" in str(warning.message)]
