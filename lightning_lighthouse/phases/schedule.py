@@ -149,7 +149,8 @@ def resume_switch(
     # what a rule decided holds from then on, also where its step is still one ahead
     returned = saved.layers_returned(last, RETURN_GROUPS) or saved.by_plateau
     if asked.layers_returned(step, RETURN_GROUPS) >= returned:
-        followed = kept if saved.switched else asked
+        # a switch that is asked for too late comes now: its step is the first dense one, and re-warming begins there
+        followed = kept if saved.switched else replace(asked, switch_step=max(asked.switch_step, step))
         return followed, _moved(saved, followed)
     done = f"switched to dense attention at step {saved.switch_step}"
     if not saved.switched and saved.return_steps:

@@ -96,6 +96,16 @@ def test_a_longer_training_keeps_the_ends_that_were_reached():
     assert line == "'chunk 8' ends at step 20 instead of 2"
 
 
+def test_an_end_that_a_shorter_training_puts_behind_the_run_comes_now():
+    saved, asked = (resolve_phases([CHUNKS, MIXED], total) for total in (100, 20))
+    followed, line = resume_phases(saved, asked, 10, allow_return=False)
+    assert [phase.end for phase in followed] == [10, 18]
+    assert line == "'chunk 8' ends at step 10 instead of 20"
+    # as where a setting does
+    asked = resolve_phases([Phase(3, ["chunk"], window=8), MIXED], 100)
+    assert [phase.end for phase in resume_phases(saved, asked, 10, allow_return=False)[0]] == [10, 90]
+
+
 def test_a_phase_that_was_left_is_not_returned_to_unasked():
     saved, asked = resolve_phases([CHUNKS, MIXED], 10), resolve_phases([Phase(0.6, ["chunk"], window=8), MIXED], 10)
     with pytest.raises(ResumeError, match=r"at step 4, in 'window 4 \+ lighthouse', and would go back to 'chunk 8'"):

@@ -67,6 +67,19 @@ def test_a_switch_still_ahead_may_move_and_says_so():
     assert "from step 50 to step 80" in line
 
 
+@pytest.mark.parametrize("step", [50, 51, 60])
+def test_a_switch_that_is_asked_for_too_late_comes_now_and_only_once(step):
+    asked = SwitchState(30, 30, return_steps=4, rewarm_steps=4)
+    switch, line = resume_switch(SwitchState(0.9, 90), asked, step, False)
+    assert (switch.switch_step, switch.phase(step)) == (step, DENSE)
+    assert [switch.rate_factor(step + n) for n in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert line.startswith(f"the switch to dense attention moves from step 90 to step {step}")
+    switch.switched = True
+    # a resume with the same settings keeps it
+    again, line = resume_switch(switch, asked, step + 2, False)
+    assert (again, line) == (switch, "")
+
+
 def test_an_unchanged_switch_says_nothing():
     assert resume_switch(SwitchState(0.5, 50), SwitchState(0.5, 50), 20, False)[1] == ""
     assert resume_switch(SwitchState(0.5, 50, True), SwitchState(0.5, 50), 60, False)[1] == ""

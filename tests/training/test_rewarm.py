@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -65,6 +66,18 @@ def test_resume_within_the_rewarm_is_exact(tmp_path, stop):
     assert part.optimizer.used == whole.optimizer.used[stop:]
     assert part.losses == whole.losses[stop:]
     assert same_weights(part, whole)
+
+
+def test_a_switch_that_a_resume_asks_for_too_late_is_rewarmed_whole(tmp_path):
+    fit(tmp_path, [all_lighthouse(12, CONFIG), saving(tmp_path)], batches=8)
+    model = fit(tmp_path, [all_lighthouse(2, CONFIG, rewarm_steps=3)], ckpt_path=next(tmp_path.glob("*step=6.ckpt")))
+    factors = [0.25, 0.5, 0.75, 1.0]
+    assert [used[0] for used in model.optimizer.used[:4]] == pytest.approx(
+        [0.1 * 0.9 ** (6 + n) * factor for n, factor in enumerate(factors)]
+    )
+    report = json.loads((tmp_path / "lighthouse.json").read_text())
+    assert report["switch"]["switch_step"] == report["plan"][-1]["first_step"] == 6
+    assert report["phases"]["lighthouse"]["steps"] == 6
 
 
 def test_an_accumulated_step_has_one_factor(tmp_path):
