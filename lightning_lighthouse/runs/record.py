@@ -71,6 +71,7 @@ def write_report(
     phases: Sequence[Phase],
     ledger: Ledger,
     folder: str | Path,
+    is_validated: bool = True,
 ) -> str:
     """Write `folder/lighthouse.json` on rank 0; it appears whole or not at all.
 
@@ -81,6 +82,7 @@ def write_report(
         phases: Those before the dense one, as the model's layers attended in them.
         ledger: Totals and validations of the whole run, resumed parts included.
         folder: Made if missing; an address too.
+        is_validated: Whether a validation at the last step is of the weights that were left.
     """
     path = os.path.join(folder, REPORT)
     if trainer.is_global_zero:
@@ -94,7 +96,7 @@ def write_report(
             "plan": _plan(plan, phases) if plan else [],
             "phases": {phase: _phase(ledger.totals(phase)) for phase in _names(plan, ledger)},
             "validations": [validation._asdict() for validation in ledger.validations],
-            "final": _final(trainer, ledger),
+            "final": _final(trainer, ledger, is_validated),
             "spike": _spike(ledger),
             "probes": _probes(trainer),
             "world_size": trainer.world_size,
@@ -166,12 +168,13 @@ def _phase(totals: PhaseTotals) -> dict[str, Any]:
     }
 
 
-def _final(trainer: Trainer, ledger: Ledger) -> dict[str, Any] | None:
+def _final(trainer: Trainer, ledger: Ledger, is_validated: bool) -> dict[str, Any] | None:
     """The newest dense validation, and whether it is of the weights in `final.pt`."""
     last = ledger.last_validation
     if last is None:
         return None
-    return {"step": last.step, "loss": last.loss, "is_of_final_weights": last.step == trainer.global_step}
+    is_final = is_validated and last.step == trainer.global_step
+    return {"step": last.step, "loss": last.loss, "is_of_final_weights": is_final}
 
 
 def _spike(ledger: Ledger) -> dict[str, Any] | None:

@@ -1,13 +1,57 @@
-"""A validation of the weights that a training ends with, where the last of its own is of an earlier step."""
+"""A validation of the weights that a training ends with, where the last of its own is of others."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer import call
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor, nn
+
+
+class LastValidation:
+    """The newest validation of a fit, and whether its weights are still there. Every rank calls every method.
+
+    Args:
+        trainer: Of the fit.
+        module: In training.
+    """
+
+    def __init__(self, trainer: Trainer, module: nn.Module) -> None:
+        self._trainer, self._module = trainer, module
+        self._step = -1
+        self._norms: Tensor | None = None
+
+    def note(self) -> None:
+        """It has ended."""
+        self._step, self._norms = self._trainer.global_step, _norms(self._module)
+
+    def renew(self) -> None:
+        """In `on_train_end`: validate again, where steps, or hooks behind the last step, have changed the weights."""
+        if self._step != self._trainer.global_step or self.is_outdated():
+            validate_now(self._trainer)
+
+    def is_outdated(self) -> bool:
+        """Whether the weights have changed since, on any rank; False where there was none."""
+        # it validates the averages that it puts in their place at the end
+        if self._norms is None or any(isinstance(each, WeightAveraging) for each in self._trainer.callbacks):  # type: ignore[attr-defined]
+            return False
+        has_changed = not torch.equal(self._norms, _norms(self._module))
+        return bool(self._trainer.strategy.reduce_boolean_decision(has_changed, all=False))
+
+
+def _norms(module: nn.Module) -> Tensor:
+    """Of each parameter and buffer, `[number of them]`; of this rank's part."""
+    tensors = (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))
+    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    found = [torch.linalg.vector_norm(part, dtype=torch.float32).cpu() for part in parts if part.is_floating_point()]
+    return torch.stack(found) if found else torch.zeros(0)
 
 
 def validate_now(trainer: Trainer) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_lighthouse.phases.ledger import Ledger
     from lightning_lighthouse.phases.phase import Phase
     from lightning_lighthouse.phases.plan import PhasePlan
+    from lightning_lighthouse.training.last_validation import LastValidation
 
 
 class LeftFiles:
@@ -37,8 +38,9 @@ class LeftFiles:
 
     def __init__(self, callback: Callback, trainer: Trainer, module: LightningModule) -> None:
         self._callback, self._trainer, self._module = callback, trainer, module
-        # where the final weights go, once the training has ended
+        # where the final weights go, once the training has ended, and what the report there is made of
         self._folder: str | None = None
+        self._told: tuple[PhasePlan | None, Sequence[Phase], Ledger] | None = None
         folder = run_folder(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_writable(folder)
@@ -61,9 +63,13 @@ class LeftFiles:
         else:
             self._folder = self._report(plan, phases, ledger)
 
-    def write_weights(self) -> None:
+    def write_weights(self, validation: LastValidation) -> None:
         """Write the final weights after the hooks that may change them last: averages, the module's own."""
         if self._folder is not None:
+            if validation.is_outdated() and self._told is not None:
+                write_report(self._trainer, self._callback, *self._told, self._folder, is_validated=False)
+                line = "the weights have changed behind the last validation, whose loss is not that of final.pt"
+                rank_zero_warn(f"Lighthouse: {line}", category=LighthouseWarning)
             write_final(self._trainer, self._module, self._folder)
             self._say_where(self._folder)
 
@@ -73,5 +79,6 @@ class LeftFiles:
 
     def _report(self, plan: PhasePlan | None, phases: Sequence[Phase], ledger: Ledger) -> str:
         folder = run_folder(self._trainer)
-        write_report(self._trainer, self._callback, plan, phases, ledger, folder)
+        self._told = plan, phases, ledger
+        write_report(self._trainer, self._callback, *self._told, folder)
         return folder

@@ -30,7 +30,7 @@ from lightning_lighthouse.runs.resume import mend_resume
 from lightning_lighthouse.training.attention_curves import AttentionCurves
 from lightning_lighthouse.training.batch_documents import watched_batches
 from lightning_lighthouse.training.call_counts import CallCounts
-from lightning_lighthouse.training.last_validation import validate_now
+from lightning_lighthouse.training.last_validation import LastValidation
 from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
 from lightning_lighthouse.training.parallel import check_tensor_parallel, free_gradients, tokens_of_ranks
@@ -79,8 +79,7 @@ class PhasedFit:
         self._mid_step = False
         self._phase = DENSE
         self._counts = CallCounts()
-        # step of the newest validation in this fit
-        self._validated = -1
+        self._validation = LastValidation(trainer, module)
         self._has_begun = self._has_ended = False
         self._contexts = ExitStack()
         try:
@@ -284,9 +283,9 @@ class PhasedFit:
         # a batch that training_step passes over has routed nothing
         assert self._steps is not None
         trainer, totals = self._trainer, self._totals
-        if self._patch is not None and (self._patch.has_run or loss is not None):
-            if self._phase != DENSE:
-                self._counts.add(self._patch, totals, self._step)
+        # where it passes over all batches before the switch, there is nothing to judge by
+        if self._patch is not None and self._phase != DENSE and (self._patch.has_run or loss is not None):
+            self._counts.add(self._patch, totals, self._step)
             if self._patch.is_audited:
                 self._finish_audit(self._patch)
         if isinstance(loss, Tensor):
@@ -315,7 +314,7 @@ class PhasedFit:
         """Note the dense validation loss, and ask the plateau rule."""
         trainer, ledger = self._trainer, self._run.ledger
         assert self._curves is not None
-        self._validated = trainer.global_step
+        self._validation.note()
         loss = self._curves.validation_loss(trainer)
         if loss is not None:
             ledger.add_validation(trainer.global_step, self._phase, loss)
@@ -340,8 +339,7 @@ class PhasedFit:
         self._drain()
         trainer, run = self._trainer, self._run
         self._has_ended = True
-        if self._validated != trainer.global_step:
-            validate_now(trainer)
+        self._validation.renew()
         tell_summary(trainer, self._plan, run.ledger)
         self._events.publish(FitEnd(trainer.global_step, self._phase))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -356,7 +354,7 @@ class PhasedFit:
 
     def write_final_weights(self) -> None:
         """Write the final weights, where they are not sharded."""
-        self._left.write_weights()
+        self._left.write_weights(self._validation)
 
     def close(self) -> None:
         """Restore the model, and whatever else this fit changed. Harmless at any time."""

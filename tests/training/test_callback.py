@@ -229,12 +229,14 @@ def test_an_unroutable_layer_is_named(tmp_path):
         fit(tmp_path, [all_lighthouse(0.5, CONFIG, on_unroutable="warn")], model)
 
 
-def test_a_batch_that_training_step_passes_over_is_not_judged(tmp_path):
+@pytest.mark.parametrize("passed_over", [1, 3])
+def test_a_batch_that_training_step_passes_over_is_not_judged(tmp_path, passed_over):
     class PassesOver(ForeignModule):
         def training_step(self, batch, batch_idx):
-            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+            return None if batch_idx < passed_over else super().training_step(batch, batch_idx)
 
     model = PassesOver()
+    # also where no other batch comes before the switch
     fit(tmp_path, [all_lighthouse(3, CONFIG)], model)
     assert len(model.losses) > 3
 

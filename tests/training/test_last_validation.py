@@ -10,7 +10,14 @@ import torch
 from fitting import CONFIG, fit
 from foreign import ForeignModule, ResumableLoader, loader
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lighthouse import LighthouseCallback, PlateauRule
@@ -149,3 +156,37 @@ def test_a_final_loss_of_other_weights_is_marked(tmp_path, caplog):
     train(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     final = report(tmp_path)["final"]
     assert (final["step"], final["is_of_final_weights"]) == (8, False)
+
+
+class Halves(Callback):
+    """Changes the weights when the training has ended."""
+
+    def on_train_end(self, trainer, pl_module):
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.mul_(0.5)
+
+
+AVERAGES = {
+    "SWA": lambda: StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1),
+    "EMA": lambda: EMAWeightAveraging(decay=0.5),
+    "own": Halves,
+}
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["before ours", "behind ours"])
+@pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
+def test_weights_that_hooks_change_at_the_end_are_validated_or_marked(make, is_first, tmp_path, recwarn):
+    own = LighthouseCallback(6, CONFIG)
+    callbacks = [make(), own] if is_first else [own, make()]
+    # the last validation falls on the last step; three epochs, so that averages begin
+    fit(tmp_path, callbacks, data=loader(8), validation=loader(4, seed=1), max_epochs=3, max_steps=-1)
+    told = report(tmp_path)
+    final = told["final"]
+    assert final["step"] == told["steps"] == 12
+    is_of_final_weights = final["loss"] == pytest.approx(loss_of(tmp_path / "final.pt"), rel=1e-5)
+    assert final["is_of_final_weights"] is is_of_final_weights
+    warned = [w for w in recwarn if "whose loss is not that of final.pt" in str(w.message)]
+    assert len(warned) == (not is_of_final_weights)
+    # averages validate what they end with, and what comes before ours is validated once more
+    assert is_of_final_weights or not (is_first or isinstance(callbacks[-1], EMAWeightAveraging))
