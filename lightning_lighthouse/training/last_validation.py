@@ -50,7 +50,9 @@ def _norms(module: nn.Module) -> Tensor:
     """Of each parameter and buffer, `[number of them]`; of this rank's part."""
     tensors = (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))
     parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    found = [torch.linalg.vector_norm(part, dtype=torch.float32).cpu() for part in parts if part.is_floating_point()]
+    # norms of fewer bits would hide small changes, and not all types have any
+    wide = (part if part.dtype == torch.float64 else part.float() for part in parts if part.is_floating_point())
+    found = [torch.linalg.vector_norm(part).cpu().double() for part in wide]
     return torch.stack(found) if found else torch.zeros(0)
 
 
