@@ -306,8 +306,8 @@ class Patch(Shared):
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         unchecked = kind is None and self.has_run
-        missing = self.unrouted() if unchecked else {}
         try:
+            missing = self.unrouted() if unchecked else {}
             if kind is None:
                 self.documents.finish()
         finally:

@@ -2,7 +2,7 @@
 
 A model that normalises q and k gives all tokens nearly one norm, and the scorer then ranks rounding errors. In eager
 code the spread is measured at the first routed call of each layer. A compiled layer is judged by its modules instead:
-to measure there would change what is compiled.
+to measure there would change what is compiled. So is one inside a transform of torch.func, whose tensors end with it.
 """
 
 # B batch, H heads, N tokens, D head dim, E entries of level 1
@@ -34,7 +34,7 @@ class ScoreSpread:
 
     def add(self, layer: nn.Module | None, q_BHND: Tensor, k_BGND: Tensor, config: LighthouseConfig) -> None:
         """Measure the first call of `layer`, where its norms are what `config` ranks."""
-        if layer is None or layer in self._flat or not _is_measured(q_BHND, config):
+        if layer is None or layer in self._flat or not _is_measured(q_BHND, k_BGND, config):
             return
         least = LEAST_SPREAD if normalises(layer, q_BHND.shape[3]) else LEAST_SPREAD_WITHOUT_NORMS
         with torch.no_grad():
@@ -65,7 +65,7 @@ class ScoreSpread:
             return ""
         return (
             f"{len(named)} of {len(layers)} layers normalise q and k ({named[0] or 'the module itself'}, ...), so that "
-            f"their norms may hardly differ; compiled, they were not measured. Then {_REMEDY}"
+            f"their norms may hardly differ; compiled or transformed, they were not measured. Then {_REMEDY}"
         )
 
 
@@ -78,7 +78,7 @@ class SpreadMeter:
 
     def add(self, layer: nn.Module | None, q_BHND: Tensor, k_BGND: Tensor, config: LighthouseConfig) -> None:
         """Measure the first call of `layer`, where its norms are what `config` ranks."""
-        if layer is None or layer in self._found or not _is_measured(q_BHND, config):
+        if layer is None or layer in self._found or not _is_measured(q_BHND, k_BGND, config):
             return
         with torch.no_grad():
             self._found[layer] = torch.stack(_variations(q_BHND, k_BGND, config)).mean()
@@ -105,9 +105,12 @@ def _ranks_norms(config: LighthouseConfig) -> bool:
     return config.scorer == "norm" and config.reads_scores
 
 
-def _is_measured(q_BHND: Tensor, config: LighthouseConfig) -> bool:
+def _is_measured(q_BHND: Tensor, k_BGND: Tensor, config: LighthouseConfig) -> bool:
     # selective checkpointing keeps the results of some operators by their order: none may run in one pass alone
     if not _ranks_norms(config) or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    # what vmap wraps cannot be read once it is left
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (q_BHND, k_BGND))):
         return False
     return config.pyramid(q_BHND.shape[2]).compresses
 

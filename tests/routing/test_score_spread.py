@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from all_lighthouse import all_lighthouse
+from foreign import GPT
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from warned import own_warnings
 
 from lightning_lighthouse import LighthouseConfig, patch_attention
-from lightning_lighthouse.routing.score_spread import normalises
+from lightning_lighthouse.routing.score_spread import ScoreSpread, SpreadMeter, normalises
 
 transformers = pytest.importorskip("transformers")
 
@@ -170,10 +171,41 @@ def test_a_compiled_layer_is_judged_by_its_modules():
             patch.check()
     assert lines["Llama"] == []
     assert lines["Qwen3"] == [
-        "1 of 1 layers normalise q and k (the module itself, ...), so that their norms may hardly differ; compiled, "
-        "they were not measured. Then scorer='norm' ranks noise there; set scorer='dilated', or selection='strided', "
-        "which needs no scores"
+        "1 of 1 layers normalise q and k (the module itself, ...), so that their norms may hardly differ; compiled "
+        "or transformed, they were not measured. Then scorer='norm' ranks noise there; set scorer='dilated', or "
+        "selection='strided', which needs no scores"
     ]
+
+
+def test_gradients_of_each_sample_are_taken_and_nothing_is_measured():
+    torch.manual_seed(0)
+    model = GPT(layers=2)
+    weights = dict(model.named_parameters())
+    tokens = torch.randint(31, (3, TOKENS), generator=torch.Generator().manual_seed(42))
+
+    def loss(weights, sample):
+        return torch.func.functional_call(model, weights, sample[None]).square().mean()
+
+    one = torch.func.grad(loss)
+    with patch_attention(model, CONFIG, dense_layers=[]) as patch:
+        patch.scope.spread = SpreadMeter()
+        found = torch.func.vmap(one, (None, 0))(weights, tokens)
+        patch.check()
+        assert patch.scope.spread.mean() is None
+        each = [one(weights, sample) for sample in tokens]
+    assert not patch.is_patched
+    for name in weights:
+        torch.testing.assert_close(found[name], torch.stack([gradients[name] for gradients in each]))
+
+
+def test_a_model_is_restored_where_its_check_fails(monkeypatch):
+    model = GPT(layers=1)
+    patch = patch_attention(model, CONFIG, dense_layers=[]).__enter__()
+    model(torch.zeros(1, TOKENS, dtype=torch.long))
+    monkeypatch.setattr(ScoreSpread, "warning", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patch.__exit__(None, None, None)
+    assert not patch.is_patched
 
 
 @pytest.mark.slow
