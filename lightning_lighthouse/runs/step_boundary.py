@@ -18,27 +18,29 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_lighthouse.runs.saving import SavingError
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
 
 REFUSAL = "a checkpoint inside an optimizer step resumes no run:"
 
 
 class StepBoundary:
-    """The counts and the loader's position behind the last whole optimizer step of a fit.
+    """The counts, Lightning's and ours, and the loader's position behind the last whole optimizer step of a fit.
 
     To read them takes half a millisecond, so they are kept only where a callback may save inside a step.
 
     Args:
         trainer: At fit start.
+        callback: Its state counts batches and validations, as the loops do.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, callback: Callback) -> None:
+        self._trainer, self._callback = trainer, callback
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._is_wanted = (
             trainer.accumulate_grad_batches > 1 or any(map(_leads_inside_steps, callbacks)) or _is_requeued(trainer)
         )
-        self._state: dict[str, Any] | None = None
+        # of the loops, and of the callback
+        self._states: tuple[dict[str, Any], dict[str, Any]] | None = None
         # whether an optimizer may have changed the weights since
         self._is_updating = False
         self._is_broken = False
@@ -50,7 +52,7 @@ class StepBoundary:
             return
         self._is_updating = False
         if self._is_wanted:
-            self._state = copy.deepcopy(loop.state_dict())
+            self._states = copy.deepcopy((loop.state_dict(), self._callback.state_dict()))
 
     def update(self) -> None:
         """An optimizer is about to change the weights."""
@@ -79,11 +81,13 @@ class StepBoundary:
                 raise SavingError(f"{REFUSAL} the weights are in the middle of an update")
             # the step is whole, and what came behind it is not
             return
-        if self._state is None:
+        if self._states is None:
             raise SavingError(
                 f"{REFUSAL} save in on_train_batch_end or later, or give save_checkpoint weights_only=True"
             )
-        checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._state)
+        loops, counts = copy.deepcopy(self._states)
+        checkpoint["loops"]["fit_loop"] = loops
+        checkpoint["callbacks"][self._callback.state_key] = counts
 
 
 def saves_on_exceptions(callback: Any) -> bool:

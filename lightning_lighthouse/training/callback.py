@@ -201,7 +201,7 @@ class LighthouseCallback(Callback):
         """Patch the model, off, and prefer the configured SDPA backend in every phase."""
         self._close()
         self._fit = PhasedFit(self, trainer, pl_module)
-        self._boundary = StepBoundary(trainer)
+        self._boundary = StepBoundary(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the state of the run, or begin it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from fitting import CONFIG, trainer
@@ -235,6 +237,36 @@ def test_a_job_that_is_requeued_goes_on_behind_the_step_before(tmp_path, monkeyp
     whole, _ = run(tmp_path / "whole", Requeue(tmp_path / "requeued.ckpt"))
     second, _ = run(tmp_path / "a", ckpt_path=tmp_path / "requeued.ckpt")
     assert second == [batch for batch in whole if batch[0] >= 3]
+
+
+class SaveEarly(Callback):
+    """Saves when a whole step is about to be taken, so many batches into the training."""
+
+    def __init__(self, path, batch):
+        self.path, self.batch = path, batch
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def report(folder):
+    """What each phase counted, and the validations, of the report that a run leaves."""
+    whole = json.loads((folder / "lighthouse.json").read_text())
+    names = ("steps", "tokens", "routed_calls", "dense_calls")
+    counts = {phase: [totals[name] for name in names] for phase, totals in whole["phases"].items()}
+    return counts, [(one["step"], one["phase"], one["loss"]) for one in whole["validations"]]
+
+
+# steps of three batches and of two, and a validation behind every second batch
+@pytest.mark.parametrize("batch", [4, 7, 9])
+def test_what_was_counted_inside_a_step_counts_once(batch, tmp_path):
+    settings = {"accumulate_grad_batches": 3, "max_steps": 4, "val_check_interval": 2}
+    save = SaveEarly(tmp_path / "saved.ckpt", batch)
+    whole, _ = run(tmp_path / "whole", save, **settings)
+    second, _ = run(tmp_path / "a", ckpt_path=save.path, **settings)
+    assert second == whole[len(whole) - len(second) :]
+    assert report(tmp_path / "a") == report(tmp_path / "whole")
 
 
 def test_averaged_weights_at_the_end_are_not_those_that_a_run_goes_on_from(tmp_path):
