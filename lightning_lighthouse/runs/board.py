@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lighthouse.runs.layout import EPOCH, EPOCH_AT_THE_END
+from lightning_lighthouse.runs.stand_in import StandIn
 
 WRITE = "log_metrics"
 
@@ -33,12 +34,12 @@ def watched_board(board: Any, note: Callable[[str, float], None]) -> Iterator[No
                 note(name, float(value))
 
     own = vars(board).get(WRITE)
-    vars(board)[WRITE] = log_metrics
+    vars(board)[WRITE] = listener = StandIn(write, log_metrics)
     try:
         yield
     finally:
         # another one's wrapper around this is theirs
-        if vars(board).get(WRITE) is log_metrics:
+        if vars(board).get(WRITE) is listener:
             del vars(board)[WRITE]
             if own is not None:
                 vars(board)[WRITE] = own

@@ -24,6 +24,7 @@ from lightning_lighthouse.phases.events import BatchEnd, FitEnd, phase_events
 from lightning_lighthouse.routing.given_documents import documents_of_prompt, require_documents
 from lightning_lighthouse.routing.packing import DocumentsSetting, PackingCheck, by_name, told, version_of
 from lightning_lighthouse.routing.patch import Patch, patch_attention
+from lightning_lighthouse.runs.stand_in import StandIn
 
 TRAINING = "training_step"
 PREDICTION = "predict_step"
@@ -247,9 +248,9 @@ def _around_steps(strategy: Any, moved: Callable[[Any, Any], None], around: _Aro
             with around(name, batch):
                 return step(batch, *args, **kwargs)
 
-        return run
+        return StandIn(step, run)
 
-    listening = {MOVE: batch_to_device, **{name: heard(name, getattr(strategy, name)) for name in STEPS}}
+    listening = {MOVE: StandIn(move, batch_to_device), **{name: heard(name, getattr(strategy, name)) for name in STEPS}}
     vars(strategy).update(listening)
     try:
         yield

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
-from weakref import ReferenceType, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -27,6 +26,9 @@ from lightning_lighthouse.runs.step_boundary import StepBoundary
 from lightning_lighthouse.training.batch_documents import watched_batches
 from lightning_lighthouse.training.finders import routed_searches
 from lightning_lighthouse.training.phased_fit import PhasedFit
+
+# A Trainer keeps here the run that it trained last, in whose next fit it may go on; so does a copy of it.
+RUN = "_lighthouse_run"
 
 
 class LighthouseCallback(Callback):
@@ -133,11 +135,14 @@ class LighthouseCallback(Callback):
         # the checkpoint's, until the Trainer knows its step
         self._loaded: RunState | None = None
         self._is_fitting = True
-        self._trainer: ReferenceType[Trainer] | None = None
         self._fit: PhasedFit | None = None
         self._stage = ExitStack()
         # also behind an exception, which closes the fit before checkpoints are written
         self._boundary: StepBoundary | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: settings and the run, and nothing that belongs to the fit that is under way."""
+        return vars(self) | {"_fit": None, "_stage": ExitStack(), "_boundary": None}
 
     @property
     def has_default_layers(self) -> bool:
@@ -205,12 +210,12 @@ class LighthouseCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the state of the run, or begin it."""
-        continues = self._trainer is not None and self._trainer() is trainer and trainer.global_step > 0
+        continues = vars(trainer).get(RUN) is self._run and trainer.global_step > 0
         if self._loaded is not None:
             self._run = self._loaded
         elif not continues:
             self._run = RunState()
-        self._loaded, self._trainer = None, ref(trainer)
+        self._loaded, vars(trainer)[RUN] = None, self._run
         self._running.start(self._run)
         self._step_boundary.mark()
 

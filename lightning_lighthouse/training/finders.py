@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning_lighthouse.checks import is_named
+from lightning_lighthouse.runs.stand_in import StandIn
 
 # Finders, what each searches with, and whether in the dense phase: a rate is that of the beginning, but the batch must
 # fit into memory to the end, and dense attention keeps the most
@@ -40,4 +41,4 @@ def _inside(trial: Callable[[], AbstractContextManager[None]], search: Callable[
         with trial():
             search(*args, **kwargs)
 
-    return find
+    return StandIn(search, find)

@@ -19,6 +19,7 @@ from lightning_lighthouse.phases.events import BatchEnd
 from lightning_lighthouse.phases.pace import TimeLeft, spans_left, time_left
 from lightning_lighthouse.phases.schedule import DENSE
 from lightning_lighthouse.runs.layout import LOSS, TOKENS_PER_SECOND
+from lightning_lighthouse.runs.stand_in import StandIn
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -127,12 +128,13 @@ def shown_progress(trainer: Trainer, items: Callable[[], dict[str, str]]) -> Ite
         # Lightning's number of the run's folder takes the room, and says nothing of the training
         return {**items(), **{name: value for name, value in theirs.items() if name != "v_num"}}
 
-    changed: dict[str, Any] = {"get_metrics": with_ours}
+    changed: dict[str, Any] = {"get_metrics": StandIn(get_metrics, with_ours)}
     if is_named(bar, BARS[0]):
         changed["init_train_tqdm"] = _without_estimate(bar.init_train_tqdm)
     elif is_named(bar, BARS[1]):
         columns = bar.configure_columns
-        changed["configure_columns"] = lambda of: [c for c in columns(of) if type(c).__name__ != RICH_ESTIMATE]
+        without = lambda of: [c for c in columns(of) if type(c).__name__ != RICH_ESTIMATE]  # noqa: E731
+        changed["configure_columns"] = StandIn(columns, without)
     own = {name: value for name, value in vars(bar).items() if name in changed}
     vars(bar).update(changed)
     if logs_lines:
@@ -154,4 +156,4 @@ def _without_estimate(make: Callable[[], Any]) -> Callable[[], Any]:
         bar.bar_format = TQDM_FORMAT
         return bar
 
-    return init_train_tqdm
+    return StandIn(make, init_train_tqdm)

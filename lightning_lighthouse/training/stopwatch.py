@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_lighthouse.phases.ledger import PhaseTotals
+from lightning_lighthouse.runs.stand_in import StandIn
 
 
 class Stopwatch:
@@ -141,7 +142,7 @@ def timed_fetches(profiler: Profiler, note: Callable[[float], None]) -> Iterator
         stop(action_name)
 
     own = {name: value for name, value in vars(profiler).items() if name in ("start", "stop")}
-    vars(profiler).update(start=timed_start, stop=timed_stop)
+    vars(profiler).update(start=StandIn(start, timed_start), stop=StandIn(stop, timed_stop))
     try:
         yield
     finally:
