@@ -152,19 +152,24 @@ def _module_of(recipe: Mapping[str, Any]) -> Decoder | HuggingFaceDecoder:
 
 def _state_of(weights: Path) -> dict[str, Tensor]:
     """The state dict of the module, in memory; nothing in a file is run."""
-    if weights.is_dir():
-        return sharded.read_weights(weights)
     try:
-        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+        if weights.is_dir():
+            return sharded.read_weights(weights)
+        content = _content_of(weights)
     except pickle.UnpicklingError:
         raise ValueError(f"{weights} holds more than tensors and plain values: loading it could run code") from None
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{weights} cannot be read: {' '.join(str(error).split())[:200]}") from None
     state = content.get(STATE, content) if isinstance(content, dict) else {}
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"{weights} holds no weights")
     return state
+
+
+def _content_of(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_weights(module: Decoder | HuggingFaceDecoder, state: Mapping[str, Tensor], weights: Path) -> None:

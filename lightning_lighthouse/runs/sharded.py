@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import is_dataclass
+from enum import Enum
+from importlib import import_module
+from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import load
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_lighthouse.runs.final_weights import is_sharded
@@ -18,6 +24,12 @@ from lightning_lighthouse.runs.final_weights import is_sharded
 CONTENTS, OTHERS = ".metadata", "meta.pt"
 # what Lightning calls the model in it, under FSDP2 and under FSDP1
 PREFIXES = ("state_dict.", "model.")
+# where what stands in a table of contents is defined
+HOMES = (
+    *(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem")),
+    *("torch", "pathlib", "pathlib._local"),
+)
+LAYOUT = ("torch.serialization", "_get_layout")
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -29,8 +41,60 @@ def step_of(folder: Path) -> int | None:
     """Optimizer steps of a checkpoint, None where it does not say."""
     if not (folder / OTHERS).is_file():
         return None
-    step = torch.load(folder / OTHERS, map_location="cpu", weights_only=True).get("global_step")
+    try:
+        told = torch.load(folder / OTHERS, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:
+        raise _unreadable(folder / OTHERS, error) from error
+    step = told.get("global_step") if isinstance(told, Mapping) else None
     return step if isinstance(step, int) else None
+
+
+def check_contents(folder: Path) -> Metadata:
+    """The table of contents, read as data: torch's own reader would run what code is planted in it.
+
+    Raises:
+        UnpicklingError: It holds more than values.
+        ValueError: It is broken.
+    """
+    path = folder / CONTENTS
+    try:
+        with path.open("rb") as file:
+            contents = _Contents(file).load()
+    except _PlantedError:
+        raise
+    # whatever pickle raises on what is none
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(contents, Metadata):
+        raise ValueError(f"{path} is no table of contents of a sharded checkpoint, but {type(contents).__name__}")
+    return contents
+
+
+class _PlantedError(pickle.UnpicklingError):
+    """A name that stands for more than values."""
+
+
+class _Contents(pickle.Unpickler):
+    """Makes nothing but the records of torch.distributed.checkpoint, and what stands in them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # a dot would reach what a module has imported
+        found: Any = getattr(import_module(module), name, None) if module in HOMES and "." not in name else None
+        if isinstance(found, type):
+            is_record = found.__module__ == module and (is_dataclass(found) or issubclass(found, Enum))
+            is_plain = is_record or issubclass(found, PurePath | torch.Size)
+        else:
+            is_plain = isinstance(found, torch.dtype) or (module, name) == LAYOUT
+        if is_plain:
+            return super().find_class(module, name)
+        # as torch.load names it
+        raise _PlantedError(f"Unsupported global: GLOBAL {module}.{name}")
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    return ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -64,12 +128,16 @@ def _read_into(tensors: Mapping[str, Tensor], prefix: str, folder: Path, *, no_d
     with warnings.catch_warnings():
         # that one process reads all
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        load({prefix + name: value for name, value in tensors.items()}, checkpoint_id=folder, no_dist=no_dist)
+        try:
+            load({prefix + name: value for name, value in tensors.items()}, checkpoint_id=folder, no_dist=no_dist)
+        # no Exception, so that nobody else would tell it
+        except CheckpointException as error:
+            raise _unreadable(folder, next(iter(error.failures.values()))[0]) from error
 
 
 def _entries(folder: Path) -> tuple[str, dict[str, TensorStorageMetadata]]:
     """The prefix of the model's tensors, and what there is of them."""
-    contents = FileSystemReader(folder).read_metadata().state_dict_metadata
+    contents = check_contents(folder).state_dict_metadata
     tensors = {name: entry for name, entry in contents.items() if isinstance(entry, TensorStorageMetadata)}
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), None)
     if prefix is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from resume_callbacks import Planted
 from torch import nn
 from torch.distributed.checkpoint import save
 
@@ -62,3 +64,27 @@ def test_a_checkpoint_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         read_weights(tmp_path)
     assert step_of(tmp_path) is None
+
+
+def test_code_planted_beside_the_shards_never_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(Planted()))
+    torch.save(Planted(), folder / "meta.pt")
+    for read in (lambda: read_weights(folder), lambda: load_weights(folder, model()), lambda: step_of(folder)):
+        with pytest.raises(pickle.UnpicklingError, match="GLOBAL"):
+            read()
+    assert not (folder / "planted").exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_folder_whose_file_was_cut_is_named(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    place = folder / name if name == ".metadata" else folder
+    with pytest.raises(ValueError, match=f"^{place} cannot be read: "):
+        load_weights(folder, model())
+
+
+def test_another_pickle_is_no_table_of_contents(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps({"state_dict": 3}))
+    with pytest.raises(ValueError, match="is no table of contents of a sharded checkpoint, but dict"):
+        read_weights(folder)
