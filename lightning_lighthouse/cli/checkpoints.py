@@ -14,11 +14,14 @@ from typing import NamedTuple
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_lighthouse.checks import quoted
 from lightning_lighthouse.cli.recipe import UsageError
-from lightning_lighthouse.cli.weights import VERSION, look_into
+from lightning_lighthouse.cli.weights import VERSION, Contents, look_into
 from lightning_lighthouse.runs.saving import is_remote, local_path
-from lightning_lighthouse.runs.sharded import is_sharded_checkpoint
+from lightning_lighthouse.runs.sharded import OTHERS, is_sharded_checkpoint
 
+# how an archive begins
+ZIP = b"PK\x03\x04"
 # torch.load listens to these
 FORCE_DATA, FORCE_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -109,9 +112,7 @@ def resolve_checkpoint(command: str, config: Namespace) -> Path | None:
         rank_zero_info("ckpt_path: none is given, the weights are those that the model begins with")
     if path is None or is_remote(path):
         return None
-    _check_complete(Path(path))
-    with loaded_as_data(path):
-        contents = look_into(Path(path))
+    contents = contents_of(Path(path))
     if command == "fit":
         if not contents.can_go_on:
             raise ValueError(_no_training(Path(path), contents.words))
@@ -121,6 +122,18 @@ def resolve_checkpoint(command: str, config: Namespace) -> Path | None:
         return None
     config.ckpt_path = None
     return Path(path)
+
+
+def contents_of(path: Path) -> Contents:
+    """What a file or a sharded checkpoint holds, once it is known to be whole.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not complete, or damaged, or holds code, or neither a checkpoint nor weights.
+    """
+    _check_complete(path)
+    with loaded_as_data(path):
+        return look_into(path)
 
 
 class _Place(NamedTuple):
@@ -180,8 +193,10 @@ def _no_training(path: Path, words: str) -> str:
 
 
 def _check_complete(checkpoint: Path) -> None:
-    """Refuse a file that was cut short or altered; a folder is the business of its strategy."""
+    """Refuse a file that was cut short or altered; of a folder, what lies beside the shards."""
     if checkpoint.is_dir():
+        if (checkpoint / OTHERS).is_file() and (fault := _fault(checkpoint / OTHERS)):
+            raise ValueError(f"checkpoint {checkpoint / OTHERS} is {fault}")
         return
     if not checkpoint.is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
@@ -198,6 +213,10 @@ def _fault(checkpoint: Path) -> str:
     """What is wrong with the zip archive that torch writes, or nothing. Reads all of it: each part has a checksum."""
     # the table of contents comes last
     if not zipfile.is_zipfile(checkpoint):
+        with checkpoint.open("rb") as file:
+            begins = file.read(len(ZIP))
+        if begins and not ZIP.startswith(begins):
+            return f"no archive as torch.save writes, it begins with {quoted(begins)}"
         return f"not complete ({checkpoint.stat().st_size} bytes)"
     try:
         with zipfile.ZipFile(checkpoint) as archive:

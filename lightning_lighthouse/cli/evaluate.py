@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from lightning_lighthouse.attention.layer_types import DENSE, in_words
 from lightning_lighthouse.bars import progress_bar
 from lightning_lighthouse.checks import warn
+from lightning_lighthouse.cli.checkpoints import contents_of
 from lightning_lighthouse.cli.fit import LighthouseCLI, drop_notices
 from lightning_lighthouse.cli.parser import DTYPES, Parser
 from lightning_lighthouse.cli.recipe import UsageError, plain, read, split_own
-from lightning_lighthouse.cli.weights import VERSION, look_into
+from lightning_lighthouse.cli.weights import look_into
 from lightning_lighthouse.data.module import LighthouseRecipe
 from lightning_lighthouse.data.preparing.sources import find_files, read_documents
 from lightning_lighthouse.evaluation.long_context import LongContextEvaluation
@@ -42,7 +43,7 @@ from lightning_lighthouse.runs.final_weights import FINAL
 from lightning_lighthouse.runs.pictures import check_picture
 from lightning_lighthouse.runs.record import REPORT
 from lightning_lighthouse.runs.saving import check_writable
-from lightning_lighthouse.runs.sharded import is_sharded_checkpoint, step_of
+from lightning_lighthouse.runs.sharded import is_sharded_checkpoint
 
 DESCRIPTION = (
     "Measure what a model can do with long context: loss by position, gain from context, copies, passkey, key-value "
@@ -61,13 +62,11 @@ class Target(NamedTuple):
         weights: A checkpoint or final weights; None: `path` is a model of transformers.
         recipe: That of its run, if it is known.
         output: Where the rows belong, if it is a run.
-        step: Optimizer steps of the weights, where they are known.
     """
 
     weights: Path | None
     recipe: Path | None
     output: Path | None
-    step: int | None
 
 
 class AttendAs(Callback):
@@ -102,15 +101,20 @@ class EvaluateCLI(LighthouseCLI):
     Args:
         arguments: Recipes and flags.
         callbacks: The evaluation, and what else is to happen.
+        target: The weights.
     """
 
-    def __init__(self, arguments: Sequence[str], callbacks: Sequence[Callback]) -> None:
+    def __init__(self, arguments: Sequence[str], callbacks: Sequence[Callback], target: Path) -> None:
         self.callbacks = list(callbacks)
+        self.evaluation = next(callback for callback in callbacks if isinstance(callback, LongContextEvaluation))
+        self.target = target
         super().__init__("validate", arguments)
 
     def before_instantiate_classes(self) -> None:
         """Find the weights; log nothing, and keep no other callback of the recipe."""
         super().before_instantiate_classes()
+        # they are known to be whole now
+        self.evaluation.step = _step(self.target)
         self.built.verbose = False
         self.built.trainer.logger = False
         self.built.trainer.callbacks = self.callbacks
@@ -120,11 +124,10 @@ class EvaluateCLI(LighthouseCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, which validates no more than the evaluation needs."""
-        evaluation = next(callback for callback in self.callbacks if isinstance(callback, LongContextEvaluation))
         seq_len, batch_size = (getattr(self.datamodule, name, None) for name in ("seq_len", "batch_size"))
         if isinstance(seq_len, int) and isinstance(batch_size, int) and self.built.trainer.limit_val_batches is None:
-            longest = max(evaluation.lengths or lengths_up_to(seq_len))
-            needed = enough(longest, evaluation.num_samples)
+            longest = max(self.evaluation.lengths or lengths_up_to(seq_len))
+            needed = enough(longest, self.evaluation.num_samples)
             kwargs["limit_val_batches"] = math.ceil(needed / (seq_len + 1) / batch_size)
         return super().instantiate_trainer(**kwargs)
 
@@ -154,7 +157,6 @@ def main(argv: Sequence[str]) -> int:
     read_evaluations(output)
     with _refused_as_usage():
         evaluation = _evaluation(arguments, output)
-    evaluation.step = target.step
     evaluation.notes = {"model": str(target_path), "attention": _in_words(attention)}
     callbacks: list[Callback] = [evaluation, *([AttendAs(attention)] if attention else [])]
     drop_notices()
@@ -162,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
         if target.weights is None:
             _evaluate_pretrained(target_path, arguments, overrides, evaluation, callbacks)
         else:
-            _evaluate_recipe(target, arguments, overrides, callbacks)
+            _evaluate_recipe(target.weights, target.recipe, arguments, overrides, callbacks)
     # why there are none was said
     if not evaluation.results:
         return 1
@@ -209,32 +211,28 @@ def _find(path: Path) -> Target:
         FileNotFoundError: There is no such path, or a run has no weights yet.
     """
     if is_model(path) or is_name(str(path)):
-        return Target(None, None, None, None)
+        return Target(None, None, None)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such run, checkpoint or model")
     is_run = path.is_dir() and not is_sharded_checkpoint(path)
     if not is_run:
         folders = (path.parent, path.parent.parent)
         recipe = next((folder / RECIPE for folder in folders if (folder / RECIPE).is_file()), None)
-        return Target(path, recipe, None, _step(path))
+        return Target(path, recipe, None)
     found = next((path / name for name in (FINAL, CHECKPOINT) if (path / name).exists()), None)
     if found is None:
         raise FileNotFoundError(
             f"{path} holds neither {FINAL} nor {CHECKPOINT}, as a run does, nor config.json, as a model of transformers"
         )
     recipe = path / RECIPE
-    return Target(found, recipe if recipe.is_file() else None, path, _step(found))
+    return Target(found, recipe if recipe.is_file() else None, path)
 
 
 def _step(weights: Path) -> int | None:
     """Optimizer steps of a checkpoint, or of final weights by the report beside them; None where neither says."""
-    if is_sharded_checkpoint(weights):
-        return step_of(weights)
-    if weights.is_file() and weights.name != FINAL:
-        look_into(weights)
-        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
-        step = content.get("global_step") if VERSION in content else None
-        return step if isinstance(step, int) else None
+    step = look_into(weights).step
+    if step is not None or weights.name != FINAL:
+        return step
     try:
         step = json.loads((weights.parent / REPORT).read_text(encoding="utf-8")).get("steps")
     except (OSError, ValueError, AttributeError):
@@ -279,15 +277,21 @@ def _caption(evaluations: Sequence[dict[str, Any]], otherwise: str) -> str:
 
 
 def _evaluate_recipe(
-    target: Target, arguments: argparse.Namespace, overrides: list[str], callbacks: Sequence[Callback]
+    weights: Path,
+    recipe: Path | None,
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    callbacks: Sequence[Callback],
 ) -> None:
-    recipes = arguments.config or [target.recipe]
+    recipes = arguments.config or [recipe]
     if recipes == [None]:
-        raise UsageError(f"{target.weights} names no recipe, and there is no {RECIPE} beside it: give -c RECIPE.yaml")
+        # of what is no weights a recipe would make none
+        contents_of(weights)
+        raise UsageError(f"{weights} names no recipe, and there is no {RECIPE} beside it: give -c RECIPE.yaml")
     if arguments.text is not None:
         raise UsageError("--text is for a model of transformers; that of a recipe is --data.source")
     layers = [item for recipe in recipes for item in ("-c", str(recipe))]
-    EvaluateCLI([*layers, "--ckpt_path", str(target.weights), *overrides], callbacks)
+    EvaluateCLI([*layers, "--ckpt_path", str(weights), *overrides], callbacks, weights)
 
 
 def _evaluate_pretrained(

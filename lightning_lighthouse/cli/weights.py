@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from lightning_lighthouse.runs.final_weights import is_sharded
-from lightning_lighthouse.runs.sharded import CONTENTS, is_sharded_checkpoint, load_weights
+from lightning_lighthouse.runs.sharded import CONTENTS, check_contents, is_sharded_checkpoint, load_weights, step_of
 
 # what every checkpoint of Lightning has
 VERSION, STATE, OPTIMIZERS = "pytorch-lightning_version", "state_dict", "optimizer_states"
@@ -25,11 +26,13 @@ class Contents(NamedTuple):
         words: In words.
         is_checkpoint: Whether Lightning can load it.
         can_go_on: Whether a training can go on from it.
+        step: Optimizer steps, where it says so.
     """
 
     words: str
     is_checkpoint: bool
     can_go_on: bool
+    step: int | None = None
 
 
 def look_into(path: Path) -> Contents:
@@ -37,19 +40,21 @@ def look_into(path: Path) -> Contents:
 
     Raises:
         UnpicklingError: More than tensors and plain values.
-        ValueError: Neither a checkpoint nor weights.
+        ValueError: Neither a checkpoint nor weights, or nothing that torch reads.
     """
     if is_sharded_checkpoint(path):
         # only the strategies that write such folders load them in Lightning
-        return Contents("a sharded checkpoint", is_checkpoint=False, can_go_on=True)
+        check_contents(path)
+        return Contents("a sharded checkpoint", is_checkpoint=False, can_go_on=True, step=step_of(path))
     if path.is_dir():
         raise ValueError(f"{path} is a folder and no sharded checkpoint, which has a file {CONTENTS}; give a file")
     content = _read(path)
     if isinstance(content, Mapping) and VERSION in content and STATE in content:
-        step = f"step {content.get('global_step', 'unknown')}"
+        told = content.get("global_step", "unknown")
+        step = told if isinstance(told, int) else None
         if OPTIMIZERS in content:
-            return Contents(f"a checkpoint of {step}", is_checkpoint=True, can_go_on=True)
-        return Contents(f"a checkpoint of the weights alone, of {step}", is_checkpoint=True, can_go_on=False)
+            return Contents(f"a checkpoint of step {told}", is_checkpoint=True, can_go_on=True, step=step)
+        return Contents(f"a checkpoint of the weights alone, of step {told}", True, can_go_on=False, step=step)
     if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
         number = sum(value.numel() for value in content.values() if isinstance(value, Tensor))
         return Contents(f"final weights, {number:,} numbers", is_checkpoint=False, can_go_on=False)
@@ -89,4 +94,10 @@ class LoadWeights(Callback):
 
 
 def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise
+    # whatever torch raises on the archives of others, none of which names the file
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import yaml
 from cli_parts import refusal
 from lightning.pytorch import Trainer
 from long_contexts import Books, text_of
+from resume_callbacks import Planted
+from torch import nn
 
 from lightning_lighthouse import LongContextEvaluation
 from lightning_lighthouse.cli import commands as cli
@@ -178,6 +182,75 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "evaluation.json").write_text("[]")
     assert cli.main(["evaluate", str(run), "--output", "."]) == 1
     assert "not a file of LongContextEvaluation" in capsys.readouterr().err
+
+
+def _cut(run: Path) -> str:
+    last = Path("cut/checkpoints/last.ckpt")
+    last.parent.mkdir(parents=True)
+    last.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:5000])
+    return "cut"
+
+
+def _saved(content: object, name: str) -> str:
+    torch.save(content, name)
+    return name
+
+
+def _written(text: str, name: str) -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def _sharded(content: object, name: str) -> str:
+    Path(name).mkdir()
+    Path(name, ".metadata").write_bytes(pickle.dumps(content))
+    return name
+
+
+def _archive(name: str) -> str:
+    with zipfile.ZipFile(name, "w") as archive:
+        archive.writestr("word.xml", "text")
+    return name
+
+
+BROKEN = {
+    "a module": (
+        lambda run: _saved(nn.Linear(2, 2), "mod.pt"),
+        "mod.pt holds more than tensors and plain values (torch",
+    ),
+    "planted code": (lambda run: _saved({"x": Planted()}, "bad.ckpt"), "bad.ckpt holds more than tensors and plain"),
+    "code planted beside shards": (
+        lambda run: _sharded(Planted(), "s.ckpt"),
+        "s.ckpt holds more than tensors and plain values",
+    ),
+    "a run that was cut": (_cut, "cut/checkpoints/last.ckpt is not complete (5000 bytes)"),
+    "a report": (lambda run: str(run / "lighthouse.json"), "lighthouse.json is no archive as torch.save writes"),
+    "a recipe": (lambda run: _written("data: {}", "my.yaml"), "my.yaml is no archive as torch.save writes, it begins"),
+    "nothing": (lambda run: _written("", "empty.pt"), "empty.pt is not complete (0 bytes)"),
+    "another archive": (lambda run: _archive("a.docx"), "a.docx cannot be read: "),
+    "other tensors": (
+        lambda run: _saved([torch.ones(2)], "list.pt"),
+        "list.pt holds neither a checkpoint of Lightning",
+    ),
+}
+
+
+@pytest.mark.parametrize("has_recipe", [True, False])
+@pytest.mark.parametrize(("make", "words"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_or_foreign_file_is_one_line_that_names_it(
+    run, tmp_path, monkeypatch, capsys, make, words, has_recipe
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = ["-c", str(run / "config.yaml")] if has_recipe else []
+    target = make(run)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["evaluate", target, *recipe, "--output", "out"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lighthouse: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_recipe_names_the_callback_and_a_tokenizer(tmp_path, monkeypatch, capsys):
