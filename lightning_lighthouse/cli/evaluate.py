@@ -157,6 +157,7 @@ def main(argv: Sequence[str]) -> int:
     read_evaluations(output)
     with _refused_as_usage():
         evaluation = _evaluation(arguments, output)
+    evaluation.needs_length = arguments.lengths is not None
     evaluation.notes = {"model": str(target_path), "attention": _in_words(attention)}
     callbacks: list[Callback] = [evaluation, *([AttendAs(attention)] if attention else [])]
     drop_notices()
@@ -189,7 +190,8 @@ def _parser() -> Parser:
     add("--output", type=Path, help=f"folder for {EVALUATION} (default: the run's, else the current folder)")
     add("--text", help="file, folder or pattern of text, for a model of transformers (default: the recipe's)")
     add("--text_field", default="text", help="the field that holds the text, in JSONL and tables (default: text)")
-    add("--lengths", type=int, nargs="+", help="tokens (default: 1024, 4096, ... up to the training length)")
+    lengths = "tokens, those that the text fills (default: 1024, 4096, ... up to the training length)"
+    add("--lengths", type=int, nargs="+", help=lengths)
     add("--num_samples", type=int, default=10, help="of each place (default: 10)")
     add("--measures", nargs="+", choices=MEASURES, help="(default: all)")
     add("--own_tasks", nargs="+", metavar="FILE", help='JSON lines with "prompt" and "answer"')

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_lighthouse.checks import LighthouseWarning, SettingError, check_count, check_type, is_named, quoted
 from lightning_lighthouse.evaluation.budget import MIN_SAMPLES, Budget
 from lightning_lighthouse.evaluation.charts import show
-from lightning_lighthouse.evaluation.measures import Material, Unit, lengths_up_to
+from lightning_lighthouse.evaluation.measures import Material, Unit, lengths_up_to, lengths_within
 from lightning_lighthouse.evaluation.measuring import MEASURES, Asked, measure, num_rounds
 from lightning_lighthouse.evaluation.samples import Collector, Phrases, Tokenizer
 from lightning_lighthouse.evaluation.scoring import Scorer, offers_losses
@@ -55,7 +55,8 @@ class LongContextEvaluation(Callback):
     Args:
         every_n_validations: Validations from one evaluation to the next; 0: only at the switches and at the end.
         lengths: Tokens of the sequences, also more than the model is trained on: such rows are marked. None: 1,024 and
-            four times as many again and again, up to the training length.
+            four times as many again and again, up to the training length. Those that the validation text does not fill
+            are left out, with a warning; where it fills none, all of it is a sequence: no training ends for that.
         num_samples: Of each place, all ranks together; ten have all ten digits.
         max_share: Of the run's time that all evaluations together may take. Where `num_samples` would take more, as
             many as fit are taken, and an evaluation for which two are too many is put off; at the switches and at the
@@ -133,6 +134,8 @@ class LongContextEvaluation(Callback):
         self.step: int | None = None
         # of the model, where the data does not say it
         self.training_length: int | None = None
+        # whether it is an error that no length fits: where no training is lost by it
+        self.needs_length = False
         # kept beside the rows
         self.notes: dict[str, Any] = {}
         # called behind each sample with how many there are in all
@@ -311,10 +314,8 @@ class LongContextEvaluation(Callback):
         show(trainer, result)
         folder = self.output or run_folder(trainer)
         if trainer.is_global_zero:
-            steps = self.results
-            if self._stage != "fit":
-                # what the run itself has found stays
-                steps = merged(read_evaluations(folder), result)
+            # what the run itself has found stays
+            steps = self.results if self._stage == "fit" else merged(read_evaluations(folder), result)
             write_evaluations(folder, steps)
 
     def _measure(
@@ -328,11 +329,9 @@ class LongContextEvaluation(Callback):
         with self._patch(trainer) as patch, undisturbed(trainer, module), torch.compiler.set_stance("force_eager"):
             ranks = Ranks(trainer)
             training_length = self._training_length(trainer)
-            fitting = int(ranks.reduce([len(text.tokens)], "min")[0]) - 1
+            num_tokens = int(ranks.reduce([len(text.tokens)], "min")[0])
             asked = self.lengths or lengths_up_to(training_length or self._collected.seq_len)
-            if too_long := [length for length in asked if length > fitting]:
-                self._tell_once(f"lengths {too_long} are left out: there are {fitting + 1:,} tokens of validation text")
-            lengths = [length for length in asked if length <= fitting] or [fitting]
+            lengths = lengths_within(asked, num_tokens, self._tell_once, self.needs_length)
             units = Asked(self._measures, lengths, self.own_tasks or []).units(self._phrases)
             if not units:
                 self._tell_once(f"nothing is measured: what was asked for does not fit into lengths {lengths}")

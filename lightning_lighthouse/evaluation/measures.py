@@ -145,3 +145,30 @@ def lengths_up_to(longest: int) -> list[int]:
         lengths.append(length)
         length *= 4
     return [*lengths, longest]
+
+
+def lengths_within(
+    asked: Sequence[int], num_tokens: int, tell: Callable[[str], None], is_required: bool = False
+) -> list[int]:
+    """The lengths that a text fills; where it fills none of them, the longest that it does.
+
+    Args:
+        asked: In tokens.
+        num_tokens: Of the text; a sequence needs one behind its last.
+        tell: Hears a line on those that are left out.
+        is_required: Measure nothing else than what was asked for.
+
+    Raises:
+        ValueError: None fits, and one is required to.
+    """
+    longest = num_tokens - 1
+    left_out = [length for length in asked if length > longest]
+    if len(left_out) == len(asked) and is_required:
+        raise ValueError(
+            f"lengths must be at most {longest:,} for the {num_tokens:,} tokens of validation text, got {left_out}"
+        )
+    lengths = [length for length in asked if length <= longest] or [longest]
+    if left_out:
+        instead = f"; {longest:,} tokens are measured instead" if len(left_out) == len(asked) else ""
+        tell(f"lengths {left_out} are left out: there are {num_tokens:,} tokens of validation text{instead}")
+    return lengths

@@ -118,6 +118,19 @@ def test_lengths_that_hold_nothing_of_what_is_asked_for_are_said(run, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_lengths_none_of_which_the_text_fills_are_an_error_that_says_what_fits(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = ["--trainer.limit_val_batches", "2", "--measures", "copies"]
+    assert cli.main(["evaluate", str(run), "--output", ".", "--lengths", "9000", "100000", *few]) == 1
+    line = "lighthouse: lengths must be at most 513 for the 514 tokens of validation text, got [9000, 100000]"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert not list(tmp_path.iterdir())
+    # one that fits is measured without the other
+    evaluated(run, "--output", ".", "--lengths", "256", "100000", *few)
+    assert "lengths [100000] are left out: there are 514 tokens" in capsys.readouterr().err
+    assert read_evaluations(tmp_path)[0]["lengths"] == [256]
+
+
 def _task(folder: Path) -> Path:
     path = folder / "task.jsonl"
     path.write_text('{"prompt": "river ", "answer": "stone"}\n')
@@ -155,6 +168,12 @@ def test_a_model_of_transformers_is_evaluated_as_it_is(tmp_path, monkeypatch, to
     assert {row["length"]: row["beyond_training"] for row in found["passkey"]} == {512: False, 1024: True}
     # random weights: nothing is found, and nothing is copied
     assert all(abs(row["score"]) < 0.02 for row in found["copies"])
+    # nobody asked for the usual length, 512, and the text is shorter
+    Path("short.txt").write_bytes(bytes(text_of(300).tolist()))
+    evaluated("model", "--text", "short.txt", "--accelerator", "cpu", "--measures", "copies", "--output", "short")
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    [usual] = read_evaluations("short")
+    assert told.endswith(f"; {usual['lengths'][0]:,} tokens are measured instead")
     assert "needs text: --text FILES, or -c RECIPE.yaml" in refusal(capsys, "evaluate", "model")
     line = refusal(capsys, "evaluate", "model", "--text", "books.txt", "--trainer.devices", "2")
     assert line.startswith("--trainer.devices changes a recipe's model or Trainer")

@@ -275,6 +275,15 @@ def test_lengths_that_the_text_does_not_fill_are_left_out_with_a_line(tmp_path):
     assert evaluation.results[0]["lengths"] == [256]
 
 
+def test_lengths_none_of_which_fits_end_no_training_and_the_one_measured_is_said(tmp_path):
+    evaluation = LongContextEvaluation(0, lengths=[4000, 5000], **FAST)
+    line = r"lengths \[4000, 5000\] are left out: there are 1,028 tokens of validation text; 1,027 tokens are measured"
+    with pytest.warns(match=line):
+        module = fit(tmp_path, [evaluation])
+    assert len(module.losses) == STEPS
+    assert evaluation.results[0]["lengths"] == [1027]
+
+
 @pytest.mark.parametrize("max_share", [None, 0.5])
 def test_lengths_that_hold_nothing_of_what_is_asked_for_do_not_end_the_training(tmp_path, max_share):
     asked = {"lengths": [8], "copies": False, "context_gain": False, "lookups": False, "loss_by_position": False}
