@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from lightning_lighthouse.checks import check_count, check_type, quoted
+from lightning_lighthouse.checks import SettingError, check_count, check_type, quoted
 
 LIGHTHOUSE = "lighthouse"
 WINDOW = "window"
@@ -59,10 +59,10 @@ def spread_over(layer_types: Sequence[str], num_layers: int) -> tuple[str, ...]:
     """One type for each layer: the pattern repeated, the last time as far as it goes.
 
     Raises:
-        ValueError: There are more types than layers.
+        SettingError: There are more types than layers.
     """
     if len(layer_types) > num_layers:
-        raise ValueError(f"layer_types names {len(layer_types)} layers, the model has {num_layers} attention layers")
+        raise SettingError(f"layer_types names {len(layer_types)} layers, the model has {num_layers} attention layers")
     return tuple(layer_types[layer % len(layer_types)] for layer in range(num_layers))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.cli.parser import DTYPES, Parser
 
 
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     if (asked.prompt is None) == (asked.prompt_file is None):
         parser.error("give one of --prompt and --prompt_file")
+    if asked.prompt == "":
+        parser.error("--prompt must hold at least one token, got ''")
     if asked.max_new_tokens < 1:
         parser.error(f"--max_new_tokens must be at least 1, got {asked.max_new_tokens}")
     if not 0 <= asked.seed < 2**63:
@@ -39,13 +42,21 @@ def main(argv: list[str] | None = None) -> int:
     from lightning_lighthouse.huggingface.generation import go_on
     from lightning_lighthouse.huggingface.trained import load_trained
 
+    dtype = asked.dtype and getattr(torch, asked.dtype)
     try:
-        dtype = asked.dtype and getattr(torch, asked.dtype)
         prompt = asked.prompt if asked.prompt_file is None else asked.prompt_file.read_text()
         trained = load_trained(asked.trained, asked.recipe)
+    except (ValueError, OSError, RuntimeError) as error:
+        return _refused(error, 1)
+    try:
         text = go_on(trained, prompt, asked.max_new_tokens, asked.temperature, asked.top_p, asked.seed, dtype)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"lighthouse generate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        # a prompt that the model cannot take is the arguments' fault
+        return _refused(error, 2 if isinstance(error, SettingError) else 1)
     print(text)
     return 0
+
+
+def _refused(error: Exception, status: int) -> int:
+    print(f"lighthouse generate: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

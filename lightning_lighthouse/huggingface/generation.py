@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.huggingface.dtypes import dtype_on
 from lightning_lighthouse.huggingface.rope import reach_of
 from lightning_lighthouse.huggingface.trained import Trained
@@ -31,16 +32,16 @@ def go_on(
         dtype: That the model runs in, and keeps; None: `dtype_on`.
 
     Raises:
-        ValueError: No tokenizer is known, or the prompt is empty, or too long for the model.
+        ValueError: No tokenizer is known. SettingError where the prompt is empty, or too long for the model.
     """
     if trained.tokenizer is None:
         raise ValueError(f"no tokenizer is known for {trained.weights}: export the run with its data's tokenizer")
     tokens = trained.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if tokens.shape[1] == 0:
-        raise ValueError("the prompt must hold at least one token, got none")
+        raise SettingError("the prompt must hold at least one token, got none")
     reach = reach_of(trained.model.config.get_text_config())
     if reach is not None and tokens.shape[1] + max_new_tokens > reach:
-        raise ValueError(
+        raise SettingError(
             f"the prompt and what follows must be at most the model's {reach:,} positions, got {tokens.shape[1]:,} "
             f"tokens and {max_new_tokens:,} to come"
         )

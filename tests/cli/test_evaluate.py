@@ -93,6 +93,15 @@ def test_other_attention_is_measured_elsewhere_than_in_the_run(run, tmp_path, mo
     assert values[0][1] != pytest.approx(values[1][1], rel=1e-7)
 
 
+def test_types_of_more_layers_than_the_model_has_are_a_mistake_in_the_arguments(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    types = ["--layer_types", "window", "dense", "--window", "8"]
+    assert cli.main(["evaluate", str(run), "--output", "out", *types]) == 2
+    line = "lighthouse: layer_types names 2 layers, the model has 1 attention layers"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_picture_is_drawn_of_what_was_found_and_of_what_was_found_before(run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

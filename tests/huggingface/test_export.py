@@ -350,9 +350,9 @@ def test_wrong_arguments_of_generate_are_one_line(runs: dict[str, Path], monkeyp
     assert "must be at least 1, got 0" in capsys.readouterr().err
     assert cli.main(["generate", str(RUN), "--prompt", "a", "--seed", str(2**64)]) == 2
     assert "--seed must be from 0 to 2^63 - 1" in capsys.readouterr().err
-    assert cli.main(["generate", str(RUN), "--prompt", ""]) == 1
-    assert "the prompt must hold at least one token, got none" in capsys.readouterr().err
-    assert cli.main(["generate", str(RUN), "--prompt", "a" * 60]) == 1
+    assert cli.main(["generate", str(RUN), "--prompt", ""]) == 2
+    assert "--prompt must hold at least one token, got ''" in capsys.readouterr().err
+    assert cli.main(["generate", str(RUN), "--prompt", "a" * 60]) == 2
     assert "must be at most the model's 64 positions, got 60 tokens and 64 to come" in capsys.readouterr().err
 
 
