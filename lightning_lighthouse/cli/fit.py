@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lighthouse.cli.checkpoints import loaded_as_data, resolve_checkpoint
+from lightning_lighthouse.cli.layer_check import check_layers
 from lightning_lighthouse.cli.recipe import HELP_ALL, TRUSTED_ONLY, UsageError, asks_help, read, split
 from lightning_lighthouse.cli.recipe_check import Checker
 from lightning_lighthouse.cli.refused_logs import no_trace_of_a_refusal
@@ -28,7 +29,6 @@ from lightning_lighthouse.cli.weights import LoadWeights
 from lightning_lighthouse.data.workers import shield_workers
 from lightning_lighthouse.model.language_model import LanguageModel
 from lightning_lighthouse.notices import shown_notices
-from lightning_lighthouse.routing.targets import choose_routed, find_targets
 from lightning_lighthouse.runs.checkpoint import Checkpoint
 from lightning_lighthouse.runs.run_folder import run_folder
 from lightning_lighthouse.runs.saving import save_text
@@ -266,17 +266,7 @@ class LighthouseCLI(LightningCLI):
             return
         if self.command != "fit" or not callback.enabled:
             return
-        num_tokens = getattr(self.datamodule, "seq_len", None)
-        if num_tokens is not None:
-            callback.attention.pyramid(num_tokens)
-        try:
-            targets = find_targets(self.model)
-        except ValueError:
-            # layers that configure_model makes are looked for at fit start
-            return
-        if callback.select is not None:
-            targets = find_targets(self.model, callback.select)
-        choose_routed(targets, callback.dense_layers)
+        check_layers(callback, self.model, getattr(self.datamodule, "seq_len", None))
 
     def _check_vocabulary(self) -> None:
         """Refuse before any text is read what the model would refuse once the data is prepared."""
@@ -327,8 +317,11 @@ class LighthouseCLI(LightningCLI):
                 raise cause from None
             name, _, rest = " ".join(str(cause).split()).partition(" ")
             settings = self.config[self.command][group]
-            keys = [key for key, _ in settings.items() if key.split(".")[-1] == name]
-            self.refuse(f"{group}.{keys[0]} {rest}" if keys else f"{group}: {name} {rest}")
+            # an item of a list is named with its place
+            head = name.partition("[")[0]
+            keys = [key for key, _ in settings.items() if key.split(".")[-1] == head]
+            within = name.removeprefix(head)
+            self.refuse(f"{group}.{keys[0]}{within} {rest}" if keys else f"{group}: {name} {rest}")
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
