@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from lightning_lighthouse.cli.recipes import require_recipe
 from lightning_lighthouse.data.document_lengths import sampled_documents
 from lightning_lighthouse.data.manifest import is_prepared
 from lightning_lighthouse.data.module import LighthouseRecipe
+from lightning_lighthouse.data.preparing.sources import find_files
+from lightning_lighthouse.data.preparing.token_folder import is_token_folder
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import resolve_phases
@@ -35,6 +38,8 @@ class RecipeCheck(LighthouseCLI):
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.problems: list[str] = []
+        # what is no mistake, and fit would warn of
+        self.notes: list[str] = []
         super().__init__("fit", arguments)
 
     def refuse(self, *problems: str) -> None:
@@ -84,9 +89,29 @@ class RecipeCheck(LighthouseCLI):
             planned = resolve_phases(callback.phases_for(), trainer.max_steps if trainer.max_steps > 0 else math.inf)
             begins = planned[-2].end if len(planned) > 1 else 0
             check_return(callback.return_steps, planned[-1].end, begins)
+            if 0 < trainer.max_steps <= planned[-1].end:
+                self.notes.append(f"{trainer.max_steps:,} steps end before the switch at step {planned[-1].end:,}")
 
     def fit(self, **kwargs: Any) -> None:
         """Train nothing."""
+
+    def missing_sources(self) -> list[str]:
+        """What `fit` would not find here of the text that it is to prepare, a line each.
+
+        No mistake in the recipe, which may be checked where its text is not.
+        """
+        data = self.built.data
+        if not isinstance(data, LighthouseRecipe) or is_prepared(data.folder):
+            return []
+        lines = []
+        sources = [source.path for source in data.sources or ()]
+        for path in (*sources, data.source, data.validation_source, data.test_source):
+            if path is not None and not is_token_folder(Path(path)):
+                try:
+                    find_files(path)
+                except FileNotFoundError as error:
+                    lines.append(f"fit would end here, nothing is prepared in {data.folder}: {error}")
+        return lines
 
     def describe_documents(self) -> list[str]:
         """How long attention is inside the documents of data that is prepared already, and what Lighthouse gains.
@@ -155,7 +180,7 @@ def check(arguments: Sequence[str]) -> int:
     # the model is built without memory
     with quiet_lightning(), torch.device("meta"):
         built = RecipeCheck(given)
-    for line in built.describe_documents():
+    for line in [*built.notes, *built.missing_sources(), *built.describe_documents()]:
         print(line)
     print("ok")
     return 0

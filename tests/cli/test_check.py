@@ -131,7 +131,7 @@ DOCUMENTS = """
 lighthouse:
   documents: true
   attention: {num_levels: 2, pooling_factor: 2, top_k: 8}
-trainer: {accelerator: cpu, max_steps: 2}
+trainer: {accelerator: cpu, max_steps: 20}
 data:
   class_path: lightning_lighthouse.LighthouseRecipe
   init_args: {seq_len: 128, source: prepared, document_ids: true, num_workers: 0}
@@ -251,3 +251,38 @@ def test_a_wrong_setting_of_documents_is_a_line(capsys, folder, value):
     err = capsys.readouterr().err
     assert err.startswith("lighthouse: lighthouse.documents must be ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data.source", "nope"),
+        ("--data.sources=[{path: text.txt}, {path: nope}]",),
+        ("--data.source", "text.txt", "--data.validation_source", "nope"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named_unless_data_is_prepared(capsys, flags):
+    Path("text.txt").write_text("word " * 999)
+    Path("small.yaml").write_text("data: {init_args: {seq_len: 128, num_workers: 0}}\ntrainer: {max_steps: 20}")
+    line = (
+        "fit would end here, nothing is prepared in data/prepared: source must be a file, a folder or a glob pattern, "
+    )
+    assert cli.main(["check", "small.yaml", *flags]) == 0
+    assert capsys.readouterr() == (f"{line}got 'nope': no such file\nok\n", "")
+    # what was prepared needs no text any more
+    assert cli.main(["prepare", "--output_dir", "data/prepared", "--seq_len", "128", "--source", "text.txt",
+                     "--validation_fraction", "0"]) == 0  # fmt: skip
+    capsys.readouterr()
+    cli.main(["check", "small.yaml", *flags])
+    assert "no such file" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("until", "line"), [("30", "20 steps end before the switch at step 30\n"), ("19", "")])
+def test_a_switch_behind_the_last_step_is_told_as_by_fit(capsys, until, line):
+    Path("text.txt").write_text("text")
+    Path("small.yaml").write_text(
+        "data: {init_args: {seq_len: 128, source: text.txt}}\ntrainer: {max_steps: 20}\n"
+        "lighthouse: {attention: {top_k: 8}}"
+    )
+    assert cli.main(["check", "small.yaml", "--lighthouse.switch_at", until]) == 0
+    assert capsys.readouterr() == (f"{line}ok\n", "")

@@ -325,6 +325,7 @@ CHECKED = {
 def test_check_refuses_what_fit_would(capsys, flags, line):
     settings = ["--data.seq_len", "128", "--trainer.max_steps", "20", "--lighthouse.attention.top_k", "8"]
     Path("empty.yaml").write_text("{}\n")
+    Path("text.txt").touch()
     status = cli.main(["check", "empty.yaml", *settings, *flags])
     out, err = capsys.readouterr()
     if line is None:

@@ -91,6 +91,7 @@ def test_a_recipe_is_right(capsys, path, overlay, folder, monkeypatch):
     monkeypatch.setattr("lightning_lighthouse.notices._given", set())
     capsys.readouterr()
     layers = [str(path), *(str(RECIPES / f"{name}.yaml") for name in overlay)]
+    Path("text.jsonl").touch()
     assert cli.main(["check", *layers, "--data.source", "text.jsonl"]) == 0
     assert capsys.readouterr() == ("ok\n", "")
 

@@ -138,7 +138,7 @@ def test_an_old_jsonargparse_is_told_of(capsys, monkeypatch):
 
 def test_what_is_ours_and_lightnings_is_taken(capsys):
     Path("shared.yaml").write_text(
-        "trainer:\n  accelerator: cpu\n  max_steps: 3\n"
+        "trainer:\n  accelerator: cpu\n  max_steps: 30\n"
         "  callbacks: [RichModelSummary, {class_path: lightning.pytorch.callbacks.LearningRateMonitor}]\n"
         "data:\n  class_path: lightning_lighthouse.LighthouseRecipe\n"
     )
