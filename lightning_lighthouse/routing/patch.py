@@ -222,13 +222,11 @@ class Patch(Shared):
         frame is traced.
         """
         if self.scope.audit is not None:
-            self._missing = self.scope.audit.unrouted()
-            for line in self.scope.audit.trains_nothing():
+            audit, self.scope.audit = self.scope.audit, None
+            self._missing = audit.unrouted()
+            flat_scores = audit.spread.warning(self.targets, self.scope.settings.config)
+            for line in filter(None, (*audit.trains_nothing(), flat_scores)):
                 warn(line)
-            flat_scores = self.scope.audit.spread.warning(self.targets, self.scope.settings.config)
-            if flat_scores:
-                warn(flat_scores)
-            self.scope.audit = None
         return self._missing or {}
 
     def check(self, on_unroutable: Literal["raise", "warn"] = "raise") -> None:
