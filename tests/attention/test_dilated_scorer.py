@@ -163,7 +163,7 @@ def test_both_backends_select_the_same_entries(selection, heads, tokens, setting
     assert torch.equal(*index)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "triton"])
 def test_compiles_in_one_graph(backend):
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("Triton's interpreter is used on machines without a GPU only")

@@ -230,6 +230,7 @@ def test_the_reference_agrees_with_itself(dtype: torch.dtype, settings: dict[str
     assert disagreement(replace(LAYER, dtype=dtype), LighthouseConfig(**settings)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is used on machines without a GPU only")
 def test_the_kernels_agree_with_the_reference() -> None:
     assert disagreement(LAYER, LighthouseConfig(backend="triton", selection="published")) is None

@@ -236,7 +236,7 @@ def test_more_ranks_take_the_rest_of_an_epoch(prepared: str, monkeypatch: Any, s
     assert len(set(served) & set(whole)) == len(served)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_resume_of_a_run_resumed_with_another_topology(prepared: str, tmp_path: Path, num_workers: int) -> None:
     sequences = recipe(prepared)._load_manifest().train.sequences
     done = sequences - 8

@@ -88,8 +88,14 @@ def by_epoch(batches: list[tuple[int, list[int]]]) -> dict[int, list[int]]:
     return epochs
 
 
+# sequences of a batch before a resume, and after it
+every_batch_size = pytest.mark.parametrize(
+    ("before", "after"), [(3, 2), (1, 3), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 1), (2, 3)))]
+)
+
+
 @pytest.mark.parametrize("hook", ["batch", "validation", "epoch"])
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (3, 1), (1, 3), (2, 3)])
+@every_batch_size
 @pytest.mark.filterwarnings("ignore:resumed with batch_size")
 def test_a_run_resumed_behind_an_epoch_shows_the_next_one_whole(
     prepared: Path, hook: str, before: int, after: int
@@ -102,7 +108,7 @@ def test_a_run_resumed_behind_an_epoch_shows_the_next_one_whole(
 
 
 @pytest.mark.parametrize("hook", ["batch", "validation"])
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (3, 1), (1, 3), (2, 3)])
+@every_batch_size
 @pytest.mark.filterwarnings("ignore:resumed with batch_size")
 def test_a_run_resumed_within_an_epoch_ends_it_with_its_data_and_can_be_resumed_again(
     prepared: Path, hook: str, before: int, after: int

@@ -107,8 +107,8 @@ def test_what_a_probe_routes_does_not_hide_a_training_batch_that_stayed_dense(tm
     ("settings", "run", "expected"),
     [
         ({}, {"val_check_interval": 4}, [4, 6]),
-        ({"every_n_steps": 4}, {}, [4, 6]),
-        ({"every_n_steps": 0}, {}, [6]),
+        pytest.param({"every_n_steps": 4}, {}, [4, 6], marks=pytest.mark.slow),
+        pytest.param({"every_n_steps": 0}, {}, [6], marks=pytest.mark.slow),
         # two batches a step
         ({"every_n_steps": 2}, {"accumulate_grad_batches": 2, "val_check_interval": 4}, [2, 4, 6]),
     ],

@@ -215,12 +215,12 @@ def test_compiled_model(name):
 @pytest.mark.parametrize(
     ("row", "validation", "frames"),
     [
-        ("the whole model", 0, 2),
+        pytest.param("the whole model", 0, 2, marks=pytest.mark.slow),
         pytest.param("the whole model", 1, 3, marks=pytest.mark.slow),
         ("every block", 0, 2),
         pytest.param("every block", 1, 3, marks=pytest.mark.slow),
         ("every block, some of them dense", 0, 3),
-        ("every block, some of them dense", 1, 5),
+        pytest.param("every block, some of them dense", 1, 5, marks=pytest.mark.slow),
     ],
 )
 def test_recompiles_of_a_fit_are_those_of_the_document(row, validation, frames, tmp_path):

@@ -302,7 +302,13 @@ SHOWN_COMPILED = {
 }
 
 
-@pytest.mark.parametrize("told", SHOWN_COMPILED.values(), ids=SHOWN_COMPILED)
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param(told, id=name, marks=() if name == "boundaries" or "mask" in name else pytest.mark.slow)
+        for name, told in SHOWN_COMPILED.items()
+    ],
+)
 def test_a_model_compiled_as_a_whole_refuses_what_an_eager_one_does(llama, told):
     torch._dynamo.reset()
     compiled = torch.compile(llama, backend="eager")

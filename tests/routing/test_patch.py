@@ -266,7 +266,7 @@ def test_checkpointed_blocks_have_the_gradients_of_plain_ones(use_reentrant):
         ("block", None, [1, 2, 2, 3]),
         # dense layers are bare modules; the others carry the instance forward
         ("block", "published", [2, 3, 3, 4]),
-        ("attention", "published", [2, 3, 3, 4]),
+        pytest.param("attention", "published", [2, 3, 3, 4], marks=pytest.mark.slow),
     ],
 )
 def test_compiled_models_follow_the_phase(what, dense_layers, frames, checkpointed):

@@ -97,15 +97,15 @@ def compare(tmp_path, fail, writer, **settings):
     ("hook", "batch"),
     [
         ("on_train_batch_start", 3),
-        ("on_before_backward", 2),
+        pytest.param("on_before_backward", 2, marks=pytest.mark.slow),
         # the first of an epoch, and behind a validation
         ("on_before_backward", 5),
         ("on_after_backward", 7),
         ("on_train_batch_end", 3),
-        ("on_train_batch_end", 4),
-        ("on_validation_batch_start", 3),
+        pytest.param("on_train_batch_end", 4, marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_start", 3, marks=pytest.mark.slow),
         ("on_validation_end", 3),
-        ("on_train_epoch_start", 4),
+        pytest.param("on_train_epoch_start", 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_batch_of_an_exception_is_trained_when_the_run_goes_on(writer, hook, batch, tmp_path):

@@ -93,8 +93,8 @@ class Copies(Callback):
     [
         {},
         {"rewarm_steps": 2, "return_steps": 2, "plateau": PlateauRule(), "documents": "ignore"},
-        {"documents": True},
-        {"enabled": False},
+        pytest.param({"documents": True}, marks=pytest.mark.slow),
+        pytest.param({"enabled": False}, marks=pytest.mark.slow),
     ],
     ids=["default", "all", "documents", "dense"],
 )

@@ -73,9 +73,8 @@ def test_ranks_that_end_well_end_nobody():
     subprocess.run(["kill", str(ranks[2])], check=True)
 
 
-@pytest.mark.parametrize(
-    "end", [*(pytest.param(end, marks=pytest.mark.slow) for end in ("pass", "os._exit(3)")), "os.kill(os.getpid(), 9)"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["pass", "os._exit(3)", "os.kill(os.getpid(), 9)"])
 def test_the_watcher_ends_with_its_parent(end):
     parent, _ = start([SUCCEEDS], end)
     parent.communicate(timeout=50)

@@ -233,8 +233,8 @@ def test_narrow_types_are_summed_in_fp32(levels, factor):
         torch.testing.assert_close(value.double(), exact[name], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
-@pytest.mark.parametrize("num_tokens", [509, 512])
-@pytest.mark.parametrize("combine", ["sum", "mean"])
+@pytest.mark.parametrize("num_tokens", [509, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("combine", ["sum", pytest.param("mean", marks=pytest.mark.slow)])
 def test_tokens_in_front_are_left_out_of_scatter_alone(combine, num_tokens):
     config = LighthouseConfig(3, 4, 24, combine=combine)
     shape = config.pyramid(num_tokens)
