@@ -8,8 +8,9 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/lighthouse fit -c recipes/quickstart.yaml
 
-# a worker a core, each with one thread: torch's threads would wait for each other
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# a worker a core, each with one thread: torch's threads would wait for each other; files in their order: the few long
+# tests of some would else come last, beside workers that wait
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed-dev lint
 	$(PYTEST)
