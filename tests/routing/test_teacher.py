@@ -63,14 +63,17 @@ def test_a_teacher_that_is_left_out_is_its_own(settings):
         assert torch.equal(model.target, expected)
 
 
-def test_a_teacher_in_eval_mode_stays_dense_and_is_named():
-    model = Distilled()
+def check_dense_and_named_in_eval_mode(model):
     model.teacher.eval()
     expected = model.teacher(INPUTS)
     words = "stayed dense: teacher: it ran without gradients in eval mode"
     with pytest.raises(RuntimeError, match=words), patch_attention(model, CONFIG):
         model(INPUTS).backward()
     assert torch.equal(model.target, expected)
+
+
+def test_a_teacher_in_eval_mode_stays_dense_and_is_named():
+    check_dense_and_named_in_eval_mode(Distilled())
 
 
 def test_both_faults_are_named():
@@ -132,12 +135,7 @@ def test_a_frozen_teacher_in_eval_mode_needs_no_grad_to_stay_dense(reentrant):
         return checkpoint(module, x, use_reentrant=reentrant)
 
     model = Checkpointed()
-    model.teacher.eval()
-    expected = model.teacher(INPUTS)
-    words = "stayed dense: teacher: it ran without gradients in eval mode"
-    with pytest.raises(RuntimeError, match=words), patch_attention(model, CONFIG):
-        model(INPUTS).backward()
-    assert torch.equal(model.target, expected)
+    check_dense_and_named_in_eval_mode(model)
     with patch_attention(model, CONFIG, select="student") as patch:
         model(INPUTS).backward()
         patch.check()
