@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from lightning_lighthouse.runs.as_data import load_as_data
 from lightning_lighthouse.runs.final_weights import is_sharded
 from lightning_lighthouse.runs.sharded import CONTENTS, check_contents, is_sharded_checkpoint, load_weights, step_of
 
@@ -48,7 +47,7 @@ def look_into(path: Path) -> Contents:
         return Contents("a sharded checkpoint", is_checkpoint=False, can_go_on=True, step=step_of(path))
     if path.is_dir():
         raise ValueError(f"{path} is a folder and no sharded checkpoint, which has a file {CONTENTS}; give a file")
-    content = _read(path)
+    content = load_as_data(path)
     if isinstance(content, Mapping) and VERSION in content and STATE in content:
         told = content.get("global_step", "unknown")
         step = told if isinstance(told, int) else None
@@ -82,7 +81,7 @@ class LoadWeights(Callback):
         if is_sharded_checkpoint(self.path):
             load_weights(self.path, model)
             return
-        weights = _read(self.path)
+        weights = load_as_data(self.path)
         if is_shared:
             # every rank has read all of them, and keeps its part
             options = StateDictOptions(full_state_dict=True, strict=pl_module.strict_loading)
@@ -91,13 +90,3 @@ class LoadWeights(Callback):
             pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 
     on_test_start = on_validation_start
-
-
-def _read(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise
-    # whatever torch raises on the archives of others, none of which names the file
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error

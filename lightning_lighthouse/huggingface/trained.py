@@ -30,6 +30,7 @@ from lightning_lighthouse.huggingface.reading import (
 )
 from lightning_lighthouse.model.decoder import Decoder
 from lightning_lighthouse.runs import sharded
+from lightning_lighthouse.runs.as_data import load_as_data
 from lightning_lighthouse.runs.final_weights import FINAL
 from lightning_lighthouse.runs.record import REPORT
 
@@ -155,7 +156,7 @@ def _state_of(weights: Path) -> dict[str, Tensor]:
     try:
         if weights.is_dir():
             return sharded.read_weights(weights)
-        content = _content_of(weights)
+        content = load_as_data(weights)
     except pickle.UnpicklingError:
         raise ValueError(f"{weights} holds more than tensors and plain values: loading it could run code") from None
     state = content.get(STATE, content) if isinstance(content, dict) else {}
@@ -163,13 +164,6 @@ def _state_of(weights: Path) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"{weights} holds no weights")
     return state
-
-
-def _content_of(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_weights(module: Decoder | HuggingFaceDecoder, state: Mapping[str, Tensor], weights: Path) -> None:

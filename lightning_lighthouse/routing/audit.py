@@ -27,6 +27,7 @@ from lightning_lighthouse.routing.reasons import (
     FROZEN,
     INFERENCE,
     INSIDE,
+    ITSELF,
     NO_CALL,
     NOT_RUN,
     ROUTED,
@@ -34,9 +35,6 @@ from lightning_lighthouse.routing.reasons import (
     remedy,
 )
 from lightning_lighthouse.routing.score_spread import ScoreSpread
-
-# How a model is named that is one layer.
-ITSELF = "the module itself"
 
 
 class _Memory:

@@ -44,6 +44,9 @@ NOT_SELF = "query, key and value are not the same tensor"
 NOT_BATCHED = "the input is not a plain tensor of 3 dimensions"
 EXTRA_KEYS = "add_bias_kv or add_zero_attn is set"
 
+# how a model is named that is one layer
+ITSELF = "the module itself"
+
 LEAVE_DENSE = "leave it dense with dense_layers"
 
 REMEDIES = {

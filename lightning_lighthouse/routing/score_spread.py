@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lighthouse.attention.config import LighthouseConfig
+from lightning_lighthouse.routing.reasons import ITSELF
 
 # Coefficient of variation of a head's level-1 scores below which they hardly differ.
 LEAST_SPREAD = 0.05
@@ -64,7 +65,7 @@ class ScoreSpread:
         if 2 * len(named) <= len(layers):
             return ""
         return (
-            f"{len(named)} of {len(layers)} layers normalise q and k ({named[0] or 'the module itself'}, ...), so that "
+            f"{len(named)} of {len(layers)} layers normalise q and k ({named[0] or ITSELF}, ...), so that "
             f"their norms may hardly differ; compiled or transformed, they were not measured. Then {_REMEDY}"
         )
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from lightning_lighthouse.runs.as_data import load_as_data, unreadable
 from lightning_lighthouse.runs.final_weights import is_sharded
 
 # torch's table of contents, and what Lightning writes beside it: all that is no tensor
@@ -41,12 +42,7 @@ def step_of(folder: Path) -> int | None:
     """Optimizer steps of a checkpoint, None where it does not say."""
     if not (folder / OTHERS).is_file():
         return None
-    try:
-        told = torch.load(folder / OTHERS, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:
-        raise _unreadable(folder / OTHERS, error) from error
+    told = load_as_data(folder / OTHERS)
     step = told.get("global_step") if isinstance(told, Mapping) else None
     return step if isinstance(step, int) else None
 
@@ -66,7 +62,7 @@ def check_contents(folder: Path) -> Metadata:
         raise
     # whatever pickle raises on what is none
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not isinstance(contents, Metadata):
         raise ValueError(f"{path} is no table of contents of a sharded checkpoint, but {type(contents).__name__}")
     return contents
@@ -91,10 +87,6 @@ class _Contents(pickle.Unpickler):
             return super().find_class(module, name)
         # as torch.load names it
         raise _PlantedError(f"Unsupported global: GLOBAL {module}.{name}")
-
-
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    return ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -132,7 +124,7 @@ def _read_into(tensors: Mapping[str, Tensor], prefix: str, folder: Path, *, no_d
             load({prefix + name: value for name, value in tensors.items()}, checkpoint_id=folder, no_dist=no_dist)
         # no Exception, so that nobody else would tell it
         except CheckpointException as error:
-            raise _unreadable(folder, next(iter(error.failures.values()))[0]) from error
+            raise unreadable(folder, next(iter(error.failures.values()))[0]) from error
 
 
 def _entries(folder: Path) -> tuple[str, dict[str, TensorStorageMetadata]]:

@@ -26,7 +26,7 @@ class LastValidation:
     def __init__(self, trainer: Trainer, module: nn.Module) -> None:
         self._trainer, self._module = trainer, module
         self._step = -1
-        self._norms: Tensor | None = None
+        self._norms: list[Tensor] | None = None
 
     def note(self) -> None:
         """It has ended."""
@@ -42,18 +42,19 @@ class LastValidation:
         # it validates the averages that it puts in their place at the end
         if self._norms is None or any(isinstance(each, WeightAveraging) for each in self._trainer.callbacks):  # type: ignore[attr-defined]
             return False
-        has_changed = not torch.equal(self._norms, _norms(self._module))
+        now = _norms(self._module)
+        # a hook may have merged some into others
+        has_changed = len(now) != len(self._norms) or not all(map(torch.equal, self._norms, now))
         return bool(self._trainer.strategy.reduce_boolean_decision(has_changed, all=False))
 
 
-def _norms(module: nn.Module) -> Tensor:
-    """Of each parameter and buffer, `[number of them]`; of this rank's part."""
+def _norms(module: nn.Module) -> list[Tensor]:
+    """Of each parameter and buffer, where it lies, so that nothing waits for the GPU; of this rank's part."""
     tensors = (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))
     parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
     # norms of fewer bits would hide small changes, and not all types have any
     wide = (part if part.dtype == torch.float64 else part.float() for part in parts if part.is_floating_point())
-    found = [torch.linalg.vector_norm(part).cpu().double() for part in wide]
-    return torch.stack(found) if found else torch.zeros(0)
+    return [torch.linalg.vector_norm(part) for part in wide]
 
 
 def validate_now(trainer: Trainer) -> None:
