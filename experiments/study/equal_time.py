@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
-import os
 import queue
 import shlex
 import subprocess
@@ -35,6 +34,7 @@ import torch
 from equal_time_results import device_of, measures, summary, timed_steps
 from equal_time_rows import Row, fill, fit_flags, known_steps, probe_flags, probes, read_part
 from run import append, forget
+from turns import turn_environment, turn_flags
 
 from lightning_lighthouse.cli.fit import drop_notices
 from lightning_lighthouse.cli.plan import Planned
@@ -128,16 +128,12 @@ class Runner:
         runs = self.arguments.runs.absolute()
         flags = [*flags, "--trainer.logger.init_args.save_dir", str(runs)]
         flags += ["--trainer.logger.init_args.name", name, "--trainer.logger.init_args.version", "0"]
-        turns = {"lock": runs / f"gpu-{gpu or 0}.lock", "is_alone": str(is_alone).lower()}
-        flags += ["--trainer.callbacks+=turns.Turns"]
-        flags += [f"--trainer.callbacks.init_args.{key}={value}" for key, value in turns.items()]
-        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": paths} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        flags += turn_flags(runs, gpu, is_alone)
         runs.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with (runs / f"{name}.log").open("w") as log:
             program = [sys.executable, "-m", "lightning_lighthouse.cli", "fit", *flags]
-            status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+            status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=turn_environment(gpu)).returncode
         print(f"{name}: status {status} after {time.monotonic() - started:.0f} s", flush=True)
         return None if status else self.log_folder(name)
 

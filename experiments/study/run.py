@@ -1,5 +1,8 @@
 """Run the rows of `rows.yaml` that `rows.csv` lacks, one training on each GPU at a time, through the command line.
 
+Others may start and compile beside it: all that have the same `--runs` take turns (`turns.py`), those of
+`equal_time.py` too.
+
     python experiments/study/run.py --source books-train.jsonl.gz --validation_source books-val.jsonl.gz
 
 Each finished training appends its row to `rows.csv` and its validations to `validations.csv`; a run that died leaves
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from turns import turn_environment, turn_flags
 
 from lightning_lighthouse.evaluation.leak_probe import TABLE
 from lightning_lighthouse.runs.comparison import read_report, summarize
@@ -119,13 +123,12 @@ def run(training: Training, arguments: argparse.Namespace, gpu: str | None) -> b
     command = ["lighthouse", "fit", *shlex.split(training.flags), "--seed_everything", str(training.seed)]
     where = ["--data.source", arguments.source, "--data.validation_source", arguments.validation_source]
     where += ["--trainer.logger.init_args.save_dir", str(arguments.runs), "--trainer.logger.init_args.name", name]
-    where += ["--trainer.logger.init_args.version", "0"]
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    where += ["--trainer.logger.init_args.version", "0", *turn_flags(arguments.runs, gpu)]
     arguments.runs.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (arguments.runs / f"{name}.log").open("w") as log:
         program = [sys.executable, "-m", "lightning_lighthouse.cli", *command[1:], *where]
-        status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=turn_environment(gpu)).returncode
     seconds = time.monotonic() - started
     print(f"{name}: status {status} after {seconds:.0f} s", flush=True)
     if status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,25 @@ import lightning as L
 import torch
 
 from lightning_lighthouse.phases.events import BatchStart, phase_events
+
+
+def turn_flags(runs: Path, gpu: str | None, is_alone: bool = False) -> list[str]:
+    """What gives `lighthouse fit` a `Turns`; this folder has to be in its `PYTHONPATH`.
+
+    Args:
+        runs: Folder of the trainings that share GPUs; the lock of each GPU is in it.
+        gpu: Where it trains.
+        is_alone: As `Turns` has it.
+    """
+    settings = {"lock": runs.absolute() / f"gpu-{gpu or 0}.lock", "is_alone": str(is_alone).lower()}
+    flags = ["--trainer.callbacks+=turns.Turns"]
+    return [*flags, *(f"--trainer.callbacks.init_args.{key}={value}" for key, value in settings.items())]
+
+
+def turn_environment(gpu: str | None) -> dict[str, str]:
+    """The environment of a training on one GPU that is given `turn_flags`."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": paths} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
 
 
 class Lock:
