@@ -26,11 +26,11 @@ class LastValidation:
     def __init__(self, trainer: Trainer, module: nn.Module) -> None:
         self._trainer, self._module = trainer, module
         self._step = -1
-        self._norms: list[Tensor] | None = None
+        self._sums: list[Tensor] | None = None
 
     def note(self) -> None:
         """It has ended."""
-        self._step, self._norms = self._trainer.global_step, _norms(self._module)
+        self._step, self._sums = self._trainer.global_step, _checksums(self._module)
 
     def renew(self) -> None:
         """In `on_train_end`: validate again, where steps, or hooks behind the last step, have changed the weights."""
@@ -40,21 +40,27 @@ class LastValidation:
     def is_outdated(self) -> bool:
         """Whether the weights have changed since, on any rank; False where there was none."""
         # it validates the averages that it puts in their place at the end
-        if self._norms is None or any(isinstance(each, WeightAveraging) for each in self._trainer.callbacks):  # type: ignore[attr-defined]
+        if self._sums is None or any(isinstance(each, WeightAveraging) for each in self._trainer.callbacks):  # type: ignore[attr-defined]
             return False
-        now = _norms(self._module)
-        # a hook may have merged some into others
-        has_changed = len(now) != len(self._norms) or not all(map(torch.equal, self._norms, now))
+        # Lightning moves the weights to the CPU before it ends a fit, and a hook may have merged some into others
+        now, then = ([int(total) for total in sums] for sums in (_checksums(self._module), self._sums))
+        has_changed = now != then
         return bool(self._trainer.strategy.reduce_boolean_decision(has_changed, all=False))
 
 
-def _norms(module: nn.Module) -> list[Tensor]:
-    """Of each parameter and buffer, where it lies, so that nothing waits for the GPU; of this rank's part."""
+def _checksums(module: nn.Module) -> list[Tensor]:
+    """The sum of the bits of each parameter and buffer of floats, of this rank's part, as int64 scalars.
+
+    They stay where the weights lie, so that nothing waits for a GPU. Sums of integers are the same on every device and
+    in every order, which those of floats are not.
+    """
     tensors = (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))
     parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    # norms of fewer bits would hide small changes, and not all types have any
+    # not all types have bits that can be viewed, and all become wider ones without a loss
     wide = (part if part.dtype == torch.float64 else part.float() for part in parts if part.is_floating_point())
-    return [torch.linalg.vector_norm(part) for part in wide]
+    return [
+        part.view(torch.int64 if part.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64) for part in wide
+    ]
 
 
 def validate_now(trainer: Trainer) -> None:

@@ -19,9 +19,12 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 
 from lightning_lighthouse import LighthouseCallback, PlateauRule
 from lightning_lighthouse.runs.checkpoint import Checkpoint
+from lightning_lighthouse.training.last_validation import _checksums
 
 
 def train(tmp_path, *callbacks, every=4, steps=10, switch=6, **settings):
@@ -156,6 +159,36 @@ def test_a_final_loss_of_other_weights_is_marked(tmp_path, caplog):
     train(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     final = report(tmp_path)["final"]
     assert (final["step"], final["is_of_final_weights"]) == (8, False)
+
+
+class Moves(SingleDeviceStrategy):
+    """Leaves the weights laid out otherwise behind a training, as a move from a GPU to the CPU leaves them."""
+
+    def teardown(self):
+        for parameter in self.lightning_module.parameters():
+            # what sums floats in the order of memory finds others
+            parameter.data = parameter.data.T.contiguous().T
+        super().teardown()
+
+
+def test_weights_that_are_moved_have_not_changed(tmp_path, recwarn):
+    train(tmp_path, every=5, strategy=Moves("cpu"))
+    assert report(tmp_path)["final"]["is_of_final_weights"] is True
+    assert not [w for w in recwarn if "whose loss is not that of final.pt" in str(w.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_checksums_do_not_depend_on_the_order_and_see_the_smallest_change(dtype):
+    values = torch.randn(257, 129, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model = nn.Module()
+    model.weight = nn.Parameter(values, requires_grad=False)
+    (first,) = _checksums(model)
+    model.weight.data = values.T.contiguous().T
+    assert _checksums(model) == [first]
+    # by its last bit
+    values.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[values.element_size()])[200, 100] ^= 1
+    model.weight.data = values
+    assert _checksums(model) != [first]
 
 
 class Halves(Callback):
