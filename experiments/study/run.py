@@ -6,8 +6,8 @@ Others may start and compile beside it: all that have the same `--runs` take tur
     python experiments/study/run.py --source books-train.jsonl.gz --validation_source books-val.jsonl.gz
 
 Each finished training appends its row to `rows.csv` and its validations to `validations.csv`; a run that died leaves
-nothing there and is done again. `python experiments/study/table.py` makes the tables and plots of
-`docs/numbers/settings.md` from both.
+nothing there and is done again. Where a training ended and its row was not written, `--collect` writes it from its
+logs. `python experiments/study/table.py` makes the tables and plots of `docs/numbers/settings.md` from both.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from equal_time_results import phase_seconds, seconds_until
 from turns import turn_environment, turn_flags
 
-from lightning_lighthouse.evaluation.leak_probe import TABLE
 from lightning_lighthouse.runs.comparison import read_report, summarize
 
 HERE = Path(__file__).parent
@@ -107,44 +107,62 @@ def forget(path: Path, key: dict[str, Any]) -> None:
         os.replace(partial, path)
 
 
-def read_probe(folder: Path) -> dict[str, Any]:
+def read_probe(report: Mapping[str, Any]) -> dict[str, Any]:
     """The last result of the FutureLeakProbe, which is that right before the switch; empty without one."""
-    path, names = folder / TABLE, ("leak_nats", "leak_stderr", "lighthouse_loss", "spike_nats")
-    if not path.exists():
-        return dict.fromkeys(names)
-    with path.open(newline="") as stream:
-        *_, last = csv.DictReader(stream)
-    return {name: last[name] for name in names}
+    names = ("leak_nats", "leak_stderr", "lighthouse_loss", "spike_nats")
+    last = report["probes"][-1] if report["probes"] else {}
+    return {name: last.get(name) for name in names}
 
 
 def run(training: Training, arguments: argparse.Namespace, gpu: str | None) -> bool:
     """Train, and append what came out; whether it ended well."""
-    name = f"{training.name}-seed{training.seed}"
-    command = ["lighthouse", "fit", *shlex.split(training.flags), "--seed_everything", str(training.seed)]
+    name = name_of(training)
     where = ["--data.source", arguments.source, "--data.validation_source", arguments.validation_source]
     where += ["--trainer.logger.init_args.save_dir", str(arguments.runs), "--trainer.logger.init_args.name", name]
     where += ["--trainer.logger.init_args.version", "0", *turn_flags(arguments.runs, gpu)]
     arguments.runs.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (arguments.runs / f"{name}.log").open("w") as log:
-        program = [sys.executable, "-m", "lightning_lighthouse.cli", *command[1:], *where]
+        program = [sys.executable, "-m", "lightning_lighthouse.cli", *command_of(training)[1:], *where]
         status = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=turn_environment(gpu)).returncode
     seconds = time.monotonic() - started
     print(f"{name}: status {status} after {seconds:.0f} s", flush=True)
     if status:
         return False
+    note(training, arguments)
+    return True
+
+
+def name_of(training: Training) -> str:
+    """No other training has it."""
+    return f"{training.name}-seed{training.seed}"
+
+
+def command_of(training: Training) -> list[str]:
+    """As its row names it, without what belongs to a machine."""
+    return ["lighthouse", "fit", *shlex.split(training.flags), "--seed_everything", str(training.seed)]
+
+
+def note(training: Training, arguments: argparse.Namespace) -> None:
+    """Append the row of a training that has ended, and its validations.
+
+    Its seconds count the first step of each phase as those behind it: it compiles, and waits for its turn.
+    """
+    name = name_of(training)
     report = read_report(arguments.runs / name / "version_0")
     key = {"name": training.name, "seed": training.seed}
     summary = asdict(summarize(name, report))
-    # made by the table, against the dense run of the same length
-    del summary["run"], summary["seconds_to_reference"]
-    probe = read_probe(arguments.runs / name / "version_0")
-    row = {**key, **summary, **probe, "commit": arguments.commit, "torch": report["versions"]["torch"]}
+    # the table makes the second, against the dense run of the same length; the others are of evaluations
+    for column in ("run", "seconds_to_reference", "passkey", "lookups", "copy_gain", "context_gain"):
+        del summary[column]
+    passed = phase_seconds(report)
+    summary |= {f"{phase}_seconds": passed.get(phase, 0.0) for phase in ("lighthouse", "dense")}
+    row = {**key, **summary, **read_probe(report), "commit": arguments.commit, "torch": report["versions"]["torch"]}
+    validations = [one | {"seconds": seconds_until(report, one["step"])} for one in report["validations"]]
     forget(arguments.out / "validations.csv", key)
-    append(arguments.out / "validations.csv", [{**key, **validation} for validation in report["validations"]])
-    append(arguments.out / "rows.csv", [{**row, "command": shlex.join(command)}])
+    append(arguments.out / "validations.csv", [{**key, **validation} for validation in validations])
+    append(arguments.out / "rows.csv", [{**row, "command": shlex.join(command_of(training))}])
     print(f"{name}: final {summary['final_loss']}, at the switch {summary['loss_at_switch']}", flush=True)
-    return True
 
 
 def main() -> int:
@@ -155,6 +173,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, default=HERE / "rows.yaml", help="what to run (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of the names of rows to run")
     parser.add_argument("--gpus", nargs="*", default=[None], help="GPUs, one training on each (default: all to one)")
+    parser.add_argument("--collect", action="store_true", help="write rows of trainings that ended, and train nothing")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing that would end after this")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="log folders (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the two tables (default: %(default)s)")
@@ -168,6 +187,14 @@ def main() -> int:
         if is_asked and not is_done(training, arguments.out / "rows.csv"):
             waiting.put(training)
     failed = []
+    if arguments.collect:
+        for training in waiting.queue:
+            try:
+                note(training, arguments)
+            except FileNotFoundError:
+                print(f"{name_of(training)}: no training of it has ended in {arguments.runs}")
+                failed.append(training.name)
+        return 1 if failed else 0
 
     def work(gpu: str | None) -> None:
         while True:
@@ -176,13 +203,13 @@ def main() -> int:
             except queue.Empty:
                 return
             if time.monotonic() + 60 * training.minutes > deadline:
-                print(f"{training.name}-seed{training.seed}: no time left", flush=True)
+                print(f"{name_of(training)}: no time left", flush=True)
                 continue
             try:
                 has_ended_well = run(training, arguments, gpu)
             # one training without a report does not cost the others
             except (OSError, ValueError, KeyError, IndexError) as error:
-                print(f"{training.name}-seed{training.seed}: {error!r}", flush=True)
+                print(f"{name_of(training)}: {error!r}", flush=True)
                 has_ended_well = False
             if not has_ended_well:
                 failed.append(training.name)

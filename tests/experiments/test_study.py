@@ -76,3 +76,13 @@ def test_rows_are_run_once_and_a_failure_costs_no_other(tmp_path):
     )
     assert (only.returncode, only.stdout) == (0, "")
     assert read(tmp_path / "rows.csv") == rows
+
+    # the row of a training that ended is written from its logs, and only that
+    lines = (tmp_path / "rows.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.csv").write_text("".join(lines[:2]))
+    collect = [*map(str, command), "--collect", "--only", "s*"]
+    collected = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert collected.returncode == 1
+    assert "silent-seed42: no training of it has ended" in collected.stdout
+    assert read(tmp_path / "rows.csv") == rows
+    assert len(read(validations)) == 5
