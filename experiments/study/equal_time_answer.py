@@ -29,6 +29,7 @@ WORDS = {
     "dense-8k": "chunks of 8,192",
     "window-512": "windows of 512",
     "window-2048": "windows of 2,048",
+    "window-4096": "windows of 4,096",
     "growing": "growing chunks",
     "mixed-lighthouse": "3 windows, 1 Lighthouse",
     "mixed-dense": "3 windows, 1 dense",
@@ -78,7 +79,7 @@ def main() -> int:
     nothing = rows(arguments.from_nothing, seq_len=98304, budget=115)
     extension = rows(arguments.extension, seq_len=65536, budget=80, learning_rate=arguments.rate)
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 3.8), width_ratios=(1.4, 1, 0.7))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.2), width_ratios=(1.2, 1, 1), layout="constrained")
     dots(left, by_arm(nothing, "val_loss"), color="tab:blue")
     left.set(xlabel="dense validation loss, nats per byte", title="From nothing: 41M, 98,304 tokens, 115 s")
     losses = by_arm(extension, "val_loss")
@@ -91,8 +92,7 @@ def main() -> int:
         found = by_arm(extension, column)
         dots(right, {arm: found.get(arm, []) for arm in losses}, label=f"at {length} tokens", **style)
     right.set(xlabel="passkeys found", title="the same models", xlim=(0, 1.02), yticklabels=[])
-    right.legend(fontsize=8, loc="center right")
-    figure.tight_layout()
+    right.legend(fontsize=8, loc="upper left")
     figure.savefig(arguments.picture, dpi=120)
     print(arguments.picture)
     return 0
