@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer import call
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from torch import Tensor, nn
+    from torch import nn
+
+# by their bytes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LastValidation:
@@ -56,11 +60,9 @@ def _checksums(module: nn.Module) -> list[Tensor]:
     """
     tensors = (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))
     parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    # not all types have bits that can be viewed, and all become wider ones without a loss
-    wide = (part if part.dtype == torch.float64 else part.float() for part in parts if part.is_floating_point())
-    return [
-        part.view(torch.int64 if part.dtype == torch.float64 else torch.int32).sum(dtype=torch.int64) for part in wide
-    ]
+    # a tensor that is more than its numbers, as one that is quantized, has no bits to view
+    plain = (part if type(part) is Tensor else part.float() for part in parts if part.is_floating_point())
+    return [part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in plain]
 
 
 def validate_now(trainer: Trainer) -> None:
