@@ -92,7 +92,7 @@ def main() -> int:
         found = by_arm(extension, column)
         dots(right, {arm: found.get(arm, []) for arm in losses}, label=f"at {length} tokens", **style)
     right.set(xlabel="passkeys found", title="the same models", xlim=(0, 1.02), yticklabels=[])
-    right.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="lower left")
     figure.savefig(arguments.picture, dpi=120)
     print(arguments.picture)
     return 0

@@ -59,7 +59,7 @@ class Phase:
         return in_words(self.layer_types, self.window, self.sink_tokens)
 
 
-# Where nothing else is said: the best rows of the study at both lengths (docs/numbers/settings.md)
+# Where nothing else is said: of the best rows at 98,304 tokens (docs/numbers/settings.md)
 SWITCH_AT = 0.9
 
 
