@@ -76,6 +76,7 @@ def unbind(module: nn.Module) -> None:
         module.__dict__["forward"] = chained
     module.__dict__.update(module.__dict__.pop("_lighthouse_kept", {}))
     module.__dict__.pop("_lighthouse_scope", None)
+    module.__dict__.pop("_lighthouse_stayed_dense", None)
     module.__dict__.pop("_lighthouse_route", None)
 
 
@@ -94,6 +95,10 @@ def _replaced(value: Any) -> Any:
     return partial(causal_attention, *value.args, **value.keywords) if isinstance(value, partial) else causal_attention
 
 
+STAYED_DENSE = (
+    "{} is frozen and in eval mode, so that the first forward of a reentrant checkpoint left it dense, and the second "
+    "would route it: put it into train mode, leave it dense with dense_layers, or checkpoint with use_reentrant=False"
+)
 SET_THEM = "call patch.set_documents before the forward, to hold until its backward is done"
 
 
@@ -147,9 +152,18 @@ def _entry(layer: nn.Module, scope: Scope, args: Any, kwargs: Any) -> str:
     if is_without_gradients():
         return ENTERED_WITHOUT_GRADIENTS if layer.training else INFERENCE
     # in train mode it is only said, so that it need not be asked of every call
-    if (layer.training and scope.audit is None) or _needs_gradients(layer, args, kwargs):
+    if layer.training and scope.audit is None:
         return ENTERED
-    return ENTERED_FROZEN if layer.training else INFERENCE
+    if _needs_gradients(layer, args, kwargs):
+        if scope.is_on and layer.__dict__.pop("_lighthouse_stayed_dense", False):
+            raise RuntimeError(STAYED_DENSE.format(name_of(layer)))
+        return ENTERED
+    if layer.training:
+        return ENTERED_FROZEN
+    if scope.is_on and not torch.is_grad_enabled():
+        # the first forward of a reentrant checkpoint does not show whether a second one comes
+        layer.__dict__["_lighthouse_stayed_dense"] = True
+    return INFERENCE
 
 
 def _needs_gradients(layer: nn.Module, args: Any, kwargs: Any) -> bool:

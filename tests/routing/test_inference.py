@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import CONFIG, GROUPED, build_transformers
 from foreign import GPT, VOCABULARY
+from patching import CheckpointedBlocks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lighthouse import patch_attention
@@ -117,6 +118,37 @@ def test_a_frozen_backbone_in_eval_mode_is_routed_also_under_a_reentrant_checkpo
         found = gradients()
         patch.check()
     for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "not reentrant", "dense"])
+def test_frozen_attention_behind_trained_weights_of_a_checkpoint_is_one_kind_both_times_or_an_error(mode):
+    # in its first forward nothing shows that gradients go through such a layer
+    torch.manual_seed(0)
+    model = GPT().train(mode == "train")
+    for block in model.blocks:
+        block.attn.requires_grad_(False)
+
+    def gradients():
+        model.zero_grad()
+        model(tokens(96)).square().mean().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    def step():
+        with patch_attention(model, CONFIG) as patch:
+            if mode == "dense":
+                patch.dense()
+            return gradients()
+
+    expected = step()
+    model.__class__ = CheckpointedBlocks
+    model.use_reentrant = mode != "not reentrant"
+    if mode == "eval":
+        with pytest.raises(RuntimeError, match=r"^blocks\.3\.attn is frozen and in eval mode, .* use_reentrant=False$"):
+            step()
+        assert not any(name.startswith("_lighthouse") for module in model.modules() for name in vars(module))
+        return
+    for one, other in zip(step(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
