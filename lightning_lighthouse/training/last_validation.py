@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 # by their bytes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# of a tensor at a time: sums are made of a copy in int64
+PIECE = 1 << 24
 
 
 class LastValidation:
@@ -30,7 +31,7 @@ class LastValidation:
     def __init__(self, trainer: Trainer, module: nn.Module) -> None:
         self._trainer, self._module = trainer, module
         self._step = -1
-        self._sums: list[Tensor] | None = None
+        self._sums: dict[str, list[Tensor]] | None = None
 
     def note(self) -> None:
         """It has ended."""
@@ -47,22 +48,35 @@ class LastValidation:
         if self._sums is None or any(isinstance(each, WeightAveraging) for each in self._trainer.callbacks):  # type: ignore[attr-defined]
             return False
         # Lightning moves the weights to the CPU before it ends a fit, and a hook may have merged some into others
-        now, then = ([int(total) for total in sums] for sums in (_checksums(self._module), self._sums))
-        has_changed = now != then
-        return bool(self._trainer.strategy.reduce_boolean_decision(has_changed, all=False))
+        now, then = (
+            {name: [int(piece) for piece in pieces] for name, pieces in sums.items()}
+            for sums in (_checksums(self._module), self._sums)
+        )
+        return bool(self._trainer.strategy.reduce_boolean_decision(now != then, all=False))
 
 
-def _checksums(module: nn.Module) -> list[Tensor]:
-    """The sum of the bits of each parameter and buffer of floats, of this rank's part, as int64 scalars.
+@torch.no_grad()
+def _checksums(module: nn.Module) -> dict[str, list[Tensor]]:
+    """The sum of the bits of each tensor of floats in `final.pt`, of this rank's part, in pieces, as int64 scalars.
 
     They stay where the weights lie, so that nothing waits for a GPU. Sums of integers are the same on every device and
-    in every order, which those of floats are not.
+    in every order, which those of floats are not. A tensor whose bits cannot be seen, such as one that is quantized, is
+    left out. Under FSDP, which would gather all weights, nothing is looked at.
     """
-    tensors = (tensor.detach() for tensor in chain(module.parameters(), module.buffers()))
-    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    # a tensor that is more than its numbers, as one that is quantized, has no bits to view
-    plain = (part if type(part) is Tensor else part.float() for part in parts if part.is_floating_point())
-    return [part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in plain]
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+        return {}
+    # FSDP2 has weights whole after a forward, and in parts again behind this call
+    weights = module.state_dict().items()
+    parts = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in weights}
+    return {
+        name: [
+            piece.sum(dtype=torch.int64) for piece in part.view(INTEGERS[part.element_size()]).reshape(-1).split(PIECE)
+        ]
+        for name, part in parts.items()
+        if type(part) is Tensor and part.is_floating_point() and part.layout is torch.strided
+    }
 
 
 def validate_now(trainer: Trainer) -> None:

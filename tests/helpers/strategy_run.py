@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from all_lighthouse import all_lighthouse
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 from lightning_lighthouse import LighthouseCallback, LighthouseConfig, Phase
 from lightning_lighthouse.phases import Switch, phase_events
 from lightning_lighthouse.routing.scope import scopes
+from lightning_lighthouse.runs.checkpoint import Checkpoint
 
 STEPS = 8
 SWITCH = 0.6
@@ -33,7 +35,7 @@ PHASES = [Phase(0.25, ["chunk"], window=32), Phase(SWITCH, ["window", "lighthous
 
 
 class Moded(ForeignModule):
-    """The module of the other tests in a mode: plain, compile, checkpoint, both, accumulate or phases."""
+    """The module of the other tests in a mode: plain, compile, checkpoint, both, accumulate, phases or validated."""
 
     def __init__(self, mode: str) -> None:
         super().__init__()
@@ -123,6 +125,12 @@ def main(name: str, output: Path, mode: str) -> None:
     several = mode == "phases"
     callback = LighthouseCallback(attention=CONFIG, phases=PHASES) if several else all_lighthouse(SWITCH, CONFIG)
     phases = Phases(callback)
+    callbacks: list[Callback] = [callback, phases]
+    settings: dict[str, Any] = {"enable_checkpointing": False}
+    if mode == "validated":
+        # the last validation falls on the last step, and a checkpoint behind it
+        settings = {"val_check_interval": STEPS // 2, "check_val_every_n_epoch": None}
+        callbacks.append(Checkpoint(output / mode, save_last=True))
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
@@ -132,16 +140,17 @@ def main(name: str, output: Path, mode: str) -> None:
         max_steps=STEPS // accumulate,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
-        callbacks=[callback, phases],
+        callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=output / mode,
+        **settings,
     )
     # each rank takes its part of every global batch, so that one process would see the same
     tokens = Sequences(GLOBAL_BATCH * STEPS).tokens[int(os.environ["RANK"]) :: processes]
-    trainer.fit(module, DataLoader(tokens, GLOBAL_BATCH // processes))
+    validation = DataLoader(Sequences(4, seed=1).tokens, 2) if mode == "validated" else None
+    trainer.fit(module, DataLoader(tokens, GLOBAL_BATCH // processes), validation)
     result = {"losses": module.losses, "routed": phases.routed, "steps": phases.steps, "switches": phases.switches}
     # there is none before the first optimizer step
     result["norms"] = [norm for norm in phases.norms if norm is not None]

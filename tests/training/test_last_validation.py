@@ -20,10 +20,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lighthouse import LighthouseCallback, PlateauRule
 from lightning_lighthouse.runs.checkpoint import Checkpoint
+from lightning_lighthouse.training import last_validation
 from lightning_lighthouse.training.last_validation import _checksums
 
 
@@ -165,30 +166,70 @@ class Moves(SingleDeviceStrategy):
     """Leaves the weights laid out otherwise behind a training, as a move from a GPU to the CPU leaves them."""
 
     def teardown(self):
-        for parameter in self.lightning_module.parameters():
-            # what sums floats in the order of memory finds others
-            parameter.data = parameter.data.T.contiguous().T
+        # what sums floats in the order of memory finds others; a tensor of several names becomes one for each
+        self.lightning_module._apply(lambda tensor: tensor.T.clone().contiguous().T)
         super().teardown()
 
 
-def test_weights_that_are_moved_have_not_changed(tmp_path, recwarn):
-    train(tmp_path, every=5, strategy=Moves("cpu"))
+class Tables(ForeignModule):
+    """With one table of numbers in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        table = torch.randn(5, 7)
+        for block in self.model.blocks[:2]:
+            block.register_buffer("table", table)
+
+
+@pytest.mark.parametrize("kind", [ForeignModule, Tables])
+def test_weights_that_are_moved_have_not_changed(kind, tmp_path, recwarn):
+    train(tmp_path, every=5, strategy=Moves("cpu"), model=kind())
     assert report(tmp_path)["final"]["is_of_final_weights"] is True
     assert not [w for w in recwarn if "whose loss is not that of final.pt" in str(w.message)]
 
 
+def checksums(value):
+    module = nn.Module()
+    module.register_buffer("value", value)
+    return {name: [int(piece) for piece in pieces] for name, pieces in _checksums(module).items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-def test_checksums_do_not_depend_on_the_order_and_see_the_smallest_change(dtype):
+def test_checksums_do_not_depend_on_the_order_and_see_the_smallest_change(dtype, monkeypatch):
     values = torch.randn(257, 129, generator=torch.Generator().manual_seed(0)).to(dtype)
-    model = nn.Module()
-    model.weight = nn.Parameter(values, requires_grad=False)
-    (first,) = _checksums(model)
-    model.weight.data = values.T.contiguous().T
-    assert _checksums(model) == [first]
+    first = checksums(values)
+    assert checksums(values.T.contiguous().T) == first
     # by its last bit
     values.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[values.element_size()])[200, 100] ^= 1
-    model.weight.data = values
-    assert _checksums(model) != [first]
+    assert checksums(values) != first
+    whole = sum(checksums(values)["value"])
+    monkeypatch.setattr(last_validation, "PIECE", 1000)
+    pieces = checksums(values)["value"]
+    # sums of 64 bits wrap around
+    assert (len(pieces), (sum(pieces) - whole) % 2**64) == (34, 0)
+
+
+class Wrapped(Tensor):
+    """Holds no numbers that could be viewed, as a quantized weight."""
+
+    @staticmethod
+    def __new__(cls):
+        return Tensor._make_wrapper_subclass(cls, (3, 5))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("make", [Wrapped, lambda: torch.eye(3).to_sparse()], ids=["wrapped", "sparse"])
+def test_a_weight_whose_bits_cannot_be_seen_is_left_out(make):
+    assert checksums(make()) == {}
+
+
+def test_so_is_a_layer_that_has_not_been_called():
+    assert _checksums(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(4))).keys() == {"0.weight", "0.bias"}
 
 
 class Halves(Callback):

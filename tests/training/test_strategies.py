@@ -45,9 +45,9 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize(
     ("strategy", "modes"),
     [
-        ("ddp", ["plain", "compile", "checkpoint", "both", "accumulate", "phases"]),
-        ("fsdp2", ["plain", "both", "accumulate", "phases"]),
-        ("fsdp1", ["plain", "checkpoint", "compile", "phases"]),
+        ("ddp", ["plain", "compile", "checkpoint", "both", "accumulate", "phases", "validated"]),
+        ("fsdp2", ["plain", "both", "accumulate", "phases", "validated"]),
+        ("fsdp1", ["plain", "checkpoint", "compile", "phases", "validated"]),
     ],
     ids=["ddp", "fsdp2", "fsdp1"],
 )
@@ -68,6 +68,11 @@ def test_two_processes_train_as_one(strategy, modes, single, tmp_path):
             assert rank["norms"] == expected, mode
         means = [sum(pair) / 2 for pair in zip(*(rank["losses"] for rank in ranks), strict=True)]
         assert means == pytest.approx(reference["losses"], rel=1e-5), mode
+
+    # once each: sharded weights lie otherwise behind a validation than behind the checkpoint that follows
+    told = json.loads((tmp_path / strategy / "validated" / "lighthouse.json").read_text())
+    assert [validation["step"] for validation in told["validations"]] == [4, 8]
+    assert told["final"]["is_of_final_weights"] is True
 
     # gathered from all ranks, it is the plain module's state dict
     batch = Sequences(4, seed=1).tokens

@@ -33,9 +33,13 @@ def batches(count, seed=0):
     return [{"tokens": torch.randint(31, (2, TOKENS + 1), generator=generator)} for _ in range(count)]
 
 
+def made():
+    return decoder(dim=64, ffn_dim=96, num_layers=4).float()
+
+
 def train(folder, accelerator, *callbacks, steps=8, ckpt_path=None, **settings):
     """Validated at step 3 and 6, and at the end by the callback."""
-    model = decoder(dim=64, ffn_dim=96, num_layers=4).float()
+    model = made()
     own = LighthouseCallback(4, CONFIG, window=128)
     settings = {"val_check_interval": 3, "devices": 1, "precision": "bf16-mixed"} | settings
     run = trainer(folder, [own, *callbacks], accelerator=accelerator, max_steps=steps, **settings)
@@ -51,7 +55,7 @@ def train(folder, accelerator, *callbacks, steps=8, ckpt_path=None, **settings):
 
 def loss_of(final):
     """Of the validation text, by hand, in float32 on the CPU."""
-    model = decoder(dim=64, ffn_dim=96, num_layers=4).float()
+    model = made()
     model.load_state_dict(torch.load(final, weights_only=True))
     with torch.no_grad():
         return sum(model.loss(batch).item() for batch in batches(2, seed=1)) / 2
@@ -89,7 +93,10 @@ def test_a_resumed_training_ends_as_one_that_was_not_stopped(accelerator, tmp_pa
     saving = Checkpoint(tmp_path, save_last=True)
     train(tmp_path / "parts", accelerator, saving, steps=5, enable_checkpointing=True)
     resumed, again = train(tmp_path / "parts", accelerator, ckpt_path=tmp_path / "last.ckpt")
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    # a dense backward on a GPU does not repeat bit for bit, and Adam's first steps make much of the smallest gradients
+    first, one, other = (
+        torch.cat([value.flatten() for value in model.state_dict().values()]) for model in (made(), whole, resumed)
+    )
+    assert (other - one).norm() < 0.02 * (one - first).norm()
     assert [each["step"] for each in again["validations"]] == [3, 5, 6, 8]
-    assert again["final"]["loss"] == pytest.approx(told["final"]["loss"], rel=1e-3)
+    assert again["final"]["loss"] == pytest.approx(told["final"]["loss"], rel=1e-4)
