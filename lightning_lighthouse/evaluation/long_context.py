@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -259,9 +260,8 @@ class LongContextEvaluation(Callback):
         self._collecting = self._collected = None
 
     def _unsubscribe(self) -> None:
-        for unsubscribe in self._subscriptions:
-            unsubscribe()
-        self._subscriptions = []
+        while self._subscriptions:
+            self._subscriptions.pop()()
 
     def _note_phase(self, event: BatchStart) -> None:
         self._phase = event.phase
@@ -284,7 +284,7 @@ class LongContextEvaluation(Callback):
         return None
 
     def _tell_once(self, line: str) -> None:
-        if line not in self._told:
+        if line and line not in self._told:
             self._told.add(line)
             rank_zero_warn(f"Lighthouse evaluation: {line}", category=LighthouseWarning)
 
@@ -342,6 +342,7 @@ class LongContextEvaluation(Callback):
             samples = self._num_affordable(ranks, scorer, material, units * modes, is_last)
             if samples == 0:
                 return None
+            self._tell_once(text.shortage(max(lengths), math.ceil(samples / ranks.num_shares)))
             before = scorer.num_tokens
             ranks.start_clock()
             total = modes * sum(num_rounds(unit, samples, ranks.num_shares) for unit in units)

@@ -70,6 +70,20 @@ class Haystack:
         start = first + round((index * GOLDEN + self.seed * SILVER) % 1.0 * room)
         return self.tokens[start : start + num_tokens]
 
+    def shortage(self, num_tokens: int, num_samples: int) -> str:
+        """What to tell where so many samples of so many tokens are not apart; "" where they are."""
+        sequence = self.sequence or len(self.tokens)
+        if num_tokens <= sequence:
+            room = len(self.tokens) // sequence * (sequence // num_tokens)
+        else:
+            room = len(self.tokens) // num_tokens
+        if num_samples <= room:
+            return ""
+        return (
+            f"the validation text holds {room} of {num_samples} samples of {num_tokens:,} tokens: the others overlap "
+            "them, and standard errors are too small; validate on more batches"
+        )
+
 
 def enough(longest: int, num_samples: int) -> int:
     """Tokens of text for so many samples that hardly overlap; up to ten samples it is the same text.

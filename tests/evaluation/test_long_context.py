@@ -275,6 +275,16 @@ def test_lengths_that_the_text_does_not_fill_are_left_out_with_a_line(tmp_path):
     assert evaluation.results[0]["lengths"] == [256]
 
 
+@pytest.mark.parametrize(("num_samples", "line"), [(4, ""), (5, "the validation text holds 4 of 5 samples of 256")])
+def test_samples_that_overlap_for_want_of_text_are_told_of(num_samples, line, tmp_path, recwarn):
+    # four batches of 257 tokens
+    evaluation = LongContextEvaluation(2, **FAST | {"num_samples": num_samples, "lookups": False, "copies": False})
+    fit(tmp_path, [evaluation])
+    told = [str(each.message) for each in recwarn if "samples of" in str(each.message)]
+    assert len(told) == bool(line)
+    assert not line or line in told[0]
+
+
 def test_lengths_none_of_which_fits_end_no_training_and_the_one_measured_is_said(tmp_path):
     evaluation = LongContextEvaluation(0, lengths=[4000, 5000], **FAST)
     line = r"lengths \[4000, 5000\] are left out: there are 1,028 tokens of validation text; 1,027 tokens are measured"

@@ -231,6 +231,16 @@ def test_no_sample_lies_across_two_sequences_while_one_has_room(num_tokens, seed
     assert len(text.draw(66, 0)) == 66
 
 
+@pytest.mark.parametrize(
+    ("sequence", "num_tokens", "room"),
+    [(65, 65, 6), (65, 33, 6), (65, 32, 12), (65, 66, 6), (None, 65, 6), (None, 50, 7)],
+)
+def test_samples_for_which_there_is_no_room_are_told_of(sequence, num_tokens, room):
+    text = Haystack(torch.arange(6 * 65 + 7), sequence=sequence)
+    assert text.shortage(num_tokens, room) == ""
+    assert f"holds {room} of {room + 1} samples of {num_tokens} tokens" in text.shortage(num_tokens, room + 1)
+
+
 def test_a_question_is_cut_as_the_tokenizer_cuts_it(tokenizer_file):
     for tokenizer in (ByteTokenizer(), load_tokenizer(tokenizer_file)):
         phrases = Phrases(tokenizer)
