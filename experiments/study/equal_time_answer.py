@@ -79,7 +79,9 @@ def main() -> int:
     nothing = rows(arguments.from_nothing, seq_len=98304, budget=115)
     extension = rows(arguments.extension, seq_len=65536, budget=80, learning_rate=arguments.rate)
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.2), width_ratios=(1.2, 1, 1), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(16, 4.2), width_ratios=(1.2, 1, 1), layout="constrained"
+    )
     dots(left, by_arm(nothing, "val_loss"), color="tab:blue")
     left.set(xlabel="dense validation loss, nats per byte", title="From nothing: 41M, 98,304 tokens, 115 s")
     losses = by_arm(extension, "val_loss")
