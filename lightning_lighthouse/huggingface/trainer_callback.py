@@ -59,7 +59,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         dense_layers: Attention layers that stay dense; negative numbers count from the end, None and [] for none.
             "published": the first and last two of 16 or more, else the first and last.
         select: Glob over module names that chooses the attention layers. None finds them.
-        on_unroutable: What happens when a layer that should be routed stayed dense in the first routed batch.
+        on_unroutable: What happens when a layer stayed dense in the first batch in which it should be routed.
         allow_return: Let a resumed run that has switched go back to Lighthouse where a later switch_at says so.
         hf_assume_causal: Your statement that no training batch has padding or packed documents, so that no mask is
             built. A batch that has them is an error.
@@ -78,7 +78,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         ValueError: A value is out of range. At train begin: no attention to route, or the model is patched already.
         SettingError: At train begin: several GPUs in one process.
         ResumeError: At train begin: the resumed run would return to Lighthouse unasked.
-        RuntimeError: After the first routed batch: a layer stayed dense, with the reason.
+        RuntimeError: After the first batch in which it should be routed: a layer stayed dense, with the reason.
     """
 
     def __init__(
@@ -229,13 +229,13 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Check that the first batch was routed; the phase goes on to the next batch of the step."""
+        """Check that what is routed for the first time was; the phase goes on to the next batch of the step."""
         self._check()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        """Leave the phase until the next step, and check that the first batch was routed."""
+        """Leave the phase until the next step, and check that what is routed for the first time was."""
         assert self._patch is not None
         self._patch.off()
         self._check()

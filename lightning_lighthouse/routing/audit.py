@@ -51,16 +51,24 @@ _routed, _in_documents = _Memory(), _Memory()
 
 
 class Audit:
-    """Notes of the first routed batch, or of the first one with documents.
+    """Notes of the first batch in which layers are routed, or of the first one with documents.
 
     Args:
         targets: The layers by name that should be routed, or stay inside documents.
+        told: Names of those of them that an earlier audit has told of: this one says nothing of them.
         of_documents: Ask for a call inside documents, routed or dense.
         may_rest: Ask nothing of layers that do not run where others do: an average of the model stands for it.
     """
 
-    def __init__(self, targets: dict[str, nn.Module], *, of_documents: bool = False, may_rest: bool = False) -> None:
-        self._targets = targets
+    def __init__(
+        self,
+        targets: dict[str, nn.Module],
+        *,
+        told: Collection[str] = (),
+        of_documents: bool = False,
+        may_rest: bool = False,
+    ) -> None:
+        self.targets, self._told = targets, told
         self._may_rest = may_rest
         self._of_documents = of_documents
         self._memory = _in_documents if of_documents else _routed
@@ -71,10 +79,6 @@ class Audit:
         # layers that a trace has entered and not left: the trace, and whether it has met a call there
         self._open: list[tuple[Any, bool]] = []
         self.spread = ScoreSpread()
-
-    def excuse(self, names: Collection[str]) -> None:
-        """Ask nothing of these layers: they are meant to be dense."""
-        self._targets = {name: layer for name, layer in self._targets.items() if name not in names}
 
     @property
     def saw_a_layer(self) -> bool:
@@ -116,7 +120,9 @@ class Audit:
         missing = {}
         some_run = self._may_rest and any(ROUTED in notes for notes in self._by_layer.values())
         some_train = self._some_train()
-        for name, layer in self._targets.items():
+        for name, layer in self.targets.items():
+            if name in self._told:
+                continue
             notes = self._by_layer.get(layer) or self._traced
             if ENTERED_FROZEN in notes:
                 # routed as the others are; `trains_nothing` tells of it
@@ -154,19 +160,21 @@ class Audit:
         """A line each on what was routed and trains nothing, where others train, and may be meant so."""
         if not self._some_train():
             return []
-        named = {layer: name for name, layer in self._targets.items()}
+        named = {layer: name for name, layer in self.targets.items()}
         frozen, copied = [], []
         for layer, notes in self._by_layer.items():
-            if ROUTED not in notes or ENTERED in notes:
+            # a copy has the name of its original
+            name = str(layer.__dict__["_lighthouse_route"].name)
+            if ROUTED not in notes or ENTERED in notes or name in self._told:
                 continue
             if layer not in named:
-                copied.append(str(layer.__dict__["_lighthouse_route"].name or ITSELF))
+                copied.append(name or ITSELF)
             elif ENTERED_FROZEN in notes:
-                frozen.append(named[layer] or ITSELF)
+                frozen.append(name or ITSELF)
         return [line.format(", ".join(sorted(names))) for line, names in ((FROZEN, frozen), (COPIES, copied)) if names]
 
     def _some_train(self) -> bool:
-        return any(ENTERED in self._by_layer.get(layer, ()) for layer in self._targets.values())
+        return any(ENTERED in self._by_layer.get(layer, ()) for layer in self.targets.values())
 
     def _uses_old_frames(self, layer: nn.Module, notes: set[str]) -> bool:
         """Whether nothing was traced because frames of a former model of the same code serve this one."""

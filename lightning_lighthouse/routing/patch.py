@@ -19,7 +19,8 @@ from lightning_lighthouse.attention.layer_types import DENSE, LIGHTHOUSE, check_
 from lightning_lighthouse.checks import quoted, warn
 from lightning_lighthouse.routing.adapters import generation
 from lightning_lighthouse.routing.adapters.transformers_mask import CausalStatement
-from lightning_lighthouse.routing.audit import Audit, explain
+from lightning_lighthouse.routing.audit import explain
+from lightning_lighthouse.routing.audits import Audits
 from lightning_lighthouse.routing.calls import swap, unswap
 from lightning_lighthouse.routing.kept_documents import KeptDocuments, find_others
 from lightning_lighthouse.routing.layers import Route, bind, scope_of, unbind
@@ -55,7 +56,7 @@ class Patch(Shared):
         # all attention layers, the dense ones too
         self.layers = layers
         self._layer_types = dict.fromkeys(targets, LIGHTHOUSE)
-        self._missing: dict[str, str] | None = None
+        self._audits = Audits(self.scope, targets)
         self._statement = statement
         # patched for documents alone
         self._others = others
@@ -92,9 +93,7 @@ class Patch(Shared):
             RuntimeError: The patch was restored.
         """
         self._require_patched()
-        if self.scope.audit is None and self._missing is None:
-            self.scope.audit = Audit(self.targets)
-            self.scope.audit.excuse(set(self.targets) - set(self.routed))
+        self._audits.ask()
         self.scope.is_on = self._statement.holds = True
         self.documents.demand(training=True)
         self.scope.with_inference = inference
@@ -199,8 +198,9 @@ class Patch(Shared):
         for name, module in self.targets.items():
             route = module.__dict__["_lighthouse_route"]
             route.layer_type = DENSE if module in returned else self._layer_types[name]
-        if returned and self.scope.audit is not None:
-            self.scope.audit.excuse(layers)
+        # else `on` asks
+        if self.is_on:
+            self._audits.ask(may_wait=True)
 
     def count_calls(self) -> Counter[str]:
         """What became of the calls of routed layers since this was last asked: "routed", or why they stayed dense.
@@ -218,21 +218,17 @@ class Patch(Shared):
     def unrouted(self) -> dict[str, str]:
         """The layers that were not routed while the patch was on, by name, with the reason; {} if it never was.
 
-        The first call decides: nothing is collected after it. Under torch.compile a layer leaves its note when its
-        frame is traced.
+        The first call decides about the layers routed until then: notes are collected again once another is. Under
+        torch.compile a layer leaves its note when its frame is traced.
         """
-        if self.scope.audit is not None:
-            audit, self.scope.audit = self.scope.audit, None
-            self._missing = audit.unrouted()
-            flat_scores = audit.spread.warning(self.targets, self.scope.settings.config)
-            for line in filter(None, (*audit.trains_nothing(), flat_scores)):
-                warn(line)
-        return self._missing or {}
+        self._audits.finish()
+        return dict(self._audits.missing)
 
     def check(self, on_unroutable: Literal["raise", "warn"] = "raise") -> None:
         """Make sure that every layer was routed, and no teacher's; to be called after the first step with the patch on.
 
-        The first call decides, and later ones do nothing.
+        Later calls do nothing until a layer is routed that was dense before: call it after the first step of each
+        phase, or after every step.
 
         Args:
             on_unroutable: "warn" goes on with the layers dense that were not.
@@ -242,7 +238,7 @@ class Patch(Shared):
                 names each with the reason.
         """
         self.documents.check()
-        missing = self.unrouted() if self.scope.audit is not None else {}
+        missing = self._audits.finish()
         if not missing:
             return
         line = explain(missing, len(self.targets))
@@ -261,8 +257,8 @@ class Patch(Shared):
 
     @property
     def has_run(self) -> bool:
-        """Whether a routed layer ran, or was traced, since the audit began; False where none is under way."""
-        return self.scope.audit is not None and self.scope.audit.saw_a_layer
+        """Whether `check` has something to judge by: since the audit began, a routed layer ran, or was traced."""
+        return self._audits.has_run
 
     @property
     def is_audited(self) -> bool:
@@ -305,7 +301,7 @@ class Patch(Shared):
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         unchecked = kind is None and self.has_run
         try:
-            missing = self.unrouted() if unchecked else {}
+            missing = self._audits.finish() if unchecked else {}
             if kind is None:
                 self.documents.finish()
         finally:

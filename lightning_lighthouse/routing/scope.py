@@ -71,7 +71,7 @@ class Scope(Shared):
         self.is_on = False
         # Whether calls without gradients in eval mode are routed too.
         self.with_inference = False
-        # Collects notes from the first `on` until the patch is checked.
+        # Collects notes while a layer is routed that was not judged yet.
         self.audit: Audit | None = None
         # Measures what the scores of a batch have to rank, where somebody asks; eager only.
         self.spread: SpreadMeter | None = None

@@ -49,7 +49,7 @@ class LighthouseCallback(Callback):
             "published": the first and last two of 16 or more, else the first and last.
         select: Glob over module names that chooses the attention layers, for example "*.attn". None finds them.
         enabled: False trains the dense baseline: nothing is patched, and the curves go to the run `dense`.
-        on_unroutable: What happens when a layer that should be routed stayed dense in the first routed batch.
+        on_unroutable: What happens when a layer stayed dense in the first batch in which it should be routed.
         allow_return: Let a resumed run that has switched, or has begun to hand layers back, go back to Lighthouse
             where changed settings say so.
         validation_metric: Name under which the model logs its validation loss; where it does not log the default one,
@@ -78,7 +78,7 @@ class LighthouseCallback(Callback):
         TypeError: A value has the wrong type.
         ValueError: A value is out of range. At fit start: no attention to route, or the model is patched already.
         SettingError: At train start: the switch step cannot be derived, or a resumed run would return unasked.
-        RuntimeError: After the first routed batch: a layer stayed dense, with the reason.
+        RuntimeError: After the first batch in which it should be routed: a layer stayed dense, with the reason.
         NonFiniteError: Before an optimizer step: a loss or a gradient is not finite; a RuntimeError.
     """
 

@@ -273,7 +273,7 @@ class PhasedFit:
             self._steps.before_step(optimizer)
 
     def end_batch(self, batch: Any, outputs: Any) -> None:
-        """Leave the phase until the next batch; audit the first routed one; write the curves."""
+        """Leave the phase until the next batch; audit what is routed for the first time; write the curves."""
         if not self._has_begun:
             # Lightning ends a batch that is None, and has not begun it
             return

@@ -375,6 +375,19 @@ def test_several_phases_and_a_resume_in_the_second(tmp_path):
     assert later.train == losses.train[3:]
 
 
+@pytest.mark.parametrize("first", [["dense"], ["dense", "window"]], ids=["dense", "partly dense"])
+def test_layers_that_only_a_later_phase_cannot_route_are_named(tmp_path, first):
+    model = llama()
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    phases = [
+        Phase(until=2, layer_types=first, window=16 if "window" in first else None),
+        Phase(until=6, layer_types=["lighthouse"]),
+    ]
+    callback = LighthouseTrainerCallback(attention=CONFIG, phases=phases)
+    with pytest.raises(RuntimeError, match=r"layers.0.self_attn: dropout_p is not 0"):
+        trained(tmp_path, callback, model)
+
+
 def packed(count=4):
     """Rows of two documents, as a collator that flattens has them."""
     positions = torch.cat([torch.arange(40), torch.arange(TOKENS - 40)])
