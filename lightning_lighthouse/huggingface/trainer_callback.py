@@ -25,6 +25,7 @@ from lightning_lighthouse.phases.plan import (
     resume_phases,
 )
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE, SwitchState, resume_switch
+from lightning_lighthouse.routing.call_counts import CallCounts
 from lightning_lighthouse.routing.default_types import default_layer_types
 from lightning_lighthouse.routing.packing import DocumentsSetting, check_documents
 from lightning_lighthouse.routing.patch import Patch, patch_attention
@@ -125,6 +126,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         # the phase whose attention the patch has
         self._attending = 0
         self._patch: Patch | None = None
+        self._counts = CallCounts()
         self._events = PhaseEvents()
         # of the step that runs
         self._phase = DENSE
@@ -160,6 +162,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Patch the model, off, and resolve the switch step."""
         self.restore()
+        self._counts = CallCounts()
         if args.n_gpu > 1:
             raise SettingError(
                 f"{args.n_gpu} GPUs in one process would get copies of the model that cannot be routed: start one "
@@ -230,7 +233,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         """Check that what is routed for the first time was; the phase goes on to the next batch of the step."""
-        self._check()
+        self._check(state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -238,7 +241,7 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
         """Leave the phase until the next step, and check that what is routed for the first time was."""
         assert self._patch is not None
         self._patch.off()
-        self._check()
+        self._check(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Tell the listeners; let go of the documents of the step."""
@@ -270,8 +273,11 @@ class LighthouseTrainerCallback(TrainerCallback, ExportableState):
     def __exit__(self, *exception: object) -> None:
         self.restore()
 
-    def _check(self) -> None:
+    def _check(self, state: TrainerState) -> None:
         assert self._patch is not None
+        # on every rank: a mask may come to one of them alone
+        for line in self._counts.add(self._patch, state.global_step):
+            warn(line)
         try:
             self._patch.check(self.on_unroutable)
         except RuntimeError:

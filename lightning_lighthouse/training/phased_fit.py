@@ -23,13 +23,13 @@ from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import PhasePlan, describe_switch, phases_begun
 from lightning_lighthouse.phases.run_state import RunState
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
+from lightning_lighthouse.routing.call_counts import CallCounts
 from lightning_lighthouse.routing.patch import Patch
 from lightning_lighthouse.runs.curves import PhaseCurves
 from lightning_lighthouse.runs.record import describe_spike, shown_settings, tell_summary
 from lightning_lighthouse.runs.resume import mend_resume
 from lightning_lighthouse.training.attention_curves import AttentionCurves
 from lightning_lighthouse.training.batch_documents import watched_batches
-from lightning_lighthouse.training.call_counts import CallCounts
 from lightning_lighthouse.training.last_validation import LastValidation
 from lightning_lighthouse.training.left_files import LeftFiles
 from lightning_lighthouse.training.nonfinite import FiniteGuard, restart_spike_detection
@@ -285,7 +285,10 @@ class PhasedFit:
         trainer, totals = self._trainer, self._totals
         # where it passes over all batches before the switch, there is nothing to judge by
         if self._patch is not None and self._phase != DENSE and (self._patch.has_run or loss is not None):
-            self._counts.add(self._patch, totals, self._step)
+            for line in self._counts.add(self._patch, self._step):
+                rank_zero_warn(line, category=LighthouseWarning)
+            totals.routed_calls += self._counts.num_routed
+            totals.dense_calls += self._counts.num_dense
             if self._patch.is_audited:
                 self._finish_audit(self._patch)
         if isinstance(loss, Tensor):

@@ -388,6 +388,32 @@ def test_layers_that_only_a_later_phase_cannot_route_are_named(tmp_path, first):
         trained(tmp_path, callback, model)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_become_dense_later_are_told_once(tmp_path, accumulate):
+    collated = []
+
+    def padded_later(given):
+        batch = transformers.default_data_collator(given)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if len(collated) > 2:
+            batch["attention_mask"][0, -10:] = 0
+        collated.append(batch)
+        return batch
+
+    first = 3 // accumulate
+    line = f"attention calls stay dense in step {first}, the first to do so: attn_mask was given"
+    with pytest.warns(UserWarning, match=line) as told:
+        trained(
+            tmp_path,
+            all_lighthouse_trainer(4, CONFIG),
+            collator=padded_later,
+            steps=5,
+            gradient_accumulation_steps=accumulate,
+            data=rows(5 * 2 * accumulate),
+        )
+    assert len([warning for warning in told if "stay dense" in str(warning.message)]) == 1
+
+
 def packed(count=4):
     """Rows of two documents, as a collator that flattens has them."""
     positions = torch.cat([torch.arange(40), torch.arange(TOKENS - 40)])
