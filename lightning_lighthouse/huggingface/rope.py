@@ -39,38 +39,52 @@ def extend_positions(
     """
     if rope_theta is not None and rope_parameters is not None:
         raise SettingError("rope_theta and rope_parameters say the same: give one of them, and theta inside the latter")
-    reach = getattr(config, "max_position_embeddings", None)
-    before = _global(config).get("rope_theta") if getattr(config, "rope_parameters", None) else None
+    before = dict(_global(config)) if getattr(config, "rope_parameters", None) else {}
     given = {"rope_theta": rope_theta} if rope_theta is not None else dict(rope_parameters or {})
     if given:
         _lay_over(config, given)
+    reach = reach_of(config)
     if reach is None or sequence_length is None or sequence_length <= reach:
         return
+    after = _global(config) if before else {}
+    # a factor that the last position asks for: theta changes nothing about how far it reaches
+    is_dynamic = after.get("rope_type") == "dynamic"
     if not given:
-        kind = "rope_theta or rope_parameters" if getattr(config, "rope_parameters", None) else "a model with them"
+        kind = "rope_parameters with a greater factor" if is_dynamic else "rope_theta or rope_parameters"
         raise SettingError(
             f"sequence_length must be at most the {reach:,} positions that the model was made for, got "
-            f"{sequence_length:,}: give {kind}"
+            f"{sequence_length:,}: give {kind if before else 'a model with them'}"
         )
-    parameters = _global(config)
-    if parameters.get("rope_type") in SCALED:
-        base = parameters.get("original_max_position_embeddings") or reach
-        furthest = int(base * parameters.get("factor", 1.0))
-        if sequence_length > furthest:
-            raise SettingError(
-                f"sequence_length must be at most {furthest:,} with rope_parameters {quoted(dict(given))} over "
-                f"{base:,} positions, got {sequence_length:,}: raise the factor"
-            )
-        if parameters["rope_type"] == "dynamic":
-            # transformers takes what the model was made for from there
-            return
-        parameters.setdefault("original_max_position_embeddings", base)
+    changed = {name for name, value in after.items() if value != before.get(name)}
+    is_of_theta = "rope_theta" in given and changed <= {"rope_theta"}
+    if is_dynamic or (after["rope_type"] in SCALED and not is_of_theta):
+        _check_factor(config, before, given, sequence_length)
     else:
-        _look_at_theta(config, float(before or parameters["rope_theta"]), reach, sequence_length)
+        _look_at_theta(config, before, sequence_length)
     config.max_position_embeddings = sequence_length
 
 
-def least_theta(theta: float, reach: int, sequence_length: int, channels: int) -> float:
+def _check_factor(config: Any, before: Mapping[str, Any], given: Mapping[str, Any], sequence_length: int) -> None:
+    """Refuse a sequence beyond what the factor reaches, and keep what it multiplies for the next one."""
+    parameters, reach = _global(config), int(config.max_position_embeddings)
+    base = parameters.get("original_max_position_embeddings") or reach
+    # Phi has none: transformers makes it of these
+    factor = parameters.get("factor") or reach / base
+    if parameters["rope_type"] == "dynamic":
+        base = reach
+    elif parameters["rope_type"] == before.get("rope_type") and before.get("factor"):
+        # Llama 3.1 was trained further than its factor says: a greater one reaches further by as much as it is greater
+        base = max(base, int(reach / before["factor"]))
+    furthest = max(reach, int(base * factor))
+    if sequence_length > furthest:
+        raise SettingError(
+            f"sequence_length must be at most {furthest:,} with rope_parameters {quoted(dict(given))}, of which the "
+            f"factor, {factor:g}, multiplies {base:,} positions, got {sequence_length:,}: raise the factor"
+        )
+    parameters.setdefault("original_max_position_embeddings", base)
+
+
+def least_theta(theta: float, reach: float, sequence_length: float, channels: int) -> float:
     """The base from which on no pair of channels turns further over a longer sequence than the model has seen.
 
     Pairs that had come full circle have seen all angles, and are left out.
@@ -92,19 +106,35 @@ def least_theta(theta: float, reach: int, sequence_length: int, channels: int) -
     return theta * math.exp(channels / (2 * pair) * math.log(sequence_length / reach))
 
 
-def _look_at_theta(config: Any, before: float, reach: int, sequence_length: int) -> None:
+def _look_at_theta(config: Any, before: Mapping[str, Any], sequence_length: int) -> None:
     """Warn of a base with which positions far back are angles that the model has never seen."""
-    parameters = _global(config)
+    parameters, reach, theta = _global(config), int(config.max_position_embeddings), float(before["rope_theta"])
+    if parameters["rope_type"] == "longrope":
+        # of a longer reach transformers would make another scale of attention
+        parameters.setdefault("factor", reach / parameters["original_max_position_embeddings"])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     channels = int(getattr(config, "qk_rope_head_dim", head_dim) * parameters.get("partial_rotary_factor", 1.0))
-    least = least_theta(before, reach, sequence_length, channels)
+    # what slows down the channels in question by itself, so that a position is as one so much nearer
+    slower, slower_before = _slowing(parameters), _slowing(before)
+    if before.get("rope_type") != "longrope":
+        # some that yarn has taken further say the reach of before
+        reach = max(reach, int((before.get("original_max_position_embeddings") or 0) * slower_before))
+    least = least_theta(theta, reach / slower_before, sequence_length / slower, channels)
     if parameters["rope_theta"] < least:
         notice_once(
             "low theta",
             f"rope_theta {parameters['rope_theta']:,.0f} is low for {sequence_length:,} tokens of a model that was "
-            f"made for {reach:,} with {before:,.0f}: its last tokens come out worse for what is far back; from "
+            f"made for {reach:,} with {theta:,.0f}: its last tokens come out worse for what is far back; from "
             f"{least:,.0f} on no channel turns further than it has seen",
         )
+
+
+def _slowing(parameters: Mapping[str, Any]) -> float:
+    """By what a way of scaling divides the frequencies of the slowest channels."""
+    kind = parameters.get("rope_type", "default")
+    if kind in ("linear", "yarn", "llama3"):
+        return float(parameters.get("factor") or 1.0)
+    return float(max(parameters["long_factor"])) if kind == "longrope" else 1.0
 
 
 def reach_of(config: Any) -> int | None:

@@ -91,3 +91,90 @@ def test_dynamic_frequencies_change_beyond_what_the_model_was_made_for(tmp_path:
     assert (rotary.inv_freq[1:] < before[1:]).all()
     with pytest.raises(SettingError, match="at most"):
         HuggingFaceDecoder(folder, 5 * reach, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+
+
+# Llama 3.1: made for 8,192, taken to 131,072 by a factor of 8 and a training
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 16.0}
+PHI = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0 + 0.5 * i for i in range(32)]}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def scaled(parameters: dict[str, Any], reach: int = 131072) -> Any:
+    original = {} if parameters["rope_type"] in ("linear", "dynamic") else {"original_max_position_embeddings": 8192}
+    return transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=reach, pad_token_id=None,
+        rope_parameters={"rope_theta": 5e5, **parameters, **original},
+    )  # fmt: skip
+
+
+def frequencies(config: Any, length: int) -> tuple[torch.Tensor, float]:
+    """Those of transformers, of the last position of a sequence; and the scale of attention."""
+    make = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS.get(config.rope_parameters["rope_type"])
+    if make is None:
+        channels = config.hidden_size // config.num_attention_heads
+        pairs = torch.arange(0, channels, 2) / channels
+        return config.rope_parameters["rope_theta"] ** -pairs.double(), 1.0
+    found, scale = make(config, device="cpu", seq_len=length)
+    return found.double(), scale
+
+
+@pytest.mark.parametrize("parameters", [LLAMA3, YARN, PHI, LINEAR], ids=lambda given: given["rope_type"])
+@pytest.mark.parametrize("inside", [False, True], ids=["rope_theta", "rope_parameters"])
+def test_a_scaled_model_reaches_further_by_a_theta_that_is_judged_as_any_other(
+    parameters: dict[str, Any], inside: bool, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach, length = 131072, 262144
+    turned, scale = frequencies(scaled(parameters), length)
+    had_not = turned * reach < 2 * torch.pi
+    assert 0 < had_not.sum() < len(had_not)
+    said = []
+    for theta in (5e5, 1e6, 4e6, 3e7):
+        monkeypatch.setattr("lightning_lighthouse.notices._given", set())
+        recwarn.clear()
+        config = scaled(parameters)
+        # told again or not, what is the model's has not changed
+        given = {"rope_theta": theta, "rope_type": parameters["rope_type"]}
+        extend_positions(config, length, *((None, given) if inside else (theta, None)))
+        assert reach_of(config) == length
+        assert config.rope_parameters["rope_theta"] == theta
+        turns, new_scale = frequencies(config, length)
+        is_said = any(f"is low for {length:,} tokens" in str(warning.message) for warning in recwarn)
+        assert is_said == bool((turns * length > turned * reach * (1 + 1e-6))[had_not].any())
+        assert new_scale == scale
+        said.append(is_said)
+    assert said[0]
+    assert not said[-1]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "given", "furthest"),
+    [
+        (LLAMA3, {"factor": 16.0}, 262144),
+        (LLAMA3, {"factor": 4.0}, 131072),
+        (LLAMA3, {"factor": 8.0, "low_freq_factor": 2.0}, 131072),
+        (YARN, {"factor": 32.0}, 262144),
+        (YARN, {"factor": 32.0, "rope_theta": 1e6}, 262144),
+        (PHI, {"long_factor": [40.0] * 32}, 131072),
+        (PHI, {"factor": 32.0}, 262144),
+        ({"rope_type": "dynamic", "factor": 2.0}, {"factor": 4.0}, 524288),
+        ({"rope_type": "dynamic", "factor": 2.0}, {"rope_theta": 1e7}, 262144),
+    ],
+)
+def test_a_line_names_what_the_factor_reaches_and_no_less_than_the_model_does(
+    parameters: dict[str, Any], given: dict[str, Any], furthest: int
+) -> None:
+    extend_positions(scaled(parameters), furthest, None, given)
+    line = rf"sequence_length must be at most {furthest:,} with rope_parameters .*, got {furthest + 1:,}: raise the fac"
+    with pytest.raises(SettingError, match=line):
+        extend_positions(scaled(parameters), furthest + 1, None, given)
+
+
+def test_without_a_setting_a_model_reaches_what_it_was_made_for() -> None:
+    for parameters, reach, kind in (
+        (LLAMA3, 131072, "rope_theta or rope_parameters"),
+        ({"rope_type": "dynamic", "factor": 2.0}, 262144, "rope_parameters with a greater factor"),
+    ):
+        extend_positions(scaled(parameters), reach, None, None)
+        with pytest.raises(SettingError, match=rf"at most the {reach:,} positions .* got {reach + 1:,}: give {kind}"):
+            extend_positions(scaled(parameters), reach + 1, None, None)
