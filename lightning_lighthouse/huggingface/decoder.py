@@ -22,6 +22,7 @@ from lightning_lighthouse.huggingface.rope import check_shared, extend_positions
 from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
 from lightning_lighthouse.model.language_model import LanguageModel, check, tokens_of
 from lightning_lighthouse.model.network import chunks_of, total_of_chunks
+from lightning_lighthouse.model.targets import mean_of
 
 
 class HuggingFaceDecoder(LanguageModel):
@@ -29,7 +30,7 @@ class HuggingFaceDecoder(LanguageModel):
 
     The model is built without memory, and its weights are read when the Trainer asks for the model: on each process
     where each holds a copy, on the first alone where FSDP2 shards it. `lighthouse export` writes what became of it as a
-    folder of transformers.
+    folder of transformers. A batch is that of `LanguageModel`: tokens, labels, documents.
 
     Args:
         model: A folder that transformers saved, a name that it can load, or a `.gguf` file, which is read as floats.
@@ -158,13 +159,13 @@ class HuggingFaceDecoder(LanguageModel):
         """The mean cross-entropy of a batch in nats per token; ValueError where the batch holds no such tokens."""
         tokens = tokens_of(batch)
         self.look_for_documents(batch)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        inputs, (targets, count) = tokens[:, :-1], self.targets(batch)
         x_BNW = self.hidden(inputs, self.positions(batch, inputs))
         # without gradients there is nothing to gain by making them
         if torch.is_grad_enabled() and is_fused(self.hparams["loss_backend"], x_BNW.device):
-            return fused_loss(self.model, x_BNW.flatten(0, 1), targets.flatten()) / targets.numel()
+            return mean_of(fused_loss(self.model, x_BNW.flatten(0, 1), targets.flatten()), count)
         chunks = chunks_of(x_BNW, targets, self.hparams["loss_chunk"])
-        return total_of_chunks(self._chunk_loss, chunks) / targets.numel()
+        return mean_of(total_of_chunks(self._chunk_loss, chunks), count)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""

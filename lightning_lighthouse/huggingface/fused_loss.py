@@ -59,7 +59,7 @@ def fused_loss(model: Any, x_TW: Tensor, targets_T: Tensor) -> Tensor:
     Args:
         model: Of transformers, of which the output layer is asked.
         x_TW: The last hidden states.
-        targets_T: Token ids.
+        targets_T: Token ids; -100 counts nothing.
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

@@ -20,21 +20,22 @@ from lightning_lighthouse.model.network import (
     Head,
     Shape,
     chunk_for,
-    chunked_loss,
     chunks_of,
     recompute,
     rotary_tables,
     rotary_tables_at,
+    total_of_chunks,
 )
+from lightning_lighthouse.model.targets import mean_of
 
 
 class Decoder(LanguageModel):
     """A Llama-style language model with its loss, optimizer and schedule.
 
     A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
-    Where it holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of the N lie.
-    The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data module
-    has `bytes_per_token`, `val/bits_per_byte`.
+    Where it holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of the N lie;
+    labels and masks are read as `LanguageModel` says. The training loss is returned, not logged; validation logs
+    `val/loss` in nats per token and, where the data module has `bytes_per_token`, `val/bits_per_byte`.
 
     Args:
         preset: The sizes to start from. "toy": 0.9M parameters, learns on a CPU; "small": 41M; "base": 114M;
@@ -158,8 +159,9 @@ class Decoder(LanguageModel):
         """
         tokens = tokens_of(batch)
         self.look_for_documents(batch)
+        targets, count = self.targets(batch)
         x_BNW = self.hidden(tokens[:, :-1], self.positions(batch, tokens[:, :-1]))
-        return chunked_loss(self.head, x_BNW, tokens[:, 1:], self._chunk)
+        return mean_of(total_of_chunks(self.head, chunks_of(x_BNW, targets, self._chunk)), count)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` and others ask for."""

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.model.targets import padding, targets_of, tells_documents
 from lightning_lighthouse.routing.given_documents import read_documents
 from lightning_lighthouse.routing.layers import scope_of
 from lightning_lighthouse.routing.packing import POSITIONS, PackingCheck, said_of_documents
@@ -28,8 +29,10 @@ class LanguageModel(pl.LightningModule):
     """Predicts the next token: trains with AdamW on the mean loss of a batch, validates in nats per token.
 
     A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
-    The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data module
-    has `bytes_per_token`, `val/bits_per_byte`.
+    Where `labels` lie beside them, as long, these are what is predicted, and nothing where they are -100. An
+    `attention_mask` has zeros only where documents are read from it. What else would change the loss in transformers is
+    refused. The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data
+    module has `bytes_per_token`, `val/bits_per_byte`.
 
     Where a batch holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of N lie.
 
@@ -44,6 +47,7 @@ class LanguageModel(pl.LightningModule):
         self.nats_per_token = MeanMetric(nan_strategy=math.nan)
         self.bits_per_byte = MeanMetric(nan_strategy=math.nan)
         self._packing = PackingCheck()
+        self._padding = PackingCheck(SettingError)
 
     def check_hyperparameters(self) -> None:
         """Raise ValueError for the first one that is out of range."""
@@ -106,12 +110,41 @@ class LanguageModel(pl.LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Tensor] | Tensor, stage: str) -> None:
         loss = self.loss(batch)
-        num_tokens = tokens_of(batch)[:, 1:].numel()
+        _, num_tokens = targets_of(batch, tokens_of(batch), self._reads_mask(batch))
         self.nats_per_token.update(loss, num_tokens)
         self.log(f"{stage}/loss", self.nats_per_token, prog_bar=True)
         if self.bytes_per_token is not None:
             self.bits_per_byte.update(loss / (math.log(2) * self.bytes_per_token), num_tokens)
             self.log(f"{stage}/bits_per_byte", self.bits_per_byte)
+
+    def on_train_end(self) -> None:
+        """Hear what the GPU found in the last batches."""
+        self._packing.finish()
+        self._padding.finish()
+
+    def on_validation_end(self) -> None:
+        """The same."""
+        self.on_train_end()
+
+    def on_test_end(self) -> None:
+        """The same."""
+        self.on_train_end()
+
+    def targets(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, int | Tensor]:
+        """What the N tokens of a batch are to predict, `[B, N]`, -100 where nothing; and how many that are.
+
+        Raises:
+            SettingError: The batch is padded, or holds what would change the loss and is not read. Of a batch on a GPU
+                padding is found with the next one, so that nothing waits; in the first one at once.
+        """
+        tokens, reads_mask = tokens_of(batch), self._reads_mask(batch)
+        if not reads_mask:
+            self._padding.refuse(padding(batch, tokens))
+        return targets_of(batch, tokens, reads_mask)
+
+    def _reads_mask(self, batch: Mapping[str, Any] | Tensor) -> bool:
+        """Whether documents are kept apart, and read from the mask of this batch."""
+        return said_of_documents(self) is True and tells_documents(batch)
 
     def look_for_documents(self, batch: Mapping[str, Any] | Tensor) -> None:
         """Refuse a batch that packs documents where neither a patch nor a callback was told what to do."""
