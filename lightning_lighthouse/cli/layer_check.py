@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning_lighthouse.attention.layer_types import spread_over
 from lightning_lighthouse.checks import SettingError
 from lightning_lighthouse.routing.targets import choose_routed, find_targets
+from lightning_lighthouse.routing.token_mixers import require_attention_alone
 from lightning_lighthouse.training.callback import LighthouseCallback
 
 
@@ -32,6 +33,8 @@ def check_layers(callback: LighthouseCallback, model: LightningModule, num_token
         return
     if callback.select is not None:
         targets = find_targets(model, callback.select)
+    if callback.documents is True:
+        require_attention_alone(model, targets.values())
     choose_routed(targets, callback.dense_layers)
     for number, phase in enumerate(callback.phases_for(targets)):
         try:

@@ -22,6 +22,7 @@ from lightning_lighthouse.routing.packing import MASK, DocumentsSetting, PackedB
 from lightning_lighthouse.routing.reasons import refuse
 from lightning_lighthouse.routing.scope import Scope, is_without_gradients
 from lightning_lighthouse.routing.targets import find_targets
+from lightning_lighthouse.routing.token_mixers import require_attention_alone
 
 # What transformers calls keys and values of tokens before
 CACHES = ("past_key_values", "cache")
@@ -222,13 +223,17 @@ def _has_cache(inputs: Mapping[str, Any]) -> bool:
 
 
 def find_others(model: nn.Module, layers: dict[str, nn.Module], targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """What attends beside the routed layers, by name: the dense layers, and those that `select` leaves out.
+    """What is to attend inside documents beside the routed layers, by name: dense ones, those that `select` leaves out.
 
     Args:
         model: Searched through.
         layers: That `select` chose.
         targets: Those of them that are routed.
+
+    Raises:
+        SettingError: Something that is no attention goes across documents.
     """
+    require_attention_alone(model, layers.values())
     try:
         found = find_targets(model)
     except ValueError:

@@ -364,8 +364,8 @@ def patch_attention(
         unchecked patch is checked at the end.
 
     Raises:
-        ValueError: No attention found, no layer left to route, the model is patched already, or `hf_assume_causal`
-            without a transformers model.
+        ValueError: No attention found, no layer left to route, the model is patched already, `hf_assume_causal`
+            without a transformers model, or `documents=True` where more than attention goes across tokens.
     """
     if type(hf_assume_causal) is not bool:
         raise TypeError(f"hf_assume_causal must be a bool, got {quoted(hf_assume_causal)}")
