@@ -18,10 +18,12 @@ def bind(model: nn.Module, patch: Any) -> None:
     for module in model.modules():
         if not callable(getattr(type(module), "generate", None)):
             continue
-        if _PATCHES not in module.__dict__:
+        # of a model that was pickled while it was patched nothing but None is left
+        before = tuple(patch for patch in module.__dict__.get(_PATCHES, ()) if patch is not None)
+        if not before:
             module.__dict__[_FORMER] = module.__dict__.get("generate")
             module.__dict__["generate"] = MethodType(generate, module)
-        module.__dict__[_PATCHES] = (*module.__dict__.get(_PATCHES, ()), patch)
+        module.__dict__[_PATCHES] = (*before, patch)
 
 
 def unbind(model: nn.Module) -> None:
