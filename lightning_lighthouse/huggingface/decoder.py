@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_lighthouse.checks import SettingError, check_type, quoted
 from lightning_lighthouse.context.group import current, local_positions
 from lightning_lighthouse.huggingface.fused_loss import LossBackend, check_installed, fused_loss, is_fused
-from lightning_lighthouse.huggingface.head import check_head, logits_of
+from lightning_lighthouse.huggingface.head import check_head, logits_of, require_base_model
 from lightning_lighthouse.huggingface.reading import empty_model, read_config, read_weights
 from lightning_lighthouse.huggingface.rope import check_shared, extend_positions
 from lightning_lighthouse.huggingface.tokenizers import check_tokenizer
@@ -93,6 +93,7 @@ class HuggingFaceDecoder(LanguageModel):
         extend_positions(self.config.get_text_config(), sequence_length, rope_theta, rope_parameters)
         self.config.use_cache = False
         self.model = self._prepared(empty_model(self.config, self._weights_dtype))
+        require_base_model(self.model)
 
     @property
     def _weights_dtype(self) -> torch.dtype:

@@ -37,6 +37,20 @@ def cap_of(model: Any) -> float | None:
     return cap
 
 
+def require_base_model(model: Any) -> None:
+    """Make sure that the layers lie in a model of their own, whose last hidden states `logits_of` takes.
+
+    Raises:
+        SettingError: They do not, as in Llama 4.
+    """
+    if model.base_model is model:
+        raise SettingError(
+            f"{type(model).__name__} does not keep its layers in a base model ({model.base_model_prefix}) as other "
+            "models of transformers do, so its loss cannot be computed in chunks: train it with a LightningModule of "
+            "your own"
+        )
+
+
 @torch.no_grad()
 def check_head(model: Any) -> None:
     """Make sure, on a few tokens, that `logits_of` is all that the model does behind its last hidden states.

@@ -313,6 +313,19 @@ def test_a_family_that_does_more_to_its_logits_is_refused(tmp_path: Path, monkey
         made(folder)
 
 
+def test_a_family_whose_layers_lie_in_no_base_model_is_refused(tmp_path: Path) -> None:
+    from transformers import Llama4TextConfig
+
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = Llama4TextConfig(vocab_size=257, num_hidden_layers=2, head_dim=8, num_local_experts=2, **sizes)
+    config.architectures = ["Llama4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        SettingError, match=r"^Llama4ForCausalLM does not keep its layers in a base model \(language_mod"
+    ):
+        HuggingFaceDecoder(str(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_two_processes_that_share_it_train_as_one(tmp_path: Path, tied: bool) -> None:
