@@ -30,7 +30,7 @@ class Counts:
 
     Args:
         documents: Documents that are not empty.
-        text_bytes: Bytes of their text, UTF-8.
+        text_bytes: Bytes of their text, UTF-8; 0 where some of it is unknown, since tokens were read.
         tokens: Tokens of all documents, ends of documents included.
         sequences: Sequences of `seq_len + 1` tokens.
         dropped_tokens: Tokens of the last, incomplete sequence (of each source).
@@ -49,6 +49,11 @@ class Counts:
     cut_documents: int = 0
     long_sequences: int = 0
     left_out_sequences: int = 0
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text that one token stands for; None where some of the text is unknown, or there is none."""
+        return self.text_bytes / self.tokens if self.text_bytes else None
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,11 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text that one token stands for, all splits together; None where tokens were read and no text."""
-        splits = (self.train, self.validation, self.test)
-        text_bytes = sum(split.text_bytes for split in splits)
-        return text_bytes / sum(split.tokens for split in splits) if text_bytes else None
+        """Bytes of text that one token stands for, all splits together; None where some of the text is unknown."""
+        splits = [split for split in (self.train, self.validation, self.test) if split.tokens]
+        if any(split.bytes_per_token is None for split in splits):
+            return None
+        return sum(split.text_bytes for split in splits) / sum(split.tokens for split in splits)
 
     def summary(self) -> str:
         """One line."""
@@ -139,10 +145,15 @@ class Manifest:
             splits["test"] = self.test
         lines = [f"{'':18}" + "".join(f"{name:>16}" for name in splits)]
         for count in fields(Counts):
-            values = (getattr(split, count.name) for split in splits.values())
-            lines.append(f"{count.name.replace('_', ' '):18}" + "".join(f"{value:16,}" for value in values))
-        if self.bytes_per_token is not None:
-            lines.append(f"{'bytes per token':18}{self.bytes_per_token:16.4f}")
+            values = [f"{getattr(split, count.name):,}" for split in splits.values()]
+            if count.name == "text_bytes":
+                known = [split.bytes_per_token is not None or not split.tokens for split in splits.values()]
+                values = [value if is_known else "unknown" for value, is_known in zip(values, known, strict=True)]
+            lines.append(f"{count.name.replace('_', ' '):18}" + "".join(f"{value:>16}" for value in values))
+        ratios = [split.bytes_per_token for split in splits.values()]
+        if any(ratios):
+            shown = ("-" if ratio is None else f"{ratio:.4f}" for ratio in ratios)
+            lines.append(f"{'bytes per token':18}" + "".join(f"{ratio:>16}" for ratio in shown))
         for source in self.sources:
             share = source.sequences / self.train.sequences
             lines.append(

@@ -78,8 +78,21 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text that one token stands for; None before the data is prepared."""
+        """Bytes of text that one token stands for, all splits together.
+
+        None before the data is prepared, and where some of the text is unknown.
+        """
         return self._load_manifest().bytes_per_token if is_prepared(self.folder) else None
+
+    @property
+    def validation_bytes_per_token(self) -> float | None:
+        """The same of the validation split alone; also None where there is none."""
+        return self._load_manifest().validation.bytes_per_token if is_prepared(self.folder) else None
+
+    @property
+    def test_bytes_per_token(self) -> float | None:
+        """The same of the test split alone; also None where there is none."""
+        return self._load_manifest().test.bytes_per_token if is_prepared(self.folder) else None
 
     def load_tokenizer(self) -> Tokenizer:
         """What turned the text into tokens; for evaluations that write sentences of their own."""

@@ -35,7 +35,7 @@ class Decoder(LanguageModel):
     A batch is `{"tokens": [B, N + 1] int64}` or that tensor alone: the first N tokens are read, the last N predicted.
     Where it holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of the N lie;
     labels and masks are read as `LanguageModel` says. The training loss is returned, not logged; validation logs
-    `val/loss` in nats per token and, where the data module has `bytes_per_token`, `val/bits_per_byte`.
+    `val/loss` in nats per token and, where the data module has `validation_bytes_per_token`, `val/bits_per_byte`.
 
     Args:
         preset: The sizes to start from. "toy": 0.9M parameters, learns on a CPU; "small": 41M; "base": 114M;

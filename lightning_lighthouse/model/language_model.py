@@ -32,7 +32,8 @@ class LanguageModel(pl.LightningModule):
     Where `labels` lie beside them, as long, these are what is predicted, and nothing where they are -100. An
     `attention_mask` has zeros only where documents are read from it. What else would change the loss in transformers is
     refused. The training loss is returned, not logged; validation logs `val/loss` in nats per token and, where the data
-    module has `bytes_per_token`, `val/bits_per_byte`.
+    module has `validation_bytes_per_token`, `val/bits_per_byte`; a test likewise, by `test_bytes_per_token`. A data
+    module that tells no splits apart may have `bytes_per_token` for both.
 
     Where a batch holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of N lie.
 
@@ -43,6 +44,7 @@ class LanguageModel(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.bytes_per_token: float | None = None
+        self._bytes_per_token: dict[str, float | None] = {}
         # a NaN loss must show; torchmetrics' "disable" would ignore the weights
         self.nats_per_token = MeanMetric(nan_strategy=math.nan)
         self.bits_per_byte = MeanMetric(nan_strategy=math.nan)
@@ -83,6 +85,9 @@ class LanguageModel(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         self.check_data(data)
         self.bytes_per_token = getattr(data, "bytes_per_token", None)
+        # a token of one split may stand for more text than one of another
+        names = {"val": "validation_bytes_per_token", "test": "test_bytes_per_token"}
+        self._bytes_per_token = {stage: getattr(data, name) for stage, name in names.items() if hasattr(data, name)}
 
     def check_data(self, data: Any) -> None:
         """Refuse a data module, if it is one, whose tokens are not the model's. Raises SettingError."""
@@ -113,8 +118,9 @@ class LanguageModel(pl.LightningModule):
         _, num_tokens = targets_of(batch, tokens_of(batch), self._reads_mask(batch))
         self.nats_per_token.update(loss, num_tokens)
         self.log(f"{stage}/loss", self.nats_per_token, prog_bar=True)
-        if self.bytes_per_token is not None:
-            self.bits_per_byte.update(loss / (math.log(2) * self.bytes_per_token), num_tokens)
+        bytes_per_token = self._bytes_per_token.get(stage, self.bytes_per_token)
+        if bytes_per_token is not None:
+            self.bits_per_byte.update(loss / (math.log(2) * bytes_per_token), num_tokens)
             self.log(f"{stage}/bits_per_byte", self.bits_per_byte)
 
     def on_train_end(self) -> None:

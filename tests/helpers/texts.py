@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_lighthouse.data.manifest import Manifest
 
@@ -17,6 +19,18 @@ def write_jsonl(path: Path, texts: Iterable[str], field: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
     return path
+
+
+def optimized(folder: Path, items: list[list[int]], dtype: Any = torch.int32) -> None:
+    """A litdata folder of tokens, an item for each list, some 2,000 tokens in a chunk."""
+    from litdata.streaming.item_loader import TokensLoader
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(folder), chunk_size=2000, item_loader=TokensLoader())
+    for i, item in enumerate(items):
+        writer.add_item(i, torch.tensor(item, dtype=dtype))
+    writer.done()
+    (folder / "0.index.json").rename(folder / "index.json")
 
 
 def stored_sequences(folder: Path, split: str = "train") -> np.ndarray:

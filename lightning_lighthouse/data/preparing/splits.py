@@ -199,9 +199,11 @@ def _why_no_mix(path: str | None, is_long: bool, settings: DataOptions) -> str:
 
 
 def _count(parts: list[Part], writer: ChunkWriter, left_out: int) -> Counts:
+    # the bytes of some sources over the tokens of all would pass for bytes per token
+    is_known = all(part.text_bytes or not part.tokens for part in parts)
     return Counts(
         documents=sum(part.documents for part in parts),
-        text_bytes=sum(part.text_bytes for part in parts),
+        text_bytes=sum(part.text_bytes for part in parts) if is_known else 0,
         tokens=sum(part.tokens for part in parts),
         sequences=writer.sequences,
         dropped_tokens=sum(part.packer.waiting_tokens for part in parts),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from texts import END, stored_sequences, texts_of, write_jsonl
+from texts import END, optimized, stored_sequences, texts_of, write_jsonl
 
 from lightning_lighthouse import LighthouseWarning
 from lightning_lighthouse.data.manifest import Manifest
@@ -248,18 +248,6 @@ def test_a_text_folder_may_have_such_names_too(tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"state": "solid"}')
     manifest = prepare(str(tmp_path / "out"), seq_len=1, source=str(tmp_path), validation_fraction=0)
     assert manifest.train.documents == 1
-
-
-def optimized(folder: Path, items: list[list[int]], dtype: Any = torch.int32) -> None:
-    """A litdata folder of tokens, an item for each list, some 2,000 tokens in a chunk."""
-    from litdata.streaming.item_loader import TokensLoader
-    from litdata.streaming.writer import BinaryWriter
-
-    writer = BinaryWriter(str(folder), chunk_size=2000, item_loader=TokensLoader())
-    for i, item in enumerate(items):
-        writer.add_item(i, torch.tensor(item, dtype=dtype))
-    writer.done()
-    (folder / "0.index.json").rename(folder / "index.json")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint16, torch.int64], ids=str)
