@@ -38,7 +38,7 @@ from lightning_lighthouse.huggingface.reading import is_model, is_name
 from lightning_lighthouse.huggingface.tokenizers import PretrainedTokenizer, check_tokenizer
 from lightning_lighthouse.notices import quiet_lightning, shown_notices
 from lightning_lighthouse.routing.patch import Patch, patch_attention
-from lightning_lighthouse.runs.evaluation_record import EVALUATION, read_evaluations
+from lightning_lighthouse.runs.evaluation_record import EVALUATION, model_name, read_evaluations
 from lightning_lighthouse.runs.final_weights import FINAL
 from lightning_lighthouse.runs.pictures import check_picture
 from lightning_lighthouse.runs.record import REPORT
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     with _refused_as_usage():
         evaluation = _evaluation(arguments, output)
     evaluation.needs_length = arguments.lengths is not None
-    evaluation.notes = {"model": str(target_path), "attention": _in_words(attention)}
+    evaluation.notes = {"model": model_name(target_path), "attention": _in_words(attention)}
     callbacks: list[Callback] = [evaluation, *([AttendAs(attention)] if attention else [])]
     drop_notices()
     with shown_notices(), _progress(evaluation):

@@ -315,7 +315,7 @@ class LongContextEvaluation(Callback):
         folder = self.output or run_folder(trainer)
         if trainer.is_global_zero:
             # what the run itself has found stays
-            steps = self.results if self._stage == "fit" else merged(read_evaluations(folder), result)
+            steps = self.results if self._stage == "fit" else merged(read_evaluations(folder), result, folder)
             write_evaluations(folder, steps)
 
     def _measure(

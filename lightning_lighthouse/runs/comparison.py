@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_lighthouse.attention.config import LighthouseConfig
 from lightning_lighthouse.phases.schedule import DENSE, LIGHTHOUSE
-from lightning_lighthouse.runs.evaluation_record import read_evaluations, sum_up
+from lightning_lighthouse.runs.evaluation_record import last_of, read_evaluations, sum_up
 from lightning_lighthouse.runs.record import REPORT, REPORT_VERSION
 
 
@@ -103,8 +103,7 @@ def read_last_evaluation(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: Its `evaluation.json` is none.
     """
-    steps = read_evaluations(path if path.is_dir() else path.parent)
-    return steps[-1] if steps else {}
+    return last_of(read_evaluations(path if path.is_dir() else path.parent))
 
 
 def summarize(

@@ -17,6 +17,8 @@ from lightning_lighthouse.runs.saving import is_remote, save_text
 
 EVALUATION = "evaluation.json"
 EVALUATION_VERSION = 1
+# numbers with others of these are of other samples, or of other weights
+SAMPLED = ("seed", "num_samples", "dtype")
 
 
 def write_evaluations(folder: str | Path, steps: Sequence[dict[str, Any]]) -> str:
@@ -56,18 +58,70 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
     return steps
 
 
-def merged(steps: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+def model_name(path: str | Path) -> str:
+    """What an evaluation calls its model: a path from the root, as `last.ckpt` alone is that of any run; a name of
+    transformers as it is."""
+    path = Path(path)
+    if not path.exists():
+        return str(path)
+    # a link to a folder, as `latest`, may be another run's tomorrow; one to a file, as in a cache, has the telling name
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
+
+
+def merged(
+    steps: Sequence[dict[str, Any]], new: dict[str, Any], folder: str | Path | None = None
+) -> list[dict[str, Any]]:
     """The evaluations with a new one: what it measured takes the place of the same of an older one.
 
-    That is one of the same step and attention, and where no step is known, of the same model.
+    That is one of the same step, attention, model, seed, samples and dtype; any other stays as it is.
+
+    Args:
+        steps: The older ones.
+        new: The new one.
+        folder: Theirs; the one of the run whose own evaluations name no model.
     """
+    of_same = [number for number, one in enumerate(steps) if _is_of_same(one, new, folder)]
+    if not of_same:
+        return _in_order([*steps, new])
+    last = of_same[-1]
+    others = [one for number, one in enumerate(steps) if number != last]
+    return _in_order([*others, {**steps[last], **new}])
 
-    def place(one: dict[str, Any]) -> tuple[Any, ...]:
-        return one["step"], one.get("attention") or "dense", one.get("model") if one["step"] is None else None
 
-    older = next((one for one in steps if place(one) == place(new)), {})
-    others = [one for one in steps if place(one) != place(new)]
-    return sorted([*others, {**older, **new}], key=lambda one: (one["step"] is not None, one["step"] or 0))
+def last_of(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last evaluation, and what others of its step, model and attention measured, by other samples; {} of none."""
+    found: dict[str, Any] = {}
+    for one in steps:
+        if _place(one) == _place(steps[-1]) and _may_be_same_model(one, steps[-1]):
+            found |= one
+    return found
+
+
+def _in_order(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(steps, key=lambda one: (one["step"] is not None, one["step"] or 0))
+
+
+def _place(one: dict[str, Any]) -> tuple[Any, ...]:
+    return one["step"], one.get("attention") or "dense"
+
+
+def _may_be_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    names = [model_name(each["model"]) for each in (one, other) if each.get("model") is not None]
+    return len(set(names)) < 2
+
+
+def _is_of_same(one: dict[str, Any], new: dict[str, Any], folder: str | Path | None) -> bool:
+    if _place(one) != _place(new) or not _may_be_same_model(one, new):
+        return False
+    names = [each["model"] for each in (one, new) if each.get("model") is not None]
+    if len(names) == 1:
+        # one of them is a run's own: no other model's, even of the same step
+        if one["step"] is None:
+            return False
+        path = Path(model_name(names[0]))
+        if folder is not None and Path(folder).resolve() not in (path, path.parent, path.parent.parent):
+            return False
+    return all(one[key] == new[key] for key in SAMPLED if key in one and key in new)
 
 
 def sum_up(evaluation: dict[str, Any]) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -91,6 +92,18 @@ def test_other_attention_is_measured_elsewhere_than_in_the_run(run, tmp_path, mo
     # the first 64 tokens see all that there is
     assert values[0][0] == pytest.approx(values[1][0], rel=1e-6)
     assert values[0][1] != pytest.approx(values[1][1], rel=1e-7)
+
+
+def test_two_runs_evaluated_into_one_folder_have_an_evaluation_each(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "b", ignore=shutil.ignore_patterns("evaluation.json"))
+    # the same path from two folders
+    for folder, measure in ((run, "copies"), (tmp_path / "b", "loss_by_position"), (run, "loss_by_position")):
+        monkeypatch.chdir(folder)
+        evaluated("checkpoints/last.ckpt", "--measures", measure, "--lengths", "128", "--output", tmp_path / "both")
+    b, a = read_evaluations(tmp_path / "both")
+    assert (a["model"], b["model"]) == (str(run / "checkpoints/last.ckpt"), str(tmp_path / "b/checkpoints/last.ckpt"))
+    assert all(a[measure] for measure in ("copies", "loss_by_position"))
+    assert "copies" not in b
 
 
 def test_types_of_more_layers_than_the_model_has_are_a_mistake_in_the_arguments(run, tmp_path, monkeypatch, capsys):
