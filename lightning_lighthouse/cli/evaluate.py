@@ -108,6 +108,7 @@ class EvaluateCLI(LighthouseCLI):
         self.callbacks = list(callbacks)
         self.evaluation = next(callback for callback in callbacks if isinstance(callback, LongContextEvaluation))
         self.target = target
+        self.is_limited = any(item.partition("=")[0] == "--trainer.limit_val_batches" for item in arguments)
         super().__init__("validate", arguments)
 
     def before_instantiate_classes(self) -> None:
@@ -123,12 +124,14 @@ class EvaluateCLI(LighthouseCLI):
         self.built.trainer.enable_model_summary = False
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the Trainer, which validates no more than the evaluation needs."""
+        """Build the Trainer, which validates what the evaluation needs: a recipe's limit is its training's."""
         seq_len, batch_size = (getattr(self.datamodule, name, None) for name in ("seq_len", "batch_size"))
-        if isinstance(seq_len, int) and isinstance(batch_size, int) and self.built.trainer.limit_val_batches is None:
+        limit = self.built.trainer.limit_val_batches
+        is_all = isinstance(limit, float) and limit == 1.0
+        if isinstance(seq_len, int) and isinstance(batch_size, int) and not self.is_limited and not is_all:
             longest = max(self.evaluation.lengths or lengths_up_to(seq_len))
-            needed = enough(longest, self.evaluation.num_samples)
-            kwargs["limit_val_batches"] = math.ceil(needed / (seq_len + 1) / batch_size)
+            needed = math.ceil(enough(longest, self.evaluation.num_samples) / (seq_len + 1) / batch_size)
+            kwargs["limit_val_batches"] = max(needed, limit if isinstance(limit, int) else 0)
         return super().instantiate_trainer(**kwargs)
 
 

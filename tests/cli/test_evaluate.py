@@ -153,6 +153,20 @@ def test_lengths_none_of_which_the_text_fills_are_an_error_that_says_what_fits(r
     assert read_evaluations(tmp_path)[0]["lengths"] == [256]
 
 
+@pytest.mark.parametrize("limit", [2, 0.2])
+def test_the_limit_of_a_recipe_is_raised_to_what_the_lengths_need(run, tmp_path, monkeypatch, capsys, limit):
+    monkeypatch.chdir(tmp_path)
+    trainer = {**RECIPE["trainer"], "limit_val_batches": limit}
+    Path("limited.yaml").write_text(yaml.safe_dump({**RECIPE, "trainer": trainer}))
+    asked = ["-c", "limited.yaml", "--lengths", "1024", "--measures", "copies", "--output", "."]
+    evaluated(run, *asked)
+    assert read_evaluations(tmp_path)[0]["lengths"] == [1024]
+    # the command's own stands
+    few = ["--trainer.limit_val_batches", "2"]
+    assert cli.main(["evaluate", str(run), *asked, *few]) == 1
+    assert "lengths must be at most 513 for the 514 tokens" in capsys.readouterr().err
+
+
 def _task(folder: Path) -> Path:
     path = folder / "task.jsonl"
     path.write_text('{"prompt": "river ", "answer": "stone"}\n')
