@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from torchmetrics import MeanMetric
 
 from lightning_lighthouse.attention.documents import Documents
 from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.model.resumed_optimizer import tell_kept_settings
 from lightning_lighthouse.model.targets import padding, targets_of, tells_documents
 from lightning_lighthouse.routing.given_documents import read_documents
 from lightning_lighthouse.routing.layers import scope_of
@@ -203,7 +205,16 @@ class LanguageModel(pl.LightningModule):
         settings = {name: self.hparams[name] for name in ("betas", "eps")}
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], fused=True, **settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
+        tell_kept_settings(optimizer, self._is_resuming)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _is_resuming(self) -> bool:
+        """Whether the run goes on from a checkpoint, a given one or that of a cluster's next job."""
+        trainer = self._trainer
+        # the finders of rates and batch sizes put back what they tried by a file of such a name
+        if trainer is None or Path(str(trainer.ckpt_path or "")).name.startswith((".lr_find_", ".scale_batch_size_")):
+            return False
+        return trainer.ckpt_path is not None or trainer._checkpoint_connector._hpc_resume_path is not None
 
     def configure_gradient_clipping(
         self,

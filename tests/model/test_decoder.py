@@ -10,8 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from warned import own_warnings
 
 from lightning_lighthouse.model import Decoder
 
@@ -209,6 +211,37 @@ def test_resumed_training_equals_unbroken_training(tmp_path: Path) -> None:
     make_trainer(max_steps=8).fit(resumed, data, ckpt_path=checkpoint, weights_only=True)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_optimizer_settings_changed_on_resume_are_told_once(tmp_path: Path) -> None:
+    data, checkpoint = Batches(make_tokens(2, 20)), tmp_path / "model.ckpt"
+    first = make_trainer(max_steps=2, max_epochs=-1)
+    settings = {"learning_rate": 1e-2, "warmup_steps": 4}
+    first.fit(make_decoder(**settings), data)
+    first.save_checkpoint(checkpoint)
+
+    def resumed(**changed: Any) -> tuple[list[str], dict[str, Any]]:
+        trainer, model = make_trainer(max_steps=4, max_epochs=-1), make_decoder(**{**settings, **changed})
+        with own_warnings() as lines:
+            trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+        return lines, trainer.optimizers[0].param_groups[0]
+
+    assert resumed()[0] == []
+    assert resumed(betas=[0.9, 0.95], learning_rate=1e-2 * (1 + 1e-12), warmup_steps=3)[0] == []
+    lines, group = resumed(learning_rate=1e-5, weight_decay=0.5, betas=(0.8, 0.9), eps=1e-6)
+    assert (group["initial_lr"], group["weight_decay"]) == (1e-2, 0.1)
+    assert lines == [
+        "Lighthouse: the run goes on with learning_rate=0.01, betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1 of its "
+        "checkpoint, though the settings now say learning_rate=1e-05, betas=(0.8, 0.9), eps=1e-06, weight_decay=0.5; "
+        "for these, begin a new run from the checkpoint's weights (docs/use/reliability.md)"
+    ]
+
+
+def test_a_finder_of_rates_is_no_changed_setting() -> None:
+    model, trainer = make_decoder(warmup_steps=0), make_trainer(max_steps=2, max_epochs=-1)
+    with own_warnings() as lines:
+        Tuner(trainer).lr_find(model, datamodule=Batches(make_tokens(2, 20)), num_training=12)
+    assert lines == []
 
 
 def test_a_checkpoint_restores_model_and_settings(tmp_path: Path) -> None:
