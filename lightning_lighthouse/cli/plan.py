@@ -20,6 +20,7 @@ from lightning_lighthouse.cli.parser import Parser
 from lightning_lighthouse.cli.recipe import UsageError, split_own
 from lightning_lighthouse.cli.recipes import require_recipe
 from lightning_lighthouse.huggingface.fused_loss import LACKS, is_fused_on_cuda
+from lightning_lighthouse.model.language_model import LanguageModel
 from lightning_lighthouse.notices import quiet_lightning
 from lightning_lighthouse.phases.phase import Phase
 from lightning_lighthouse.phases.plan import resolve_phases
@@ -113,7 +114,7 @@ class Planned(RecipeCheck):
         except ValueError as error:
             raise UsageError(f"plan cannot read the model's sizes: {error}") from None
         ranks = _num_devices(trainer.devices) * trainer.num_nodes
-        hparams = dict(self.model.hparams)
+        settings = _settings_of(self.model)
         return Run(
             self.model,
             size,
@@ -124,16 +125,21 @@ class Planned(RecipeCheck):
             ranks,
             ranks if _shards(trainer.strategy) else 1,
             _sharers(trainer.strategy, ranks),
-            hparams.get("checkpoint") == "block" or hparams.get("activation_checkpointing") is True,
-            bool(hparams.get("compile")),
-            _loss_chunk(hparams),
+            settings.get("checkpoint") == "block" or settings.get("activation_checkpointing") is True,
+            bool(settings.get("compile")),
+            _loss_chunk(settings),
         )
 
 
-def _loss_chunk(hparams: dict[str, Any]) -> int:
+def _settings_of(module: LightningModule) -> dict[str, Any]:
+    """What is in force; a class derived from one of ours records other arguments than those that it passes on."""
+    return module.own_settings if isinstance(module, LanguageModel) else dict(module.hparams)
+
+
+def _loss_chunk(settings: dict[str, Any]) -> int:
     """Tokens whose logits a model of transformers holds at a time, unless its loss is fused; else few are held."""
-    backend = hparams.get("loss_backend")
-    return 0 if backend is None or is_fused_on_cuda(backend) else int(hparams["loss_chunk"])
+    backend = settings.get("loss_backend")
+    return 0 if backend is None or is_fused_on_cuda(backend) else int(settings["loss_chunk"])
 
 
 def _num_devices(devices: Any) -> int:
@@ -327,7 +333,7 @@ def _limits(run: Run, card: str | None, speed: CardSpeed | None, is_probed: bool
             f"{run.sharers} GPUs cannot share {uneven[0]} key/value heads out: they share out the queries too, and "
             "keep keys and values of the whole sequence"
         )
-    if run.loss_chunk and run.module.hparams["loss_backend"] == "auto":
+    if run.loss_chunk and _settings_of(run.module)["loss_backend"] == "auto":
         lines.append(f"the logits of {run.loss_chunk:,} tokens are counted: {LACKS}")
     configs = {layer.config for part in run.parts for layer in part.layers if layer.layer_type == LIGHTHOUSE}
     if not all(config.pyramid(run.num_tokens).compresses for config in configs):

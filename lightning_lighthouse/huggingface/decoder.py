@@ -80,6 +80,7 @@ class HuggingFaceDecoder(LanguageModel):
         freeze: Sequence[str] = (),
         restart_positions: bool = False,
     ) -> None:
+        given = dict(locals())
         super().__init__()
         check_type("precision", precision, Literal["float32", "bfloat16", "float16"])
         check_type("loss_backend", loss_backend, LossBackend)
@@ -88,6 +89,7 @@ class HuggingFaceDecoder(LanguageModel):
         if sequence_length is not None:
             check("sequence_length", sequence_length, sequence_length >= 1, "at least 1")
         self.save_hyperparameters()
+        self.keep_own_settings(given)
         self.check_hyperparameters()
         self.config = read_config(model)
         extend_positions(self.config.get_text_config(), sequence_length, rope_theta, rope_parameters)
@@ -97,7 +99,7 @@ class HuggingFaceDecoder(LanguageModel):
 
     @property
     def _weights_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.hparams["precision"])
+        dtype: torch.dtype = getattr(torch, self.own_settings["precision"])
         return dtype
 
     @property
@@ -107,13 +109,13 @@ class HuggingFaceDecoder(LanguageModel):
 
     def _prepared(self, model: Any) -> Any:
         """With what the settings change about any copy of it."""
-        for pattern in self.hparams["freeze"]:
+        for pattern in self.own_settings["freeze"]:
             frozen = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
             if not frozen:
                 raise ValueError(f"freeze must match names of parameters, got {quoted(pattern)}, which matches none")
             for parameter in frozen:
                 parameter.requires_grad_(False)
-        if self.hparams["activation_checkpointing"]:
+        if self.own_settings["activation_checkpointing"]:
             # renamed in transformers 5
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -134,7 +136,7 @@ class HuggingFaceDecoder(LanguageModel):
         super().check_data(data)
         given = getattr(data, "tokenizer", None)
         if isinstance(given, str):
-            check_tokenizer(given, self.hparams["model"], getattr(data, "end_of_document", None))
+            check_tokenizer(given, self.own_settings["model"], getattr(data, "end_of_document", None))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Scores of the next token: `[B, N] -> [B, N, V]`, all of them in memory."""
@@ -163,15 +165,15 @@ class HuggingFaceDecoder(LanguageModel):
         inputs, (targets, count) = tokens[:, :-1], self.targets(batch)
         x_BNW = self.hidden(inputs, self.positions(batch, inputs))
         # without gradients there is nothing to gain by making them
-        if torch.is_grad_enabled() and is_fused(self.hparams["loss_backend"], x_BNW.device):
+        if torch.is_grad_enabled() and is_fused(self.own_settings["loss_backend"], x_BNW.device):
             return mean_of(fused_loss(self.model, x_BNW.flatten(0, 1), targets.flatten()), count)
-        chunks = chunks_of(x_BNW, targets, self.hparams["loss_chunk"])
+        chunks = chunks_of(x_BNW, targets, self.own_settings["loss_chunk"])
         return mean_of(total_of_chunks(self._chunk_loss, chunks), count)
 
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The cross-entropy of each target in nats, all `[B, N]`; what `FutureLeakProbe` asks for."""
         x_BNW = self.hidden(inputs, self.positions_set(inputs))
-        chunks = chunks_of(x_BNW, targets, self.hparams["loss_chunk"])
+        chunks = chunks_of(x_BNW, targets, self.own_settings["loss_chunk"])
         parts = [self._chunk_loss(x, y, "none") for x, y in chunks]
         return torch.cat(parts).view_as(targets)
 
@@ -197,7 +199,7 @@ class HuggingFaceDecoder(LanguageModel):
             self.model = self._prepared(self._read())
         else:
             self._shard(mesh["data_parallel"])
-        if self.hparams["compile"]:
+        if self.own_settings["compile"]:
             for block in blocks_of(self.model):
                 # fixed lengths: the sizes of the pyramid follow from N
                 block.compile(dynamic=False)
@@ -207,7 +209,7 @@ class HuggingFaceDecoder(LanguageModel):
         return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
 
     def _read(self) -> Any:
-        loaded = read_weights(self.hparams["model"], self.config, self._weights_dtype)
+        loaded = read_weights(self.own_settings["model"], self.config, self._weights_dtype)
         check_head(loaded)
         return loaded
 

@@ -89,8 +89,8 @@ def load_trained(path: Path, recipe: Path | None = None) -> Trained:
     else:
         model = materialized(module.config, next(iter(state.values())).dtype)
         model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
-        tokenizer = read_tokenizer(module.hparams["model"])
-        model.generation_config = read_generation(module.hparams["model"]) or model.generation_config
+        tokenizer = read_tokenizer(module.own_settings["model"])
+        model.generation_config = read_generation(module.own_settings["model"]) or model.generation_config
     report = next((file for file in (parent / REPORT for parent in _above(weights)) if file.is_file()), None)
     return Trained(model.eval(), tokenizer, weights, told, {} if report is None else json.loads(report.read_bytes()))
 

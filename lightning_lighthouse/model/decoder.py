@@ -86,14 +86,16 @@ class Decoder(LanguageModel):
         checkpoint: Literal["none", "block"] = "none",
         restart_positions: bool = False,
     ) -> None:
+        given = dict(locals())
         super().__init__()
         check("preset", preset, preset in PRESETS, "one of " + ", ".join(map(repr, PRESETS)))
         check("checkpoint", checkpoint, checkpoint in ("none", "block"), "'none' or 'block'")
         check("vocab_size", vocab_size, vocab_size >= 1, "at least 1")
         self.save_hyperparameters()
+        self.keep_own_settings(given)
         self.check_hyperparameters()
         overrides: dict[str, Any] = {
-            field.name: self.hparams[field.name] for field in fields(Shape) if self.hparams[field.name] is not None
+            field.name: given[field.name] for field in fields(Shape) if given[field.name] is not None
         }
         if "num_heads" in overrides:
             overrides.setdefault("num_kv_heads", overrides["num_heads"])
@@ -113,11 +115,11 @@ class Decoder(LanguageModel):
     @property
     def num_vocabulary(self) -> int:
         """Tokens that the model knows."""
-        return int(self.hparams["vocab_size"])
+        return int(self.own_settings["vocab_size"])
 
     @property
     def _chunk(self) -> int:
-        return int(self.hparams["loss_chunk"] or chunk_for(self.num_vocabulary))
+        return int(self.own_settings["loss_chunk"] or chunk_for(self.num_vocabulary))
 
     def _initialize(self) -> None:
         # every block adds twice to the stream, whose variance is then independent of the depth
@@ -146,7 +148,7 @@ class Decoder(LanguageModel):
             cos, sin = rotary_tables(tokens.shape[1], self.shape.head_dim, self.shape.rope_theta, tokens.device)
         else:
             cos, sin = rotary_tables_at(positions, self.shape.head_dim, self.shape.rope_theta)
-        saves_memory = self.hparams["checkpoint"] == "block" and torch.is_grad_enabled()
+        saves_memory = self.own_settings["checkpoint"] == "block" and torch.is_grad_enabled()
         for block in self.blocks:
             x_BNW = recompute(block, x_BNW, cos, sin) if saves_memory else block(x_BNW, cos, sin)
         return x_BNW
@@ -175,7 +177,7 @@ class Decoder(LanguageModel):
 
     def configure_model(self) -> None:
         """Compile the blocks and the head in place; shard under ModelParallelStrategy. Parameters keep their names."""
-        if self.hparams["compile"]:
+        if self.own_settings["compile"]:
             for part in [*self.blocks, self.head]:
                 # fixed lengths: the sizes of the pyramid follow from N
                 part.compile(fullgraph=not self.keeps_documents(), dynamic=False)

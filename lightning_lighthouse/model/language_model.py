@@ -40,11 +40,14 @@ class LanguageModel(pl.LightningModule):
     Where a batch holds documents too, as `LighthouseRecipe` adds them, `documents(batch)` says where those of N lie.
 
     A derived class keeps `learning_rate`, `betas`, `eps`, `weight_decay`, `warmup_steps`, `schedule`, `decay_fraction`
-    and `loss_chunk` in its `hparams`, checked by `check_hyperparameters`, and `restart_positions`.
+    and `loss_chunk` in its `hparams`, checked by `check_hyperparameters`, and `restart_positions`. They are read from
+    `own_settings`, which `keep_own_settings` separates from those of a further derived class.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._own_settings: dict[str, Any] = {}
+        self._recorded: dict[str, Any] = {}
         self.bytes_per_token: float | None = None
         self._bytes_per_token: dict[str, float | None] = {}
         # a NaN loss must show; torchmetrics' "disable" would ignore the weights
@@ -53,9 +56,33 @@ class LanguageModel(pl.LightningModule):
         self._packing = PackingCheck()
         self._padding = PackingCheck(SettingError)
 
+    def keep_own_settings(self, given: Mapping[str, Any]) -> None:
+        """Keep what a class was given itself, once `save_hyperparameters` has recorded.
+
+        A class derived from it records its own arguments in `hparams`, for a checkpoint to build it anew from; where it
+        passes others on under the same names, these are not there.
+
+        Args:
+            given: The local variables of its `__init__`, before any but the arguments are made.
+        """
+        self._own_settings = {name: value for name, value in given.items() if name not in ("self", "__class__")}
+        self._recorded = dict(self.hparams)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What is in force: what the class was given, and over it what was set in `hparams` since, as finders do."""
+        recorded = self._recorded
+        # identity first: what a derived class records may be tensors, which do not compare to one truth
+        changed = {
+            name: value
+            for name, value in self.hparams.items()
+            if name not in recorded or (recorded[name] is not value and recorded[name] != value)
+        }
+        return self._own_settings | changed
+
     def check_hyperparameters(self) -> None:
         """Raise ValueError for the first one that is out of range."""
-        values = self.hparams
+        values = self.own_settings
         betas = values["betas"]
         for name, ok, allowed in (
             ("schedule", values["schedule"] in ("constant", "wsd"), "'constant' or 'wsd'"),
@@ -169,7 +196,7 @@ class LanguageModel(pl.LightningModule):
 
     def positions(self, batch: Mapping[str, Any] | Tensor, inputs: Tensor) -> Tensor | None:
         """The positions of the tokens within their documents, or None where they do not restart."""
-        if not self.hparams["restart_positions"]:
+        if not self.own_settings["restart_positions"]:
             return None
         for name in ("positions", POSITIONS):
             if isinstance(batch, Mapping) and name in batch:
@@ -189,7 +216,7 @@ class LanguageModel(pl.LightningModule):
 
     def positions_set(self, inputs: Tensor) -> Tensor | None:
         """The same where there is no batch: within the documents that attention stays inside."""
-        if not self.hparams["restart_positions"]:
+        if not self.own_settings["restart_positions"]:
             return None
         scopes = map(scope_of, self.modules())
         documents = next((scope.documents for scope in scopes if scope is not None), None)
@@ -199,11 +226,11 @@ class LanguageModel(pl.LightningModule):
         """AdamW with weight decay on the matrices, and the schedule, a step at a time; what is frozen has none."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.own_settings["weight_decay"]},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        settings = {name: self.hparams[name] for name in ("betas", "eps")}
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], fused=True, **settings)
+        settings = {name: self.own_settings[name] for name in ("betas", "eps")}
+        optimizer = torch.optim.AdamW(groups, lr=self.own_settings["learning_rate"], fused=True, **settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         tell_kept_settings(optimizer, self._is_resuming)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -233,8 +260,8 @@ class LanguageModel(pl.LightningModule):
 
     def _schedule(self) -> Callable[[int], float]:
         """The factor of the learning rate at each optimizer step, counted from 0."""
-        warmup_steps = self.hparams["warmup_steps"]
-        if self.hparams["schedule"] == "constant":
+        warmup_steps = self.own_settings["warmup_steps"]
+        if self.own_settings["schedule"] == "constant":
             return lambda step: min(1.0, (step + 1) / max(1, warmup_steps))
 
         total = self.trainer.estimated_stepping_batches
@@ -244,7 +271,7 @@ class LanguageModel(pl.LightningModule):
                 f"schedule='wsd' needs a known number of steps, the Trainer estimates {total}; "
                 "set trainer.max_steps, or schedule='constant'"
             )
-        decay_steps = max(1, round(self.hparams["decay_fraction"] * total))
+        decay_steps = max(1, round(self.own_settings["decay_fraction"] * total))
         return lambda step: max(0.0, min(1.0, (step + 1) / max(1, warmup_steps), (total - step) / decay_steps))
 
 

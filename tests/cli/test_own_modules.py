@@ -62,6 +62,41 @@ def test_a_class_of_the_current_folder_is_found_and_its_val_loss_taken(capsys, c
     assert [value["monitor"] for key, value in state.items() if key.startswith("Checkpoint")] == ["val/loss"]
 
 
+DERIVED = """\
+import cli_parts
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_lighthouse.model import Decoder
+
+class Data(cli_parts.Data):
+    def train_dataloader(self):
+        return DataLoader(list(torch.ones(self.num_batches, 1, 9, dtype=torch.long)), batch_size=None)
+
+    val_dataloader = train_dataloader
+
+class Mine(Decoder):
+    def __init__(self, learning_rate: float = 1e-3, dim: int = 12):
+        sizes = dict(num_layers=2, num_heads=2, ffn_dim=32, dim=2 * dim)
+        super().__init__(learning_rate=8 * learning_rate, warmup_steps=0, **sizes)
+"""
+
+
+def test_a_class_derived_from_the_decoder_trains_with_what_it_passes_on(capsys):
+    write("module_that_derives", DERIVED)
+    Path("recipe.yaml").write_text(
+        Path("recipe.yaml").read_text().replace("cli_parts.Data", "module_that_derives.Data")
+    )
+    assert cli.main(["check", "recipe.yaml"]) == 0
+    assert cli.main(["fit", "-c", "recipe.yaml"]) == 0, capsys.readouterr().err
+    state = torch.load("runs/recipe/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 8e-3
+    assert state["state_dict"]["embedding.weight"].shape == (257, 24)
+    kind = sys.modules["module_that_derives"].Mine
+    restored = kind.load_from_checkpoint("runs/recipe/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert restored.own_settings["dim"] == 24
+
+
 def test_another_name_is_not_guessed(capsys):
     write("module_with_two_names", MODULE.replace("val_loss", "validation_loss"))
     assert cli.main(["fit", "-c", "recipe.yaml"]) == 1

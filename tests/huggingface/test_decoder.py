@@ -356,3 +356,19 @@ def test_two_processes_that_share_it_train_as_one(tmp_path: Path, tied: bool) ->
         state = loaded.state_dict()
         assert state.keys() == {name.removeprefix("model.") for name in result["weights"]}
         assert all(torch.equal(state[name.removeprefix("model.")], value) for name, value in result["weights"].items())
+
+
+class Derived(HuggingFaceDecoder):
+    """Passes on other values than it is given, and calls the model otherwise."""
+
+    def __init__(self, folder: str, learning_rate: float = 1e-3) -> None:
+        super().__init__(folder, learning_rate=learning_rate / 4, warmup_steps=0, freeze=["*embed_tokens*"])
+
+
+def test_what_a_derived_class_passes_on_is_in_force(tmp_path: Path, own_folder: None) -> None:
+    module = Derived(save_model(tmp_path / "model"))
+    trainer = fit(module, steps=1)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3 / 4
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    restored = Derived.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert restored.own_settings == module.own_settings

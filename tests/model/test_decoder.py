@@ -244,6 +244,35 @@ def test_a_finder_of_rates_is_no_changed_setting() -> None:
     assert lines == []
 
 
+class Derived(Decoder):
+    """Passes on other values than it is given, under the same names."""
+
+    def __init__(self, learning_rate: float = 1e-3, dim: int = 12, checkpoint: str = "of its own") -> None:
+        sizes = {**SIZES, "dim": 2 * dim}
+        super().__init__(learning_rate=8 * learning_rate, loss_chunk=4, warmup_steps=0, **sizes)  # type: ignore[arg-type]
+
+
+def test_what_a_derived_class_passes_on_is_in_force(tmp_path: Path) -> None:
+    torch.manual_seed(42)
+    model, trainer = Derived(), make_trainer(max_steps=1)
+    assert (model.embedding.weight.shape, model.own_settings["checkpoint"]) == ((VOCAB, 24), "none")
+    trainer.fit(model, Batches(make_tokens(1, 9)))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 8e-3
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    restored = Derived.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert restored.own_settings == model.own_settings
+    tokens = make_tokens(2, 30)
+    assert torch.equal(restored(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("kind", [Decoder, Derived])
+def test_a_rate_set_in_hparams_is_in_force_as_finders_set_it(kind: type[Decoder]) -> None:
+    model = kind()
+    model.hparams["learning_rate"] = 5e-4
+    (group, _) = model.configure_optimizers()["optimizer"].param_groups  # type: ignore
+    assert group["initial_lr"] == 5e-4
+
+
 def test_a_checkpoint_restores_model_and_settings(tmp_path: Path) -> None:
     model = make_decoder(betas=(0.8, 0.9), rope_theta=5e5)
     trainer = make_trainer(max_steps=1)
