@@ -40,7 +40,7 @@ def patched(layer_types, model=None):
 
 
 @pytest.mark.parametrize("turned_on", ["again", "still"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("first", [["dense"], ["window", "dense"]], ids=["dense", "partly dense"])
 def test_layers_that_are_dense_at_first_are_judged_when_they_are_routed(first, compiled, turned_on):
     patch = patched(first)

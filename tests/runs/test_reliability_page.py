@@ -18,7 +18,10 @@ def names_in(path: Path) -> set[str]:
 def test_every_row_names_a_test_that_exists():
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.endswith("| Test |")]
     assert len(rows) > 40
-    known = {path.name: names_in(path) for path in TESTS.rglob("test_*.py")}
+    known: dict[str, set[str]] = {}
+    for path in TESTS.rglob("test_*.py"):
+        # two rooms may have files of one name
+        known.setdefault(path.name, set()).update(names_in(path))
     everywhere = set().union(*known.values())
     for row in rows:
         named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", row.rsplit("|", 2)[1])
