@@ -155,7 +155,9 @@ def _entry(layer: nn.Module, scope: Scope, args: Any, kwargs: Any) -> str:
     if layer.training and scope.audit is None:
         return ENTERED
     if _needs_gradients(layer, args, kwargs):
-        if scope.is_on and layer.__dict__.pop("_lighthouse_stayed_dense", False):
+        stayed_dense = scope.is_on and layer.__dict__.pop("_lighthouse_stayed_dense", False)
+        # one that was unfrozen since needs gradients in both forwards
+        if stayed_dense and not any(parameter.requires_grad for parameter in layer.parameters()):
             raise RuntimeError(STAYED_DENSE.format(name_of(layer)))
         return ENTERED
     if layer.training:

@@ -59,8 +59,10 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def model_name(path: str | Path) -> str:
-    """What an evaluation calls its model: a path from the root, as `last.ckpt` alone is that of any run; a name of
-    transformers as it is."""
+    """What an evaluation calls its model.
+
+    That is a path from the root, for `last.ckpt` alone is that of any run; a name of transformers as it is.
+    """
     path = Path(path)
     if not path.exists():
         return str(path)

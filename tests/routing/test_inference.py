@@ -152,6 +152,33 @@ def test_frozen_attention_behind_trained_weights_of_a_checkpoint_is_one_kind_bot
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_that_are_unfrozen_in_eval_mode_are_routed_from_then_on():
+    # nothing before them is trained: their first forwards have no second one until then
+    torch.manual_seed(0)
+    model = GPT().eval()
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    model.__class__ = CheckpointedBlocks
+    model.use_reentrant = True
+
+    def step():
+        model.zero_grad()
+        model(tokens(96)).square().mean().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    with patch_attention(model, CONFIG) as patch:
+        step()
+        # dense for want of gradients, and told
+        assert len(patch.unrouted()) == 4
+        model.requires_grad_(True)
+        found = step()
+    model.use_reentrant = False
+    with patch_attention(model, CONFIG):
+        expected = step()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_a_restored_patch_stays_restored_after_a_pause():
     model = GPT()
     patch = patch_attention(model, CONFIG)
