@@ -6,7 +6,11 @@ Imports nothing of ours, and no torch.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, get_args
+
+# How the checkpoints begin that Lightning's finders of batch sizes and rates write for themselves
+FINDERS = (".scale_batch_size_", ".lr_find_")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -58,6 +62,11 @@ def quoted(value: Any) -> str:
 
 class ResumeError(ValueError):
     """The settings contradict what the resumed run has done."""
+
+
+def is_of_finder(ckpt_path: Any) -> bool:
+    """Whether a Trainer's `ckpt_path` is what a finder of Lightning's puts back behind its trials, and no resume."""
+    return Path(str(ckpt_path or "")).name.startswith(FINDERS)
 
 
 def is_named(value: Any, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_lighthouse.checks import warn
+from lightning_lighthouse.checks import is_of_finder, warn
 from lightning_lighthouse.data.integrity import check
 from lightning_lighthouse.data.manifest import Manifest, is_prepared
 from lightning_lighthouse.data.position import Topology, check_same_data, describe_data, warn_of_topology
@@ -27,8 +27,6 @@ from lightning_lighthouse.data.workers import worker_context
 from lightning_lighthouse.notices import notice_once
 
 logger = logging.getLogger("lightning_lighthouse")
-# How the checkpoints begin that Lightning's finders of batch sizes and rates write for themselves
-FINDERS = (".scale_batch_size_", ".lr_find_")
 # the options' meaning, with the blank line before it
 OPTIONS = (DataOptions.__doc__ or "").partition("\n")[2]
 
@@ -147,8 +145,7 @@ class LighthouseRecipe(DataOptions, LightningDataModule):
             return
         check_same_data(state_dict, self.state_dict(), self.folder)
         # to go back before the first batch is no resume
-        from_finder = self.trainer is not None and Path(self.trainer.ckpt_path or "").name.startswith(FINDERS)
-        if self.trainer is None or (self.trainer.is_global_zero and not from_finder):
+        if self.trainer is None or (self.trainer.is_global_zero and not is_of_finder(self.trainer.ckpt_path)):
             warn_of_topology(state_dict["topology"], self._topology())
 
     def _share(self) -> dict[str, int] | None:

@@ -60,8 +60,7 @@ class Haystack:
         """
         if num_tokens > len(self.tokens):
             raise ValueError(f"{num_tokens:,} tokens of text are needed, there are {len(self.tokens):,}")
-        sequence = self.sequence or len(self.tokens)
-        count = len(self.tokens) // sequence
+        sequence, count = self._sequences
         if index < count * (sequence // num_tokens):
             first, room = (index + self.seed) % count * sequence, sequence - num_tokens
             index //= count
@@ -72,17 +71,21 @@ class Haystack:
 
     def shortage(self, num_tokens: int, num_samples: int) -> str:
         """What to tell where so many samples of so many tokens are not apart; "" where they are."""
-        sequence = self.sequence or len(self.tokens)
-        if num_tokens <= sequence:
-            room = len(self.tokens) // sequence * (sequence // num_tokens)
-        else:
-            room = len(self.tokens) // num_tokens
+        sequence, count = self._sequences
+        # longer ones lie across sequences
+        room = count * (sequence // num_tokens) or len(self.tokens) // num_tokens
         if num_samples <= room:
             return ""
         return (
             f"the validation text holds {room} of {num_samples} samples of {num_tokens:,} tokens: the others overlap "
             "them, and standard errors are too small; validate on more batches"
         )
+
+    @property
+    def _sequences(self) -> tuple[int, int]:
+        """Tokens of each, and how many are whole."""
+        sequence = self.sequence or len(self.tokens)
+        return sequence, len(self.tokens) // sequence
 
 
 def enough(longest: int, num_samples: int) -> int:

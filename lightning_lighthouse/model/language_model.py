@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +18,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_lighthouse.attention.documents import Documents
-from lightning_lighthouse.checks import SettingError, quoted
+from lightning_lighthouse.checks import SettingError, is_of_finder, quoted
 from lightning_lighthouse.model.resumed_optimizer import tell_kept_settings
 from lightning_lighthouse.model.targets import padding, targets_of, tells_documents
 from lightning_lighthouse.routing.given_documents import read_documents
@@ -238,8 +237,7 @@ class LanguageModel(pl.LightningModule):
     def _is_resuming(self) -> bool:
         """Whether the run goes on from a checkpoint, a given one or that of a cluster's next job."""
         trainer = self._trainer
-        # the finders of rates and batch sizes put back what they tried by a file of such a name
-        if trainer is None or Path(str(trainer.ckpt_path or "")).name.startswith((".lr_find_", ".scale_batch_size_")):
+        if trainer is None or is_of_finder(trainer.ckpt_path):
             return False
         return trainer.ckpt_path is not None or trainer._checkpoint_connector._hpc_resume_path is not None
 

@@ -189,8 +189,3 @@ def total_of_chunks(loss: Callable[[Tensor, Tensor], Tensor], chunks: Sequence[t
     """
     *earlier, last = chunks
     return torch.stack([*(recompute(loss, x, targets) for x, targets in earlier), loss(*last)]).sum()
-
-
-def chunked_loss(head: Head, x_BNW: Tensor, targets_BN: Tensor, chunk: int) -> Tensor:
-    """The mean cross-entropy in nats per token, with the logits of `chunk` tokens in memory at a time."""
-    return total_of_chunks(head, chunks_of(x_BNW, targets_BN, chunk)) / targets_BN.numel()

@@ -21,9 +21,10 @@ from lightning_lighthouse.model.network import (
     SMALLEST_CHUNK,
     Head,
     chunk_for,
-    chunked_loss,
+    chunks_of,
     rotary_tables,
     rotate,
+    total_of_chunks,
 )
 
 VOCAB = 61
@@ -164,6 +165,11 @@ def test_a_chunk_is_as_long_as_its_logits_allow(vocab_size: int) -> None:
     else:
         assert chunk > SMALLEST_CHUNK
         assert chunk * vocab_size <= NUM_LOGITS < 2 * chunk * vocab_size
+
+
+def chunked_loss(head: Head, x: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """As the decoders compute it of a batch whose targets all count."""
+    return total_of_chunks(head, chunks_of(x, targets, chunk)) / targets.numel()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 46, 1000])
